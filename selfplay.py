@@ -1,0 +1,519 @@
+"""Self-play: two instances of one model, with opposing personas, negotiate a dilemma in turns.
+
+    scenario ->  agent 0: system(persona 0, dilemma) | cue    | turn 0 |  turn 1 as user  | turn 2 | ...    its own stream
+                 agent 1: system(persona 1, dilemma) | turn 0 as user  | turn 1 |  turn 2 as user  | ...    its own stream
+             ->  when they agree, or at the limit, agent 0 writes the joint solution (the final completion)
+
+Token in, token out: a stream grows by the ids that were sampled, never by their text encoded again. The mask is 1 exactly
+on the tokens that this agent sampled, the end of its turn included; log-probs come out of the sampler with the tokens.
+An opponent's turn is encoded once, as plain text that can never become a control token.
+
+`negotiate` is one dialogue, top to bottom; it yields whenever it wants somebody to speak. `play` runs many of them at once:
+every wish of every dialogue is decoded in one batch, whoever has finished leaves it, whoever has to read is read together.
+
+    python selfplay.py --dilemma "..." --human b      # watch one negotiation, or take a side
+"""
+import concurrent.futures
+import dataclasses
+import math
+import re
+import sys
+import zlib
+
+import jinja2
+import numpy as np
+import torch
+
+import data_gen
+import reward
+from model import RaggedCache, UserError, command_line, context_limit, load, option, run_cli
+
+
+@dataclasses.dataclass(frozen=True)
+class PlaySettings:
+    """How a dialogue is played."""
+    max_turns: int = option(4, "turns at most, both agents together; 0: agent 0 answers alone, without a negotiation", low=0)
+    turn_tokens: int = option(40, "tokens a turn may have", low=2)
+    final_tokens: int = option(64, "tokens the joint final completion may have", low=2)
+    context_turns: int = option(0, "turns that an agent sees beside the scenario (0: all of them; the paper: 2)", low=0)
+    agreement: str = option("judge", "who finds that the agents agree: the judge after each turn, a marker in both last turns, or nobody (all turns are played)",
+                            choices=("judge", "marker", "none"))
+    on_impasse: str = option("complete", "no agreement at the last turn: write the final completion all the same, or none and a reward of zero",
+                             choices=("complete", "zero"))
+    temperature: float = option(0.9, "of the dialogue", above=0)
+    top_p: float = option(1.0, "nucleus of the dialogue; the learner renormalises over the same nucleus", above=0, high=1)
+    final_temperature: float = option(0.9, "of the final completion (0: greedy)", low=0)
+    final_top_p: float = option(1.0, "nucleus of the final completion", above=0, high=1)
+
+
+# ---- what the agents are told: data, easy to edit ------------------------------------------------------------------
+
+SYSTEM = ("You are {me}. {creed}\n\nYou are negotiating with {other} about this dilemma:\n{dilemma}\n\n"
+          "Speak as {me}, in one or two short sentences. Answer what {other} said, offer one concrete step, and look for a plan that serves you both.{marker}")
+MARKER_RULE = " When you accept the plan on the table, end your turn with the word AGREED."
+OPENING = "Please open the negotiation with your first proposal."
+EARLIER = "(The negotiation has been going on for a while.)"
+SILENCE = "(says nothing)"
+FINAL = ("The negotiation is over. {other} holds this creed: \"{creed}\" Now write the joint solution that you and {other} will carry out, in two or three "
+         "sentences: who does what, when, and how it serves both sides.")
+ALONE = ("Nobody else is here to negotiate with. {other} holds this creed: \"{creed}\" Write the solution that you and {other} will carry out, in two or three "
+         "sentences: who does what, when, and how it serves both sides.")
+
+
+def fill(template, values):
+    """Put `values` into the {slots} of a template in one pass: text that came from a model is never read as a template."""
+    return re.sub(r"\{(\w+)\}", lambda slot: values[slot.group(1)], template)
+
+
+# ---- what travels ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Turn:
+    """One utterance: its text, and the ids that were sampled for it (end of turn included unless truncated)."""
+    speaker: int
+    text: str
+    truncated: bool
+    ids: list = dataclasses.field(default_factory=list)
+    logprobs: list = dataclasses.field(default_factory=list)  # log-prob of each id at the sampling temperature
+    cuts: list = dataclasses.field(default_factory=list)  # top-p < 1: log-prob at which the nucleus ended
+    masses: list = dataclasses.field(default_factory=list)  # top-p < 1: log of the nucleus's probability
+
+
+@dataclasses.dataclass
+class Sample:
+    """Ids of one view, and beside each id: mask (1: sampled by this agent here), log-prob, cut, mass (0 where mask is 0)."""
+    ids: list
+    mask: list
+    logprobs: list
+    cuts: list
+    masses: list
+
+
+@dataclasses.dataclass
+class Dialogue:
+    """One negotiation. `group` numbers the scenario within the step, `member` the dialogue within its group."""
+    scenario: data_gen.Scenario
+    step: int
+    group: int
+    member: int
+    turns: list = dataclasses.field(default_factory=list)
+    streams: list = dataclasses.field(default_factory=lambda: [[], []])  # per agent: list of Sample
+    agreed: bool = False
+    stop: str = ""  # "agreed", "max_turns" or "context"
+    final: str = None
+    final_sample: Sample = None
+    final_truncated: bool = False
+    verdict: object = None  # the judge's answer, while it is awaited: Future of reward.Verdict
+    reward: float = None  # None: missing
+    advantage: float = None
+    judge: dict = dataclasses.field(default_factory=lambda: {"raw": "", "failures": []})
+
+    def record(self):
+        """The line of dialogues.jsonl."""
+        plain = lambda s: {"ids": s.ids, "mask": s.mask, "logprobs": s.logprobs}
+        return {
+            "step": self.step, "scenario_id": self.scenario.id, "group": self.group, "member": self.member, "dilemma": self.scenario.dilemma,
+            "personas": list(self.scenario.personas), "turns": [{"speaker": t.speaker, "text": t.text, "truncated": t.truncated} for t in self.turns],
+            "agreed": self.agreed, "stop": self.stop, "final": self.final, "final_truncated": self.final_truncated,
+            "reward": self.reward, "advantage": self.advantage, "judge": self.judge,
+            "streams": [{"speaker": i, "samples": [plain(s) for s in samples]} for i, samples in enumerate(self.streams)],
+            "final_ids": [i for i, m in zip(self.final_sample.ids, self.final_sample.mask) if m] if self.final_sample else [],
+            "final_sample": plain(self.final_sample) if self.final_sample else None}
+
+
+# ---- chat templates, as token ids -----------------------------------------------------------------------------------
+
+PLAIN_TEMPLATE = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
+                  "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+
+
+class ChatFormat:
+    """The pieces of a model's chat template, found once by rendering a conversation of known words.
+
+    head(system)    ids up to where the first user message's content begins (no system role: the system text opens that message)
+    opening         between the end of a user message and an assistant's turn that is to be sampled
+    past_opening    the same before a turn that lies in the past
+    end, after      the end-of-turn token, and what stands between it and the next user message's content
+    stable          opening == past_opening, so that a conversation's earlier ids never change and one stream is one sample;
+                    otherwise (Qwen3 adds an empty thought to the newest turn only) every turn becomes a sample of its own
+    """
+
+    def __init__(self, tokenizer, model):
+        self.tokenizer = tokenizer
+        if tokenizer.chat_template is None:
+            if tokenizer.eos_token is None:
+                raise UserError("--model: the tokenizer has neither a chat template nor an end-of-text token; use an instruct model")
+            tokenizer.chat_template = PLAIN_TEMPLATE
+        self.has_system = True
+        try:
+            words = self._split(["Sysword", "Userone", "Botone", "Usertwo", "Bottwo", "Userthree"])
+        except (jinja2.TemplateError, UserError):  # Gemma, some Mistrals: no system role, or it is dropped
+            self.has_system = False
+            words = self._split(["Userone", "Botone", "Usertwo", "Bottwo", "Userthree"])
+        self._before_system, self._before_user = (words[0], words[1]) if self.has_system else ("", words[0])
+        past, gap, past2, gap2, opening = words[-5:]
+        if past != past2 or gap != gap2:
+            raise UserError("--model: its chat template renders equal turns differently, so turns cannot be put together; use another model")
+        ends = model.generation_config.eos_token_id if model.generation_config else None
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = {e for e in [*ends, tokenizer.eos_token_id] if e is not None}
+        gap = self.glue(gap)
+        if gap and gap[0] in tokenizer.added_tokens_decoder:  # the template's own end of turn, whatever the configs say
+            self.ends.add(gap[0])
+        if not self.ends:
+            raise UserError("--model: no end-of-turn token is known for its tokenizer; use an instruct model")
+        self.end, self.after = (gap[0], gap[1:]) if gap and gap[0] in self.ends else (min(self.ends), gap)
+        self.opening, self.past_opening = self.glue(opening), self.glue(past)
+        self.stable = self.opening == self.past_opening
+
+    def _split(self, words):
+        """Render the words as a conversation and return the pieces before, between and after them."""
+        roles = (["system"] if self.has_system else []) + ["user", "assistant"] * 3
+        messages = [{"role": r, "content": w} for r, w in zip(roles, words)]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        pieces = re.split("|".join(words), text)
+        if re.findall("|".join(words), text) != words:
+            raise UserError("--model: its chat template drops or reorders messages; use another model")
+        return pieces
+
+    def glue(self, text):
+        """Ids of template text, in which control tokens are meant."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def plain(self, text):
+        """Ids of untrusted text, in which a literal <|im_end|> stays a string of letters."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        control = self.tokenizer.added_tokens_decoder
+        return [i for i in ids if not (i in control and control[i].special)]
+
+    def head(self, system):
+        """Ids of a stream up to where the content of its first user message begins."""
+        if self.has_system:
+            return self.glue(self._before_system) + self.plain(system) + self.glue(self._before_user)
+        return self.glue(self._before_user) + self.plain(system + "\n\n")
+
+    def text(self, ids):
+        """What the other side hears: the words of sampled ids, without control tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@dataclasses.dataclass
+class Voice:
+    """Somebody who can speak: a model and its chat format."""
+    model: object
+    chat: ChatFormat
+
+
+def voice(model, tokenizer):
+    """A model and its tokenizer as a Voice. Raises UserError for a template that cannot be used."""
+    return Voice(model, ChatFormat(tokenizer, model))
+
+
+# ---- one dialogue ---------------------------------------------------------------------------------------------------
+
+
+class View:
+    """One agent's view of a dialogue: it turns a list of turns into a Sample that ends where this agent is to speak."""
+
+    def __init__(self, chat, me, scenario, marker):
+        mine, other = scenario.personas[me], scenario.personas[1 - me]
+        self.chat, self.me, self.other = chat, me, other
+        system = fill(SYSTEM, {"me": mine["name"], "creed": mine["creed"], "other": other["name"], "dilemma": scenario.dilemma,
+                               "marker": MARKER_RULE if marker else ""})
+        self.head = chat.head(system)
+
+    def before(self, turns, closing=None, train=None):
+        """The Sample of `turns` as this agent sees them, up to the point where it speaks next.
+
+        closing: one more user text at the end (the request for the final completion). train: the turns whose tokens get
+        mask 1 (None: all of this agent's).
+        """
+        sample, heard, chat = Sample([], [], [], [], []), [], self.chat
+        add_ids(sample, self.head)
+        for turn in turns:
+            if turn.speaker != self.me:
+                heard.append(turn.text or SILENCE)
+                continue
+            add_ids(sample, chat.plain("\n\n".join(heard) or (OPENING if turn is turns[0] and len(sample.ids) == len(self.head) else EARLIER)))
+            add_ids(sample, chat.past_opening)
+            add_turn(sample, turn, train is None or any(turn is t for t in train))
+            add_ids(sample, [chat.end] * turn.truncated + chat.after)
+            heard = []
+        if closing:
+            heard.append(closing)
+        add_ids(sample, chat.plain("\n\n".join(heard) or OPENING) + chat.opening)
+        return sample
+
+    def until(self, turns, last, train=None, closing=None):
+        """The Sample of `turns` followed by this agent's own turn `last`."""
+        sample = self.before(turns, closing, train)
+        add_turn(sample, last, True)
+        add_ids(sample, [self.chat.end] * last.truncated)
+        return sample
+
+
+def add_ids(sample, ids):
+    """Append ids that nobody sampled here: mask 0."""
+    sample.ids.extend(ids)
+    for column in (sample.mask, sample.logprobs, sample.cuts, sample.masses):
+        column.extend([0] * len(ids))
+
+
+def add_turn(sample, turn, trained):
+    """Append the sampled ids of a turn, with mask 1 if they are to be trained."""
+    n = len(turn.ids)
+    sample.ids.extend(turn.ids)
+    sample.mask.extend([int(trained)] * n)
+    for column, values in ((sample.logprobs, turn.logprobs), (sample.cuts, turn.cuts), (sample.masses, turn.masses)):
+        column.extend(values if trained and values else [0] * n)
+
+
+@dataclasses.dataclass
+class Say:
+    """A wish: speak after `ids`, up to `limit` tokens. `shared` of the ids are the same for the whole group.
+
+    unless: a Future of a verdict; if its value is True the wish is void, and until it is known the words are held back.
+    """
+    speaker: int
+    ids: list
+    shared: int
+    limit: int
+    temperature: float
+    top_p: float
+    rng: object
+    unless: object = None
+
+
+def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
+    """One dialogue, top to bottom: a generator that yields `Say` and is sent the Turn that was spoken (None: void).
+
+    limits: per agent, the tokens that its context holds. partner: a function (dialogue) -> text that speaks for agent 1
+    in place of the model (a script or a person). Fills in turns, streams, agreed, stop, final and the pending verdict.
+    """
+    case = (dialogue.scenario.dilemma, dialogue.scenario.personas)
+    identity = [seed, dialogue.step, zlib.crc32(dialogue.scenario.id.encode()), dialogue.member]
+    turns, check = dialogue.turns, None
+    final_request = fill(FINAL if settings.max_turns else ALONE, {"other": views[0].other["name"], "creed": views[0].other["creed"]})
+    reserve = settings.final_tokens + len(views[0].chat.plain(final_request)) + 8
+    window = lambda: turns[-settings.context_turns:] if settings.context_turns else turns[:]
+    dialogue.stop = "max_turns"
+    for t in range(settings.max_turns):
+        me, seen = t % 2, window()
+        before = views[me].before(seen).ids
+        if len(before) + settings.turn_tokens + reserve > limits[me]:
+            dialogue.stop = "context"
+            break
+        if me == 1 and partner:
+            turn = Turn(1, partner(dialogue), False)
+            turn.ids = views[0].chat.plain(turn.text)
+            dialogue.agreed = bool(check and check.result().value)
+        else:  # the next turn is spoken while the judge still thinks about the last one; if that one settled it, the new one is void
+            turn = yield Say(me, before, len(views[me].head), settings.turn_tokens, settings.temperature, settings.top_p,
+                             np.random.default_rng([*identity, t]), unless=check)
+            dialogue.agreed = turn is None
+        if dialogue.agreed:
+            break
+        turns.append(turn)
+        if settings.agreement == "marker" and len(turns) > 1:
+            dialogue.agreed = all(re.search(r"\bAGREED?\b", x.text) for x in turns[-2:])
+        if dialogue.agreed:
+            break
+        check = judge.agreed(*case, turns[:]) if settings.agreement == "judge" and len(turns) > 1 else None
+    if check is not None and not dialogue.agreed:
+        dialogue.agreed = bool(check.result().value) if check.done() else bool((yield check).value)
+    dialogue.stop = "agreed" if dialogue.agreed else dialogue.stop
+    separate = settings.context_turns > 0 or not views[0].chat.stable
+    for me in (0, 1):
+        own = [i for i, t in enumerate(turns) if t.speaker == me and t.logprobs]
+        seen = lambda i: turns[max(0, i - settings.context_turns) if settings.context_turns else 0:i]
+        if separate:
+            dialogue.streams[me] = [views[me].until(seen(i), turns[i], train=[]) for i in own]
+        elif own:
+            dialogue.streams[me] = [views[me].until(turns[:own[-1]], turns[own[-1]])]
+    if not dialogue.agreed and settings.max_turns and settings.on_impasse == "zero":
+        dialogue.reward = 0.0  # the paper: no completion, reward 0, kept in the group
+        return
+    before = views[0].before(turns, final_request).ids
+    if len(before) + settings.final_tokens > limits[0]:
+        dialogue.stop = "context"
+        dialogue.judge["failures"] = ["context full"]
+        return
+    last = yield Say(0, before, len(views[0].head), settings.final_tokens, settings.final_temperature, settings.final_top_p,
+                     np.random.default_rng([*identity, 1 << 20]))
+    dialogue.final, dialogue.final_truncated = last.text, last.truncated
+    dialogue.final_sample = views[0].until(turns, last, train=[], closing=final_request)
+    if judge:
+        dialogue.verdict = judge.score(*case, turns, dialogue.final)
+
+
+# ---- many dialogues in one batch ------------------------------------------------------------------------------------
+
+
+def sample(logits, temperature, top_p, uniform):
+    """Draw one token per row by inverse CDF. logits (n, V) fp32; temperature, top_p, uniform (n,) tensors.
+
+    Returns ids, log-prob at that temperature over the full vocabulary, the nucleus's threshold and its log mass, (n,) each.
+    Temperature 0 takes the most likely token. A uniform number per row makes the draw independent of the batch.
+    """
+    greedy = temperature == 0
+    logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
+    logp = logits - logits.logsumexp(1, keepdim=True)  # (n, V)
+    weights = logp.exp()
+    cut, mass = torch.full_like(uniform, -math.inf), torch.zeros_like(uniform)
+    rows = (top_p < 1).nonzero()[:, 0]
+    if len(rows):
+        for k in (min(256, logits.shape[1]), logits.shape[1]):  # the nucleus is nearly always small
+            top = weights[rows].topk(k).values  # (m, k) descending
+            if (top.sum(1) >= top_p[rows]).all():
+                break
+        inside = (top.cumsum(1) - top < top_p[rows, None]).sum(1).clamp(min=1)  # (m,) size of the nucleus
+        least = top.gather(1, inside[:, None] - 1)[:, 0]
+        beyond = top.gather(1, inside[:, None].clamp(max=k - 1))[:, 0]  # the likeliest token outside
+        cut[rows] = torch.where(inside < k, (least.log() + beyond.clamp(min=1e-38).log()) / 2, -math.inf)  # half-way: rounding cannot move a token over it
+        weights[rows] = torch.where(logp[rows] >= cut[rows, None], weights[rows], 0.0)
+        mass[rows] = weights[rows].sum(1).log()
+    cdf = weights.cumsum(1)
+    total = cdf[:, -1]
+    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))  # below the total: never a token of weight 0
+    ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
+    ids = torch.where(greedy, logits.argmax(1), ids)
+    return ids, logp.gather(1, ids[:, None])[:, 0], cut, mass
+
+
+class Job:
+    """A `Say` on its way: which row of which cache, which ids are still unread, what was said so far."""
+
+    def __init__(self, dialogue, script, say, cache, row):
+        self.dialogue, self.script, self.say, self.cache, self.row = dialogue, script, say, cache, row
+        self.turn, self.spoken = Turn(say.speaker, "", True), False
+
+    @property
+    def unread(self):
+        """Ids that the row's cache does not hold yet."""
+        return (self.say.ids + self.turn.ids)[self.cache.lengths[self.row]:]
+
+    @property
+    def void(self):
+        """The agents had agreed before this turn."""
+        check = self.say.unless
+        return check is not None and check.done() and check.result().value is True
+
+    @property
+    def held(self):
+        """The turn is spoken, but whether it counts is not known yet."""
+        return self.spoken and self.say.unless is not None and not self.say.unless.done()
+
+
+@torch.no_grad()
+def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token=None, on_done=None):
+    """Play `dialogues` (with scenario, step, group and member set) to their ends, all in one batch; returns them.
+
+    voices: the Voice of agent 0 and of agent 1, usually one and the same. A dialogue is sent to the judge when it is
+    finished, while the others still talk; its `verdict` is a Future. on_token(job, id) and on_done(dialogue) may watch.
+    """
+    caches = {id(v.model): RaggedCache(2 * len(dialogues)) for v in voices}
+    models = {id(caches[id(v.model)]): v for v in voices}
+    read = {id(c): [[] for _ in c.lengths] for c in caches.values()}  # ids that each row's cache holds
+    heads, jobs, waiting = {}, [], []
+
+    def advance(dialogue, script, answer):
+        """Send an answer into the dialogue and file its next wish."""
+        try:
+            wish = script.send(answer)
+        except StopIteration:
+            if on_done:
+                on_done(dialogue)
+            return
+        if isinstance(wish, concurrent.futures.Future):
+            waiting.append((wish, dialogue, script))
+            return
+        cache = caches[id(voices[wish.speaker].model)]
+        job = Job(dialogue, script, wish, cache, 2 * dialogues.index(dialogue) + wish.speaker)
+        held = read[id(cache)][job.row]
+        common = next((i for i, (a, b) in enumerate(zip(held, wish.ids)) if a != b), min(len(held), len(wish.ids)))
+        cache.lengths[job.row] = min(common, len(wish.ids) - 1)  # crop: what differs is read again, the last id always
+        jobs.append(job)
+
+    for dialogue in dialogues:
+        views = [View(v.chat, me, dialogue.scenario, settings.agreement == "marker") for me, v in enumerate(voices)]
+        limits = [context_limit(v.model) for v in voices]
+        advance(dialogue, negotiate(dialogue, views, settings, judge, seed, limits, partner), None)
+    while jobs or waiting:
+        for job in [j for j in jobs if j.void or (j.spoken and not j.held)]:
+            jobs.remove(job)
+            advance(job.dialogue, job.script, None if job.void else job.turn)
+        for item in [w for w in waiting if w[0].done()]:
+            waiting.remove(item)
+            advance(item[1], item[2], item[0].result())
+        batch = choose_batch(jobs)
+        if batch:
+            speak(batch, models[id(batch[0].cache)], heads, read[id(batch[0].cache)], on_token)
+        elif jobs or waiting:
+            pending = [j.say.unless for j in jobs if j.held] + [w[0] for w in waiting]
+            if pending:
+                concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
+    return dialogues
+
+
+def choose_batch(jobs):
+    """The jobs of the next forward pass: those who decode, or, once they are a quarter of the talkers, those who must read."""
+    live = [j for j in jobs if not j.spoken]
+    live = [j for j in live if j.cache is live[0].cache]
+    reading = [j for j in live if len(j.unread) > 1]
+    talking = [j for j in live if len(j.unread) == 1]
+    return reading if reading and 4 * len(reading) >= len(talking) else talking
+
+
+def speak(batch, speaker, heads, read, on_token=None):
+    """One forward pass for `batch`: read what is unread, draw one token for each, and mark the turns that ended."""
+    cache, chat = batch[0].cache, speaker.chat
+    fresh = {}
+    for job in batch:  # a group's shared head is read once and copied
+        if cache.lengths[job.row] == 0:
+            fresh.setdefault((id(cache), tuple(job.say.ids[:job.say.shared])), []).append(job.row)
+    new = [key for key in fresh if key not in heads]
+    if new:
+        heads.update({key: fresh[key][0] for key in new})
+        cache.feed(speaker.model, [heads[key] for key in new], [list(key[1]) for key in new])
+    for key, rows in fresh.items():
+        targets = [r for r in rows if r != heads[key]]
+        if targets:
+            cache.copy(heads[key], targets, len(key[1]))
+    if all(len(job.unread) == 1 for job in batch):
+        order = {row: i for i, row in enumerate(cache.to_front([job.row for job in batch]))}
+        batch = sorted(batch, key=lambda job: order[job.row])
+    logits = cache.feed(speaker.model, [job.row for job in batch], [job.unread for job in batch])
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.float32, device=logits.device)
+    drawn = sample(logits, as_tensor([j.say.temperature for j in batch]), as_tensor([j.say.top_p for j in batch]),
+                   as_tensor([j.say.rng.random() for j in batch]))
+    for job, token, logp, cut, mass in zip(batch, *(x.tolist() for x in drawn)):
+        turn = job.turn
+        read[job.row] = job.say.ids + turn.ids  # what the cache holds now; the new token is not read yet
+        turn.ids.append(token)
+        turn.logprobs.append(logp)
+        if job.say.top_p < 1:
+            turn.cuts.append(cut)
+            turn.masses.append(mass)
+        turn.truncated = token not in chat.ends
+        if on_token:
+            on_token(job, token)
+        if not turn.truncated or len(turn.ids) == job.say.limit:
+            turn.text, job.spoken = chat.text(turn.ids), True
+
+
+# ---- what a person sees ---------------------------------------------------------------------------------------------
+
+
+def printable(text):
+    """Text from a model on one line, without the control characters that could take over a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def transcript(dialogue, indent="", width=300):
+    """One dialogue as lines of text: who said what, how it ended, the joint solution and its score."""
+    names = [p["name"] for p in dialogue.scenario.personas]
+    lines = [f"dilemma: {dialogue.scenario.dilemma}"] + [f"{names[t.speaker]}: {t.text}{' [cut off]' if t.truncated else ''}" for t in dialogue.turns]
+    score = "no score" if dialogue.reward is None else f"{dialogue.reward:.2f}"
+    lines.append(f"joint solution ({dialogue.stop}, {score}): {dialogue.final if dialogue.final is not None else '(none)'}")
+    return "\n".join(indent + printable(line)[:width] for line in lines)

@@ -1,0 +1,504 @@
+"""Teach a language model to negotiate: play, judge, advantages, loss, step, over and over, in one straight line.
+
+    python train.py                                          the debug recipe: SmolLM2-135M, a laptop, a quarter of an hour
+    python train.py --judge-url http://127.0.0.1:8000/v1 --judge-model NAME --model Qwen/Qwen3-0.6B
+    torchrun --nproc_per_node=8 train.py --recipe paper --model Qwen/Qwen3-14B --fsdp --judge-url ... --judge-model ...
+
+Every number of a run comes from its settings and its seed: what is sampled depends on (seed, step, scenario, member, turn),
+never on the rank, the clock or the order in which the judge answers. So there is no random state to save or to lose.
+"""
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import statistics
+import sys
+import time
+import types
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import distribute_tensor
+from tqdm import tqdm
+
+import data_gen
+import grpo
+import model as lm
+import reward
+import selfplay
+from model import UserError, option
+
+# ---- settings -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(selfplay.PlaySettings, reward.JudgeSettings):
+    """Everything that a run depends on; saved as config.json in its folder."""
+    recipe: str = option("debug", "a set of settings to start from", choices=("debug", "paper", "single", "paper-single"))
+    model: str = option("smollm2-135m", "smollm2-135m, a folder, or a Hugging Face id")
+    scenarios: str = option("", "a JSON Lines file of scenarios (empty: the shipped dilemmas and personas)")
+    out: str = option("", "run folder (empty: runs/RECIPE-SEED)")
+    resume: str = option("", "run folder to go on with, from its newest complete checkpoint")
+    force: bool = option(False, "resume even with settings that change the mathematics")
+    seed: int = option(0, "of everything random", low=0)
+    steps: int = option(14, "steps; each plays, judges and learns from scenarios-per-step groups", low=0)
+    scenarios_per_step: int = option(2, "groups in a step, over all ranks", low=1)
+    group_size: int = option(6, "dialogues of one group, whose rewards are compared", low=2)
+    lr: float = option(5e-5, "learning rate of AdamW", low=0)
+    warmup_steps: int = option(3, "updates over which the learning rate rises to --lr", low=0)
+    grad_clip: float = option(1.0, "largest norm of the gradient (0: no clipping)", low=0)
+    train_tokens: str = option("dialogue", "which sampled tokens are trained", choices=("dialogue", "final", "both"))
+    advantage_scale: str = option("std", "divide the centred rewards of a group by their standard deviation, or not", choices=("std", "none"))
+    aggregate: str = option("token", "how token losses are averaged over the batch", choices=("token", "sequence", "constant"))
+    ratio: str = option("token", "importance ratio per token, or one per sample (GSPO)", choices=("token", "sequence"))
+    clip_low: float = option(0.2, "lower clip of the ratio", low=0, high=1)
+    clip_high: float = option(0.2, "upper clip of the ratio", low=0)
+    beta: float = option(0.0, "weight of the KL to the reference policy (the model before training)", low=0)
+    updates_per_rollout: int = option(1, "optimizer steps on the same dialogues", low=1)
+    tis_cap: float = option(0.0, "cap of the importance weight that corrects for sampler and learner differing (0: off)", low=0)
+    micro_tokens: int = option(4096, "tokens in one forward and backward pass", low=1)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+    dtype: str = option("auto", "of the computation; the weights that are trained are always fp32", choices=("auto", "fp32", "bf16"))
+    fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks (FSDP2)")
+    lora_rank: int = option(0, "train adapters of this rank instead of the whole model (0: the whole model)", low=0)
+    save_every: int = option(0, "steps between checkpoints (0: only at the end)", low=0)
+    keep: int = option(2, "checkpoints to keep", low=1)
+
+
+RECIPES = {
+    "debug": {},
+    # shared knowledge of the paper (arXiv 2603.10476): see "What is the paper's and what is ours" in the README
+    "paper": dict(max_turns=7, context_turns=2, agreement="judge", on_impasse="zero", temperature=0.7, top_p=0.95, final_temperature=0.1,
+                  final_top_p=0.95, group_size=8, scenarios_per_step=2, lr=5e-6, beta=0.0, steps=1900, train_tokens="dialogue",
+                  aggregate="token", advantage_scale="std", turn_tokens=256, final_tokens=512, save_every=50),
+    "single": dict(max_turns=0, train_tokens="final", agreement="none"),
+    "paper-single": dict(max_turns=0, train_tokens="final", agreement="none", temperature=1.0, final_temperature=1.0, top_p=1.0, final_top_p=1.0,
+                         beta=0.04, group_size=8, scenarios_per_step=4, lr=5e-6, steps=2150, final_tokens=512, save_every=50),
+}
+# Settings that may differ on resume: they change where and how fast a run computes, not what.
+FREE_ON_RESUME = {"resume", "force", "out", "steps", "save_every", "keep", "micro_tokens", "gradient_checkpointing"}
+
+
+def read_settings(argv=None):
+    """Settings from the command line, over those of the recipe, or over those of the run that `--resume` names."""
+    def base(given):
+        if not given.get("resume"):
+            return RECIPES[given.get("recipe", "debug")]
+        file = Path(given["resume"], "config.json")
+        if not file.exists():
+            raise UserError(f"--resume {given['resume']}: there is no config.json in it; name the folder of a run")
+        saved = json.loads(file.read_text())
+        changed = [k for k in given if k not in FREE_ON_RESUME and k in saved and given[k] != saved[k] and not k.startswith("judge_")]
+        if changed and not given.get("force"):
+            names = ", ".join("--" + k.replace("_", "-") for k in changed)
+            raise UserError(f"--resume {given['resume']}: {names} would change the mathematics of the run; leave out, or add --force")
+        return {**saved, "out": given["resume"]}
+
+    settings = lm.command_line(Settings, argv, prog="train.py", base=base)
+    if settings.train_tokens != "dialogue" and settings.final_temperature == 0:
+        raise UserError("--final-temperature 0: final tokens that are trained must be sampled; use a temperature above 0")
+    if settings.train_tokens == "both" and settings.final_temperature != settings.temperature:
+        raise UserError("--train-tokens both: --temperature and --final-temperature must be equal")
+    if settings.max_turns == 0 and settings.train_tokens != "final":
+        raise UserError("--max-turns 0: there is no dialogue to train; add --train-tokens final, or use --recipe single")
+    return settings
+
+
+# ---- ranks ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class World:
+    """This process among those that torchrun started (one of one without torchrun)."""
+    rank: int
+    size: int
+    device: torch.device
+
+    def gather(self, thing):
+        """The list of every rank's picklable `thing`, on every rank."""
+        if self.size == 1:
+            return [thing]
+        things = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+
+def start_world():
+    """Join the process group that torchrun describes in the environment: NCCL on GPUs, gloo on CPUs."""
+    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    return World(rank, size, device)
+
+
+# ---- the policy -----------------------------------------------------------------------------------------------------------
+
+
+def build(settings, world, weights=None):
+    """The policy: (learner's model, player's model, tokenizer, optimizer, reference or None).
+
+    Player and learner are one model, except under --fsdp, where the player is a whole copy in the compute dtype.
+    """
+    source = weights or settings.model
+    model, tokenizer = lm.load(source, "fp32", world.device)
+    dtype = lm.default_dtype(world.device) if settings.dtype == "auto" else {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
+    if settings.lora_rank:
+        torch.manual_seed(settings.seed)
+        lm.add_lora(model, settings.lora_rank)
+    reference = None
+    if settings.beta > 0 and not settings.lora_rank:
+        reference = lm.cast(lm.load(settings.model, "fp32", world.device)[0], dtype).requires_grad_(False)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    player = model
+    if settings.fsdp and world.size > 1:
+        player = lm.load(source, "fp32", world.device)[0]
+        if settings.lora_rank:
+            lm.add_lora(player, settings.lora_rank)
+        player = lm.cast(player, dtype).requires_grad_(False)
+        for block in lm.inner(model).layers if hasattr(lm.inner(model), "layers") else lm.inner(model).h:
+            fully_shard(block, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+        model.set_gradient_divide_factor(1.0)  # sums over ranks, like the other path: D divides once
+        model.token_logprobs = types.MethodType(lm.token_logprobs, model)
+        register_fsdp_forward_method(model, "token_logprobs")
+    sharded = player is not model
+    optimizer = grpo.Optimizer(model, settings.lr, settings.warmup_steps, settings.grad_clip, torch.float32 if sharded else dtype)
+    return model, player, tokenizer, optimizer, reference
+
+
+@torch.no_grad()
+def publish(model, player):
+    """Give the player the learner's newest weights: under FSDP each is gathered once, outside of any play."""
+    if player is model:
+        return
+    targets = dict(player.named_parameters())
+    for name, p in model.named_parameters():
+        targets[name].copy_(p.full_tensor())
+
+
+@contextlib.contextmanager
+def open_judge(settings, world):
+    """The judge of this rank, asked once before anything depends on it; without --judge-url rank 0 serves the embedded one for all."""
+    served = reward.start_embedded() if world.rank == 0 and not settings.judge_url else None
+    judge = reward.Judge(settings, world.gather(served.url if served else settings.judge_url)[0], settings.judge_model)
+    try:
+        line = judge.preflight()
+        if world.rank == 0:
+            print(line, flush=True)
+        yield judge
+    finally:
+        judge.close()
+        if served:
+            served.close()
+
+
+# ---- a step ---------------------------------------------------------------------------------------------------------------
+
+
+def deal(scenarios, settings, step, world):
+    """This rank's groups of a step: lists of empty Dialogues, whole groups only.
+
+    Scenarios come in the order of a permutation per epoch, a function of seed and step alone.
+    """
+    groups = []
+    for g in range(world.rank, settings.scenarios_per_step, world.size):
+        epoch, at = divmod(step * settings.scenarios_per_step + g, len(scenarios))
+        scenario = scenarios[np.random.default_rng([settings.seed, epoch]).permutation(len(scenarios))[at]]
+        groups.append([selfplay.Dialogue(scenario, step, g, member) for member in range(settings.group_size)])
+    return groups
+
+
+def settle(group, settings):
+    """Wait for the judge's verdicts on a group and turn its rewards into advantages (None where the reward is missing)."""
+    for d in group:
+        if d.verdict is not None:
+            verdict = d.verdict.result()
+            d.reward, d.judge = verdict.value, {"raw": verdict.raw, "failures": [verdict.reason] if verdict.reason else []}
+    rewards = torch.tensor([[float("nan") if d.reward is None else d.reward for d in group]], dtype=torch.float64)
+    for d, a in zip(group, grpo.group_advantages(rewards, settings.advantage_scale)[0].tolist()):
+        d.advantage = None if d.reward is None else a
+
+
+def learn(groups, learner, settings, world):
+    """Settle each group as its verdicts arrive and take its gradient while the judge reads the next; then step.
+
+    Returns (means of the last update, seconds spent waiting for the judge).
+    """
+    packed = [grpo.pack(group, settings.train_tokens, settings.micro_tokens) for group in groups]
+    most = max(world.gather(sum(len(trees) for trees in packed)))
+    waited = 0.0
+    for update in range(settings.updates_per_rollout):
+        passes = 0
+        for group, trees in zip(groups, packed):
+            if update == 0:
+                start = time.perf_counter()
+                settle(group, settings)
+                waited += time.perf_counter() - start
+            for tree, rows in trees:
+                learner.backward(tree, rows)
+                passes += 1
+        for _ in range(most - passes):
+            learner.idle()
+        means = learner.step()
+    return means, waited
+
+
+def summary(groups, world):
+    """What the step's dialogues were like, over all ranks: the keys of metrics.jsonl that no gradient is needed for."""
+    facts = [fact for facts in world.gather([{
+        "reward": d.reward, "agreed": d.agreed, "turns": len(d.turns), "failed": d.reward is None, "group": d.group,
+        "truncated": [t.truncated for t in d.turns] + ([d.final_truncated] if d.final is not None else []),
+        "first": bool(d.agreed and len(d.turns) <= 2), "words": len((d.final or "").split()),
+        "sampled": sum(len(t.logprobs) for t in d.turns) + (sum(d.final_sample.mask) if d.final_sample else 0),
+    } for group in groups for d in group]) for fact in facts]
+    rewards = [f["reward"] for f in facts if f["reward"] is not None]
+    by_group = {}
+    for f in facts:
+        by_group.setdefault(f["group"], []).append(f["reward"])
+    uniform = [len({r for r in rs if r is not None}) < 2 for rs in by_group.values()]
+    mean = lambda xs: statistics.fmean(xs) if xs else None
+    cut = [t for f in facts for t in f["truncated"]]
+    return {"reward_mean": mean(rewards), "reward_std": statistics.stdev(rewards) if len(rewards) > 1 else None,
+            "reward_min": min(rewards, default=None), "reward_max": max(rewards, default=None), "agreed_rate": mean([f["agreed"] for f in facts]),
+            "turns_mean": mean([f["turns"] for f in facts]), "missing_rewards": sum(f["failed"] for f in facts), "uniform_groups": mean(uniform),
+            "truncated_rate": mean(cut), "final_words_mean": mean([f["words"] for f in facts]), "sampled_tokens": sum(f["sampled"] for f in facts)}
+
+
+def judge_totals(stats):
+    """The judge's counters, summed over ranks; judge_failures is the number of questions that stayed without an answer."""
+    missing = {}
+    for part in stats:
+        for why, n in part["missing"].items():
+            missing[why] = missing.get(why, 0) + n
+    sums = {f"judge_{key}": sum(part[key] for part in stats) for key in stats[0] if key != "missing"}
+    return {"judge_failures": sum(missing.values()), "judge_missing": missing, **sums}
+
+
+def alarm(row, dialogues, bad_judge, bad_steps):
+    """Print what a person should worry about in this step; return why the run must stop, or ""."""
+    if row["missing_rewards"] > dialogues / 2:
+        print(f"    warning: {row['missing_rewards']} of {dialogues} rewards are missing: {row['judge_missing']}", file=sys.stderr, flush=True)
+    if row["truncated_rate"] and row["truncated_rate"] > 0.5:
+        print("    warning: more than half of the texts were cut off at their limit; raise --turn-tokens or --final-tokens", file=sys.stderr, flush=True)
+    if row["skipped"]:
+        print("    warning: the loss or a gradient is not finite; the step was skipped", file=sys.stderr, flush=True)
+    if bad_judge >= 5:
+        return f"stopped: more than half of the rewards were missing in {bad_judge} steps in a row; look after the judge, then --resume"
+    if bad_steps >= 5:
+        return f"stopped: {bad_steps} steps in a row were not finite; lower --lr, then --resume"
+    return ""
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------------
+
+
+def open_run(settings):
+    """Make the run folder and write config.json; on resume, return its newest complete checkpoint too.
+
+    Returns (folder, checkpoint or None). Raises UserError where a run already is, or where there is nothing to resume.
+    """
+    out = Path(settings.out or f"runs/{settings.recipe}-{settings.seed}")
+    if not settings.resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out}: something is already there; choose another folder, or go on with --resume {out}")
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "config.json", json.dumps(dataclasses.asdict(settings), indent=1))
+        return out, None
+    for leftover in (out / "checkpoints").glob(".writing-*"):  # a run was killed while it saved
+        shutil.rmtree(leftover)
+    complete = sorted(p for p in (out / "checkpoints").glob("step_*") if (p / "COMPLETE").exists())
+    if not complete:
+        raise UserError(f"--resume {out}: it holds no complete checkpoint; start anew with another --out")
+    done = int(complete[-1].name[5:])
+    for name in ("metrics.jsonl", "dialogues.jsonl"):  # what came after the checkpoint will be played again
+        if (out / name).exists():
+            lines = [line for line in (out / name).read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= done]
+            write_atomically(out / name, "".join(line + "\n" for line in lines))
+    return out, complete[-1]
+
+
+def write_atomically(path, text):
+    """Write a file beside `path`, fsync it and rename it into place."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    with open(scratch, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.rename(path)
+
+
+def append(path, records):
+    """Append records to a JSON Lines file, whole lines at once."""
+    with open(path, "a") as file:
+        file.write("".join(json.dumps(r) + "\n" for r in records))
+
+
+def save_checkpoint(out, step, settings, model, tokenizer, optimizer, world):
+    """Write checkpoints/step_NNNNNN: a plain Hugging Face folder with the fp32 weights, and trainer.pt beside it.
+
+    Written under another name, fsynced, marked COMPLETE and then renamed, so that nothing half-written is ever taken for
+    a checkpoint. Older ones beyond --keep go. Returns the folder, or None (with a message) where the disk is full.
+    """
+    whole = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t  # FSDP: every rank takes part
+    masters = {n: whole(p).detach() for n, p in optimizer.masters.items()}
+    moments = {n: {k: whole(v) for k, v in optimizer.adamw.state[p].items()} for n, p in optimizer.masters.items() if p in optimizer.adamw.state}
+    frozen = {n: whole(p) for n, p in model.state_dict().items() if n not in masters}
+    if world.rank != 0:
+        return None
+    folder, scratch = out / "checkpoints" / f"step_{step:06d}", out / "checkpoints" / f".writing-step_{step:06d}"
+    scratch.mkdir(parents=True, exist_ok=True)
+    weights = lm.plain_state(model, {**frozen, **masters})
+    needed = sum(t.numel() * t.element_size() for m in (weights, *moments.values()) for t in m.values())
+    try:
+        if shutil.disk_usage(scratch).free < needed * 1.05:
+            raise OSError(28, f"{needed / 1e9:.1f} GB are needed")
+        lm.save(model.config, model.generation_config, tokenizer, weights, scratch)
+        adapters = masters if settings.lora_rank else {}
+        with open(scratch / "trainer.pt", "wb") as file:
+            torch.save({"step": step, "updates": optimizer.updates, "moments": moments, "adapters": adapters}, file)
+        for file in scratch.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        write_atomically(scratch / "COMPLETE", f"step {step}\n")
+    except OSError as error:
+        shutil.rmtree(scratch)
+        print(f"no checkpoint at step {step}: cannot write {folder} ({error}); the one before is kept", file=sys.stderr, flush=True)
+        return None
+    if folder.exists():
+        shutil.rmtree(folder)
+    scratch.rename(folder)
+    for old in sorted((out / "checkpoints").glob("step_*"))[:-settings.keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_trainer(checkpoint, optimizer):
+    """Put the optimizer's moments (and adapters) of a checkpoint back; returns its step."""
+    state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+    optimizer.updates = state["updates"]
+    with torch.no_grad():
+        for name, p in optimizer.masters.items():
+            like = lambda t: distribute_tensor(t.to(optimizer.device), p.device_mesh, p.placements) if hasattr(p, "device_mesh") else t.to(optimizer.device)
+            if name in state["adapters"]:
+                p.copy_(like(state["adapters"][name]))
+            if name in state["moments"]:
+                optimizer.adamw.state[p] = {k: v if k == "step" else like(v) for k, v in state["moments"][name].items()}
+    optimizer.publish()
+    return state["step"]
+
+
+# ---- what a person sees ---------------------------------------------------------------------------------------------------
+
+
+def show(row, dialogue, settings, started):
+    """Two readable lines on the step and one of its dialogues."""
+    number = lambda key, digits=2: "-" if row[key] is None else f"{row[key]:.{digits}f}"
+    left = (time.time() - started) / max(1, row["steps_here"]) * (settings.steps - row["step"])
+    print(f"step {row['step']}/{settings.steps}  reward {number('reward_mean')} (std {number('reward_std')}, {number('reward_min')} to {number('reward_max')})"
+          f"  agreed {row['agreed_rate']:.0%}  turns {row['turns_mean']:.1f}  cut off {row['truncated_rate']:.0%}  judge failures {row['judge_failures']}\n"
+          f"    loss {row['loss']:+.4f}  grad norm {row['grad_norm']:.2f}  entropy {row['entropy']:.2f}  sampler gap {row['logprob_gap']:.4f}"
+          f"  |  play {row['seconds_play']:.0f} s ({row['tokens_per_second']:.0f} tokens/s), judge {row['seconds_judge']:.0f} s, learn {row['seconds_learn']:.0f} s"
+          f"  |  {row['peak_memory_gb']:.1f} GB, {left / 60:.0f} min left")
+    print(selfplay.transcript(dialogue, indent="    "), flush=True)
+
+
+def peak_memory_gb(device):
+    """The most memory this process has held: on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+class Stop:
+    """SIGINT and SIGTERM end the run after the step in progress, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self):
+        self.wanted = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+        print("\nstopping after this step, with a checkpoint (once more: at once)", file=sys.stderr, flush=True)
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    """Train. Returns the exit code: 0, or 3 where the run stopped itself (judge gone, budget spent, weights not finite)."""
+    settings = read_settings(argv)
+    transformers.utils.logging.disable_progress_bar()
+    world = start_world()
+    with contextlib.ExitStack() as stack:
+        return run(settings, world, stack)
+
+
+def run(settings, world, stack):
+    """The whole run, from the settings to the last checkpoint."""
+    if settings.scenarios_per_step % world.size:
+        raise UserError(f"--scenarios-per-step {settings.scenarios_per_step}: {world.size} ranks need a multiple of {world.size}")
+    scenarios = data_gen.load_scenarios(settings.scenarios or None, settings.seed)
+    out, checkpoint = open_run(settings) if world.rank == 0 else (None, None)
+    out, checkpoint = world.gather((out, checkpoint))[0]
+    model, player, tokenizer, optimizer, reference = build(settings, world, checkpoint if checkpoint and not settings.lora_rank else None)
+    start = load_trainer(checkpoint, optimizer) if checkpoint else 0
+    publish(model, player)
+    voice = selfplay.voice(player, tokenizer)
+    learner = grpo.Learner(model, optimizer, settings, reference)
+    judge = stack.enter_context(open_judge(settings, world))
+    stop, began, bad_judge, bad_steps, reason = Stop(), time.time(), 0, 0, ""
+    say = print if world.rank == 0 else lambda *a, **k: None
+    say(f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}; {len(scenarios)} scenarios; results in {out}/",
+        flush=True)
+    for step in range(start + 1, settings.steps + 1):
+        clock = time.perf_counter()
+        groups = deal(scenarios, settings, step, world)
+        flat = [d for group in groups for d in group]
+        judge.start_batch()
+        with tqdm(total=len(flat), desc=f"step {step}: dialogues", leave=False, disable=world.rank > 0) as bar:
+            selfplay.play((voice, voice), flat, settings, judge, settings.seed, on_done=lambda d: bar.update())
+        played = time.perf_counter()
+        means, waited = learn(groups, learner, settings, world)
+        publish(model, player)
+        done = time.perf_counter()
+        row = {"step": step, **summary(groups, world), **means, **judge_totals(world.gather(judge.take_stats())), "seconds_play": played - clock,
+               "seconds_judge": waited, "seconds_learn": done - played - waited, "seconds_step": done - clock,
+               "peak_memory_gb": max(world.gather(peak_memory_gb(world.device)))}
+        row["tokens_per_second"] = row["sampled_tokens"] / row["seconds_play"]
+        records = [d.record() for part in world.gather([d for d in flat]) for d in part] if world.size > 1 else [d.record() for d in flat]
+        if world.rank == 0:
+            append(out / "metrics.jsonl", [row])
+            append(out / "dialogues.jsonl", records)
+            show({**row, "steps_here": step - start}, flat[0], settings, began)
+        bad_judge = bad_judge + 1 if row["missing_rewards"] > len(records) / 2 else 0
+        bad_steps = bad_steps + 1 if row["skipped"] else 0
+        reason = alarm(row, len(records), bad_judge, bad_steps) if world.rank == 0 else ""
+        stopping = any(world.gather(stop.wanted or bool(reason)))
+        if stopping or step == settings.steps or (settings.save_every and step % settings.save_every == 0):
+            saved = save_checkpoint(out, step, settings, model, tokenizer, optimizer, world)
+            if saved:
+                say(f"    checkpoint: {saved}", flush=True)
+        if stopping:
+            break
+    say(f"{reason or 'done'}: {out}/metrics.jsonl (one line a step), {out}/dialogues.jsonl (every token), {out}/checkpoints/", flush=True)
+    return 3 if reason else 0
+
+
+if __name__ == "__main__":
+    lm.run_cli(main)
