@@ -38,7 +38,8 @@ SOLUTION = {"id": str, "split": str, "dilemma": str, "personas": list, "solution
 SETS = {  # shipped file -> (how many lines, what a line holds)
     "dilemmas.jsonl": (320, DILEMMA), "personas.jsonl": (25, PAIR), "eval_conflict.jsonl": (100, {**DILEMMA, "personas": list}),
     "eval_open.jsonl": (100, {"id": str, "topic": str, "question": str}), "eval_general.jsonl": (120, {"id": str, "kind": str, "prompt": str}),
-    "judge_calibration.jsonl": (60, SOLUTION), "judge_calibration_extra.jsonl": (60, SOLUTION)}
+    "judge_calibration.jsonl": (60, SOLUTION), "judge_calibration_extra.jsonl": (60, SOLUTION),
+    "agreement_calibration.jsonl": (24, {"id": str, "turns": list, "agreed": bool})}
 WORDS = {"dilemma": (40, 90), "creed": (20, 50), "question": (6, 40), "prompt": (3, 100), "solution": (5, 120)}  # at least, at most
 NEAR = 0.3  # word 5-gram Jaccard from which two texts count as the same
 
@@ -260,8 +261,8 @@ def check(settings):
             rows = []
         sets[file] = {}  # id -> line
         for row in rows:
-            known = "solution" in row and row.get("dilemma") in [r["dilemma"] for r in sets[file].values()]
-            new = {"id": row["id"], "solution": row["solution"]} if known else row  # a dilemma has several solutions there
+            again = "calibration" in file and row.get("dilemma") in [r["dilemma"] for r in sets[file].values()]  # once for each of its solutions
+            new = {key: value for key, value in row.items() if key not in ("dilemma", "personas")} if again else row
             fault = line_fault(row, shape) or memory.fault(new) or ("id occurs twice; change it" if row["id"] in sets[file] else "")
             if fault:
                 faults.append(f"{file}: {row['id']}: {fault}")

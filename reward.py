@@ -313,7 +313,8 @@ class Client:
         session.trust_env, session.auth = not self.loopback, sign
         session.headers.update({"Content-Type": "application/json", "Accept-Encoding": "identity"})
         adapter = requests.adapters.HTTPAdapter()
-        adapter.poolmanager.pool_classes_by_scheme = {"http": _watched(urllib3.HTTPConnectionPool, wire), "https": _watched(urllib3.HTTPSConnectionPool, wire)}
+        adapter.poolmanager.pool_classes_by_scheme = {"http": _watched(urllib3.HTTPConnectionPool, wire),
+                                                      "https": _watched(urllib3.HTTPSConnectionPool, wire)}
         session.mount("http://", adapter)
         session.mount("https://", adapter)
 
@@ -430,17 +431,20 @@ class Judge:
 
     def _echo(self, base, statements, ends):
         """Mean log-prob per token of each statement after `base`."""
-        # Some servers take max_tokens 0 for "no limit". Ours need not number what stands before the statements.
-        payload = {"model": self.model, "temperature": 0, "echo": True, "logprobs": 1, **({"max_tokens": 0, "logprobs_from": len(base)} if self.own else {"max_tokens": 1})}
+        payload = {"model": self.model, "temperature": 0, "echo": True, "logprobs": 1, "max_tokens": 1}  # some servers take 0 for "no limit"
+        if self.own:
+            payload["logprobs_from"] = len(base)  # saves our server the numbers of all that stands before the statements
         if self.lists:
-            return self.client.ask("/completions", {**payload, "prompt": [base + s for s in statements]}, lambda r: [_tail(r, i, s) for i, s in enumerate(statements)], ends)
-        return [self.client.ask("/completions", {**payload, "prompt": base + s}, lambda r: _tail(r, 0, s), ends) for s in statements]
+            parse = lambda reply: [_tail(reply, i, s) for i, s in enumerate(statements)]
+            return self.client.ask("/completions", {**payload, "prompt": [base + s for s in statements]}, parse, ends)
+        return [self.client.ask("/completions", {**payload, "prompt": base + s}, lambda reply: _tail(reply, 0, s), ends) for s in statements]
 
     def _chat(self, kind, case, slots, how, parse, ends, **more):
-        rubric, ask = self.rubric, ASK[kind]
+        rubric, (question, *forms) = self.rubric, ASK[kind]
         scale = ["Scale:", *(f"{n}: {text}" for n, text in rubric["anchors"].items())] if kind == "score" else []
-        system = "\n".join([rubric["definition"], *(f"{name}: {text}." for name, text in rubric["aspects"].items()), rubric["parties"], *scale, GUARD])
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": case + "\n" + fill(ask[0], slots) + " " + ask[how]}]
+        aspects = [f"{name}: {text}." for name, text in rubric["aspects"].items()]
+        messages = [{"role": "system", "content": "\n".join([rubric["definition"], *aspects, rubric["parties"], *scale, GUARD])},
+                    {"role": "user", "content": case + "\n" + fill(question, slots) + " " + forms[how]}]
         return self.client.ask("/chat/completions", {"model": self.model, "messages": messages, "temperature": 0, **more}, parse, ends)
 
     def _expect(self, kind, case, slots, ends):
@@ -454,7 +458,7 @@ class Judge:
             if not LEAST_MASS <= mass < 1.01:
                 raise Missing("no answer word", raw)
             return _settle(kind, sum(words[w] * p for w, p in likely.items()) / mass), "", raw
-        return self._chat(kind, case, slots, 1, parse, ends, max_tokens=1, logprobs=True, top_logprobs=10)
+        return self._chat(kind, case, slots, 0, parse, ends, max_tokens=1, logprobs=True, top_logprobs=10)
 
     def _json(self, kind, case, slots, ends):
         def parse(reply):
@@ -462,7 +466,7 @@ class Judge:
             if dig(reply, "choices", 0).get("finish_reason") == "length":
                 raise Missing("truncated", text)
             return read_json(kind, text), "", text[:500]
-        return self._chat(kind, case, slots, 2, parse, ends, max_tokens=self.settings.judge_tokens)
+        return self._chat(kind, case, slots, 1, parse, ends, max_tokens=self.settings.judge_tokens)
 
     # -- before the run
 
@@ -481,7 +485,8 @@ class Judge:
             except Missing as miss:
                 last = miss
                 self._explain(miss)
-        raise UserError(f"--judge-mode {mode}: {self.model} gives no usable answer ({last.reason}: {' '.join(last.raw.split())[:160]}); try another mode or model")
+        said = " ".join(last.raw.split())[:160]
+        raise UserError(f"--judge-mode {mode}: {self.model} gives no usable answer ({last.reason}: {said}); try another mode or model")
 
     def _explain(self, miss):
         """Raise UserError for what no other mode can mend; warn of an echo that cannot be trusted."""
@@ -493,7 +498,7 @@ class Judge:
         if miss.reason in ("connection", "timeout", "deadline", "http 429"):
             raise UserError(f"{url} no answer ({miss.reason}); start the server, or correct the address or --judge-timeout")
         if miss.reason == "misaligned echo":
-            print(f"warning: --judge-mode contrast: the log-probs echoed by this server belong to other tokens ({said}); not used", file=sys.stderr, flush=True)
+            print(f"warning: --judge-mode contrast: this server's echoed log-probs belong to other tokens ({said}); not used", file=sys.stderr, flush=True)
 
     def _find_model(self):
         """Ask /models: take the first model, or check that ours is there. A server without that page is trusted."""
@@ -585,13 +590,13 @@ class Refuse(Exception):
 class Work:
     """A request on its way to the model."""
     prompts: list  # of lists of ids
-    first: list  # per prompt, index (at least 1) of the first token whose log-prob is wanted; empty: none are
-    limit: int  # tokens to sample after each prompt
-    copies: int
-    temperature: float
-    seed: int
-    stop: list
-    top: int  # alternatives to report beside each sampled token
+    first: list  # scoring: per prompt, index (at least 1) of the first token whose log-prob is wanted
+    limit: int = 0  # writing: tokens to sample
+    copies: int = 1
+    temperature: float = 1.0
+    seed: int = 0
+    stop: list = ()
+    top: int = 0  # alternatives to report beside each sampled token
     future: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)
 
 
@@ -606,10 +611,11 @@ class Line:
         """Draw one token by inverse CDF, and see whether the text ends there."""
         logp = self.logits.log_softmax(0)
         cdf = (self.logits / (self.work.temperature or 1.0)).softmax(0).cumsum(0)
-        token = min(int(torch.searchsorted(cdf, self.rng.random() * float(cdf[-1]), right=True)), len(cdf) - 1) if self.work.temperature else int(logp.argmax())
+        drawn = int(torch.searchsorted(cdf, self.rng.random() * float(cdf[-1]), right=True))
+        token = min(drawn, len(cdf) - 1) if self.work.temperature else int(logp.argmax())
         self.ids.append(token)
         self.numbers.append(float(logp[token]))
-        self.best.append(list(zip(*(x.tolist() for x in reversed(logp.topk(self.work.top))))))  # [(log-prob, id), ...]
+        self.best.append(list(zip(*(x.tolist() for x in logp.topk(self.work.top)))))  # [(log-prob, id), ...]
         self.text = tokenizer.decode(self.ids, skip_special_tokens=True)
         cut = min((self.text.find(s) for s in self.work.stop if s in self.text), default=None)
         self.text = self.text[:cut]
@@ -654,7 +660,7 @@ class Engine:
                 batch.append(self.queue.get())
             try:
                 scores = [self._score(work) if work.first else None for work in batch]
-                lines = self._write([(work, p, c) for work in batch if work.limit for p in range(len(work.prompts)) for c in range(work.copies)])
+                lines = self._write([(work, c) for work in batch if work.limit for c in range(work.copies)])
                 for work, score in zip(batch, scores):
                     work.future.set_result((score, [line for line in lines if line.work is work]))
             except RuntimeError as error:  # out of memory, say: these requests fail, the server lives
@@ -685,19 +691,20 @@ class Engine:
             self.cache.feed(self.model, rows, ends)
             for end, states, first in zip(ends, self.hidden, work.first[at:]):  # states (q, H)
                 target = torch.tensor(end, device=states.device)
-                after = [F.cross_entropy(project(self.model, h), t, reduction="none") for h, t in zip(states[:len(end) - 1].split(256), target[1:].split(256))]
-                out.append((-torch.cat([F.cross_entropy(last[None], target[:1], reduction="none"), *after])).tolist()[first - shared:])
+                parts = zip(states[:len(end) - 1].split(256), target[1:].split(256))  # the vocabulary in pieces: a long echo fits in memory
+                losses = [F.cross_entropy(last[None], target[:1])[None], *(F.cross_entropy(project(self.model, h), t, reduction="none") for h, t in parts)]
+                out.append((-torch.cat(losses)).tolist()[first - shared:])
         return out
 
     def _write(self, wanted):
-        """Write completions for (work, prompt, copy): all in one decoding batch, which whoever is done leaves."""
+        """Write completions for (work, number): all in one decoding batch, which whoever is done leaves."""
         lines = []
         for at in range(0, len(wanted), self.SCRATCH):
             live = []
-            for row, (work, p, c) in enumerate(wanted[at:at + self.SCRATCH], self.KEPT):
-                read, logits = self._read(work.prompts[p])
-                self.cache.copy(read, [row], len(work.prompts[p]))
-                live.append(Line(work, row, logits, f"{work.seed} {p} {c}"))
+            for row, (work, n) in enumerate(wanted[at:at + self.SCRATCH], self.KEPT):
+                read, logits = self._read(work.prompts[0])
+                self.cache.copy(read, [row], len(work.prompts[0]))
+                live.append(Line(work, row, logits, f"{work.seed} {n}"))
             lines += live
             while live:
                 for line in live:
@@ -713,31 +720,31 @@ class Engine:
 
     def models(self):
         """GET /v1/models, with what our own client wants to know: the chat template around a text, and that we know `logprobs_from`."""
-        frame = self.tokenizer.apply_chat_template([{"role": "user", "content": "\0"}], tokenize=False, add_generation_prompt=True).split("\0") \
-            if self.tokenizer.chat_template else FRAMES["plain"]
-        return {"object": "list", "data": [{"id": self.name, "object": "model", "created": 0, "owned_by": "local", "frame": frame, "logprobs_from": True}]}
+        frame = FRAMES["plain"]
+        if self.tokenizer.chat_template:
+            frame = self.tokenizer.apply_chat_template([{"role": "user", "content": "Content"}], tokenize=False, add_generation_prompt=True).split("Content")
+        entry = {"id": self.name, "object": "model", "created": 0, "owned_by": "local", "frame": frame, "logprobs_from": True}
+        return {"object": "list", "data": [entry]}
 
     def complete(self, ask):
-        """POST /v1/completions. With `echo`, log-probs of the prompt's tokens from character `logprobs_from` (an addition of ours) on."""
-        prompts = ask("prompt", (str, list))
+        """POST /v1/completions with `echo`: log-probs of the prompt's tokens, from character `logprobs_from` (an addition of ours) on."""
+        prompts, since = ask("prompt", (str, list)), ask("logprobs_from", (int,), 0)
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not prompts or len(prompts) > 64 or not all(isinstance(p, str) for p in prompts):
+        if not ask("echo", (bool,), False) or ask("max_tokens", (int,), 16, 0) > 1:
+            raise Refuse(400, "only echo with max_tokens 0 or 1 is served here (and nothing is sampled); to sample use /v1/chat/completions")
+        if not 0 < len(prompts) <= 64 or not all(isinstance(p, str) for p in prompts):
             raise Refuse(400, "prompt must be a text, or a list of at most 64 texts")
         with self.lock:
             read = [self.tokenizer(p, add_special_tokens=False, return_offsets_mapping=True) for p in prompts]
-        ids, starts, since, echo = [r["input_ids"] for r in read], [[a for a, _ in r["offset_mapping"]] for r in read], ask("logprobs_from", (int,), 0), ask("echo", (bool,), False)
-        first = [min(max(1, sum(a < since for a in s)), max(1, len(s) - 1)) for s in starts]
-        scored = echo and min(map(len, ids)) > 1
-        work = self._work(ask, ids, first if scored else [], ask("max_tokens", (int,), 16, 0, 2048), ask("logprobs", (int,), 0, 0, 20))
-        scores, lines = self.do(work)
-        choices = []
-        for i in range(len(prompts) * work.copies):
-            p, new = i // work.copies, lines[i].ids if lines else []
-            shown = ids[p] * echo + new
-            numbers = ([None] * first[p] + scores[p] if scored else [None] * len(ids[p]) * echo) + (lines[i].numbers if lines else [])
-            choices.append({"index": i, "text": prompts[p] * echo + (lines[i].text if lines else ""), "finish_reason": lines[i].finish if lines else "length", "logprobs": {
-                "tokens": [self.tokenizer.decode([t]) for t in shown], "token_logprobs": numbers, "text_offset": starts[p] * echo + [len(prompts[p])] * len(new)}})
-        return self._reply("text_completion", choices, ids, lines)
+        ids, starts = [r["input_ids"] for r in read], [[a for a, _ in r["offset_mapping"]] for r in read]
+        if min(map(len, ids)) < 2:
+            raise Refuse(400, "each prompt must have at least two tokens")
+        first = [min(max(1, sum(a < since for a in s)), len(s) - 1) for s in starts]
+        scores, _ = self.do(Work(ids, first))
+        choices = [{"index": i, "text": text, "finish_reason": "length", "logprobs": {
+            "tokens": [self.tokenizer.decode([t]) for t in ids[i]], "token_logprobs": [None] * first[i] + scores[i], "text_offset": starts[i]}}
+            for i, text in enumerate(prompts)]
+        return self._reply("text_completion", choices, ids, [])
 
     def chat(self, ask):
         """POST /v1/chat/completions."""
@@ -749,22 +756,20 @@ class Engine:
                 ids = [self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]]
         except (jinja2.TemplateError, ValueError) as error:
             raise Refuse(400, f"the model's chat template refuses these messages ({error})") from None
-        shown, work = ask("logprobs", (bool,), False), self._work(ask, ids, [], ask("max_tokens", (int,), 256, 1, 2048), ask("top_logprobs", (int,), 0, 0, 20))
-        _, lines = self.do(work)
+        stop, shown = ask("stop", (str, list), []), ask("logprobs", (bool,), False)
+        stop = [stop] if isinstance(stop, str) else stop
+        if not all(isinstance(s, str) and s for s in stop) or ask("top_p", (int, float), 1) != 1 or ask("stream", (bool,), False):
+            raise Refuse(400, "stop must be texts; top_p and stream are not supported")
+        _, lines = self.do(Work(ids, (), ask("max_tokens", (int,), 256, 1, 2048), ask("n", (int,), 1, 1, 16), ask("temperature", (int, float), 1.0, 0, 10),
+                                ask("seed", (int,), random.getrandbits(32)), stop, ask("top_logprobs", (int,), 0, 0, 20)))
 
         def entry(number, token):
             text = self.tokenizer.decode([token])
             return {"token": text, "logprob": number, "bytes": list(text.encode())}
-        choices = [{"index": i, "message": {"role": "assistant", "content": x.text}, "finish_reason": x.finish, "logprobs": {"content": [
-            {**entry(n, t), "top_logprobs": [entry(*b) for b in best]} for t, n, best in zip(x.ids, x.numbers, x.best)]} if shown else None} for i, x in enumerate(lines)]
+        said = lambda x: [{**entry(n, t), "top_logprobs": [entry(*b) for b in best]} for t, n, best in zip(x.ids, x.numbers, x.best)]
+        choices = [{"index": i, "message": {"role": "assistant", "content": x.text}, "finish_reason": x.finish,
+                    "logprobs": {"content": said(x)} if shown else None} for i, x in enumerate(lines)]
         return self._reply("chat.completion", choices, ids, lines)
-
-    def _work(self, ask, ids, first, limit, top):
-        stop = ask("stop", (str, list), [])
-        stop = [stop] if isinstance(stop, str) else stop
-        if not all(isinstance(s, str) and s for s in stop) or ask("top_p", (int, float), 1) != 1 or ask("stream", (bool,), False):
-            raise Refuse(400, "stop must be texts; top_p and stream are not supported")
-        return Work(ids, first, limit, ask("n", (int,), 1, 1, 16), ask("temperature", (int, float), 1.0, 0, 10), ask("seed", (int,), random.getrandbits(32)), stop, top)
 
     def _reply(self, kind, choices, ids, lines):
         read, new = sum(map(len, ids)), sum(len(x.ids) for x in lines)
@@ -811,7 +816,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, status, content):
         if status != 200:
-            content = {"error": {"message": content, "type": "server_error" if status >= 500 else "invalid_request_error", "param": None, "code": status}}
+            kind = "server_error" if status >= 500 else "invalid_request_error"
+            content = {"error": {"message": content, "type": kind, "param": None, "code": status}}
         data = json.dumps(content).encode()
         self.send_response(status)
         for name, value in [("Content-Type", "application/json"), ("Content-Length", str(len(data)))] + [("Retry-After", "1")] * (status == 429):

@@ -158,6 +158,8 @@ class ChatFormat:
         ends = model.generation_config.eos_token_id if model.generation_config else None
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = {e for e in [*ends, tokenizer.eos_token_id] if e is not None}
+        if past.strip() == opening.strip():  # Mistral: "[/INST] turn" in the past, "[/INST]" to be continued
+            past = opening
         gap = self.glue(gap)
         if gap and gap[0] in tokenizer.added_tokens_decoder:  # the template's own end of turn, whatever the configs say
             self.ends.add(gap[0])
