@@ -328,7 +328,7 @@ class GenerateSettings:
     n: int = option(100, "wishes to draw; each gives one line, or none when all replies to it are refused", low=1)
     out: str = option("", "JSON Lines file to write; what is there already is kept and continued")
     url: str = option("", "OpenAI-compatible server, http://host:port/v1 (empty: start the embedded one)")
-    model: str = option("", "name of the model on that server")
+    model: str = option("", "name of the model on that server (embedded: smollm2-135m)")
     seed: int = option(0, "of the drawing of wishes", low=0)
     tries: int = option(3, "replies to ask for, for one wish, before it is skipped", low=1)
     temperature: float = option(1.0, "of the LLM", low=0)
@@ -503,8 +503,9 @@ def main():
         out = Lines(settings.out, shape)
         stack.enter_context(out.file)
         if not settings.url:
-            print("no --url: asking the embedded 135M model, which writes poor dilemmas; most replies will be refused", file=sys.stderr)
-        url = settings.url or stack.enter_context(contextlib.closing(reward.start_embedded())).url
+            print("no --url: asking the embedded server; its 135M model writes poor dilemmas, most replies will be refused", file=sys.stderr)
+            settings = dataclasses.replace(settings, model=settings.model or "smollm2-135m")
+        url = settings.url or stack.enter_context(contextlib.closing(reward.start_embedded(settings.model))).url
         try:
             client = stack.enter_context(contextlib.closing(reward.Client(url, settings.concurrency, settings.timeout, settings.attempts)))
         except UserError as error:

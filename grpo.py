@@ -13,8 +13,8 @@ each other, and not the final completion that the judge scores.
 What is deliberately absent: a value network, a reward model, per-turn rewards, and any denominator that depends on how
 the batch is cut into micro-batches or spread over ranks: gradients are summed everywhere and divided by D once.
 """
-import contextlib
 import dataclasses
+import functools
 import math
 
 import torch
@@ -166,13 +166,19 @@ def pack(group, train_tokens, micro_tokens):
     return batches
 
 
+def scorer(model):
+    """`token_logprobs` of a model; an FSDP model brings its own, which gathers the weights around it."""
+    return getattr(model, "token_logprobs", functools.partial(token_logprobs, model))
+
+
 # ---- one update --------------------------------------------------------------------------------------------------------
 
 
 class Learner:
     """Accumulates the summed gradient of packed trees and takes one optimizer step: `backward` per tree, then `step`.
 
-    settings: train.Settings. optimizer: an Optimizer. reference: the frozen model for --beta, or None (adapters off).
+    settings: train.Settings. optimizer: an Optimizer. reference: the model that, with its adapters (if any) off, is the
+    frozen reference for --beta; it is never a sharded one, so that its passes need no other rank.
     """
 
     def __init__(self, model, optimizer, settings, reference=None):
@@ -183,12 +189,12 @@ class Learner:
         """Log-probs of the trained tokens of each row, (B, T) padded with 0."""
         temperature = self.settings.final_temperature if self.settings.train_tokens == "final" else self.settings.temperature
         cuts = [r.cuts or [-math.inf] * len(r.wanted) for r in rows] if any(r.cuts for r in rows) else None
-        return pad_sequence(token_logprobs(model, tree, [r.wanted for r in rows], temperature, cuts), batch_first=True)
+        return pad_sequence(scorer(model)(tree, [r.wanted for r in rows], temperature, cuts), batch_first=True)
 
     def reference_logprobs(self, tree, rows):
         """The reference's log-probs of the rows' tokens, (B, T); computed once per batch and kept in the rows."""
         if rows[0].ref_logp is None:
-            with torch.no_grad(), adapters_off(self.model) if self.reference is None else contextlib.nullcontext(self.reference) as ref:
+            with torch.no_grad(), adapters_off(self.reference) as ref:
                 for row, values in zip(rows, self.logprobs(ref, tree, rows)):
                     row.ref_logp = values
         return pad_sequence([r.ref_logp for r in rows], batch_first=True)
@@ -196,7 +202,9 @@ class Learner:
     def backward(self, tree, rows):
         """Forward and backward of one tree. The gradient of eq. 5's numerator is added; D comes at `step`."""
         cfg = self.settings
+        self.model.train(cfg.gradient_checkpointing)  # transformers recomputes in training mode only; dropouts are 0
         logp = self.logprobs(self.model, tree, rows)  # (B, T)
+        self.model.eval()
         device = logp.device
         padded = lambda lists: pad_sequence([torch.tensor(x, dtype=torch.float32, device=device) for x in lists], batch_first=True)
         advantages = torch.tensor([r.dialogue.advantage or 0.0 for r in rows], device=device)  # (B,)
@@ -224,8 +232,7 @@ class Learner:
 
     def idle(self):
         """A pass whose gradient is zero: under FSDP every rank must run as many as the busiest one."""
-        tree = Tree([self.model.config.eos_token_id if isinstance(self.model.config.eos_token_id, int) else 0], [[0]])
-        (token_logprobs(self.model, tree, [[0]])[0].sum() * 0.0).backward()
+        (scorer(self.model)(Tree([0], [[0]]), [[0]])[0].sum() * 0.0).backward()
 
     def _add(self, **values):
         for key, value in values.items():

@@ -24,12 +24,18 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import torch
+# Threads that wait must not spin: beside another busy process (the embedded judge) spinning makes every step many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()
 
 # ---- errors and command lines -----------------------------------------------------------------------------------
 

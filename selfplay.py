@@ -27,6 +27,7 @@ import torch
 import data_gen
 import reward
 from model import RaggedCache, UserError, command_line, context_limit, load, option, run_cli
+from reward import fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +49,16 @@ class PlaySettings:
 
 # ---- what the agents are told: data, easy to edit ------------------------------------------------------------------
 
-SYSTEM = ("You are {me}. {creed}\n\nYou are negotiating with {other} about this dilemma:\n{dilemma}\n\n"
-          "Speak as {me}, in one or two short sentences. Answer what {other} said, offer one concrete step, and look for a plan that serves you both.{marker}")
+SYSTEM = ("You are {me}, talking with {other}. {creed}\n\nThe dilemma: {dilemma}\n\nTalk it over with {other}. Say in one or two sentences what you "
+          "propose and why, in your own words, for example: \"I suggest that we first ..., and that you ..., because ...\"{marker}")
 MARKER_RULE = " When you accept the plan on the table, end your turn with the word AGREED."
-OPENING = "Please open the negotiation with your first proposal."
-EARLIER = "(The negotiation has been going on for a while.)"
+OPENING = "What do you propose?"
+EARLIER = "(The two of you have been talking for a while.)"
 SILENCE = "(says nothing)"
-FINAL = ("The negotiation is over. {other} holds this creed: \"{creed}\" Now write the joint solution that you and {other} will carry out, in two or three "
-         "sentences: who does what, when, and how it serves both sides.")
-ALONE = ("Nobody else is here to negotiate with. {other} holds this creed: \"{creed}\" Write the solution that you and {other} will carry out, in two or three "
-         "sentences: who does what, when, and how it serves both sides.")
-
-
-def fill(template, values):
-    """Put `values` into the {slots} of a template in one pass: text that came from a model is never read as a template."""
-    return re.sub(r"\{(\w+)\}", lambda slot: values[slot.group(1)], template)
+FINAL = ("Thank you. {other}'s creed is: \"{creed}\" Now sum up the plan that you and {other} will carry out. Name who does what and when, and say how it "
+         "helps both of you. Two or three sentences, beginning with: We will")
+ALONE = ("{other} is not here to talk with. {other}'s creed is: \"{creed}\" Write the plan that you and {other} will carry out. Name who does what and when, "
+         "and say how it helps both of you. Two or three sentences, beginning with: We will")
 
 
 # ---- what travels ---------------------------------------------------------------------------------------------------
@@ -285,6 +281,7 @@ class Say:
     top_p: float
     rng: object
     unless: object = None
+    final: bool = False
 
 
 def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
@@ -342,7 +339,7 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
         dialogue.judge["failures"] = ["context full"]
         return
     last = yield Say(0, before, len(views[0].head), settings.final_tokens, settings.final_temperature, settings.final_top_p,
-                     np.random.default_rng([*identity, 1 << 20]))
+                     np.random.default_rng([*identity, 1 << 20]), final=True)
     dialogue.final, dialogue.final_truncated = last.text, last.truncated
     dialogue.final_sample = views[0].until(turns, last, train=[], closing=final_request)
     if judge:
@@ -519,3 +516,59 @@ def transcript(dialogue, indent="", width=300):
     score = "no score" if dialogue.reward is None else f"{dialogue.reward:.2f}"
     lines.append(f"joint solution ({dialogue.stop}, {score}): {dialogue.final if dialogue.final is not None else '(none)'}")
     return "\n".join(indent + printable(line)[:width] for line in lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchSettings(PlaySettings, reward.JudgeSettings):
+    """Watch one negotiation in the terminal, token by token."""
+    model: str = option("smollm2-135m", "smollm2-135m, a folder (a checkpoint), or a Hugging Face id")
+    dilemma: str = option("", "the dilemma (empty: one of the shipped ones, drawn by --seed)")
+    persona_a: str = option("", "who opens, as 'Name: creed' (empty: the scenario's)")
+    persona_b: str = option("", "who answers, as 'Name: creed' (empty: the scenario's)")
+    human: str = option("", "take the side of a or b yourself; the model then opens", choices=("", "a", "b"))
+    seed: int = option(0, "of the scenario and of the sampling", low=0)
+
+
+def watched_scenario(settings):
+    """The scenario that the flags describe. Raises UserError for a persona without a name."""
+    scenario = data_gen.load_scenarios(seed=settings.seed)[0]
+    personas = list(scenario.personas)
+    for i, (flag, text) in enumerate((("--persona-a", settings.persona_a), ("--persona-b", settings.persona_b))):
+        if text:
+            name, colon, creed = text.partition(":")
+            if not (name.strip() and creed.strip()):
+                raise UserError(f"{flag} {text!r}: write it as 'Name: creed'")
+            personas[i] = {"name": name.strip(), "creed": creed.strip()}
+    return dataclasses.replace(scenario, dilemma=settings.dilemma or scenario.dilemma, personas=tuple(personas[::-1] if settings.human == "a" else personas))
+
+
+def main(argv=None):
+    """`python selfplay.py`: one negotiation, live and in colour, with the judge's score at the end."""
+    settings = command_line(WatchSettings, argv, prog="selfplay.py")
+    scenario = watched_scenario(settings)
+    speaker = voice(*load(settings.model, device="cuda" if torch.cuda.is_available() else "cpu"))
+    names, shown = [printable(p["name"]) for p in scenario.personas], {}
+
+    def on_token(job, token):
+        said = printable(job.turn.text if job.spoken else speaker.chat.text(job.turn.ids)).removesuffix("\ufffd")  # half a character waits
+        if id(job) not in shown:
+            title = "joint solution" if job.say.final else names[job.say.speaker]
+            shown[id(job)] = print(f"\n\033[1;{36 - 3 * job.say.speaker}m{title}:\033[0m ", end="") or 0
+        print(said[shown[id(job)]:], end="", flush=True)
+        shown[id(job)] = max(shown[id(job)], len(said))
+
+    def ask_human(dialogue):
+        print(f"\n\033[1;33m{names[1]} (you):\033[0m ", end="", flush=True)
+        return (sys.stdin.readline() or "AGREED").strip()
+
+    with reward.open_judge(settings) as judge:
+        print("\n".join([f"dilemma: {printable(scenario.dilemma)}"] + [f"{n}: {printable(p['creed'])}" for n, p in zip(names, scenario.personas)]))
+        dialogue = Dialogue(scenario, 0, 0, 0)
+        play((speaker, speaker), [dialogue], settings, judge, settings.seed, partner=ask_human if settings.human else None, on_token=on_token)
+        verdict = dialogue.verdict.result() if dialogue.verdict else None
+    score = f"{verdict.value:.2f} of 5" if verdict and verdict.value is not None else f"none ({verdict.reason if verdict else 'no final completion'})"
+    print(f"\n\nstopped: {dialogue.stop}; the judge's score: {score}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
@@ -168,10 +167,11 @@ def build(settings, world, weights=None):
         if settings.lora_rank:
             lm.add_lora(player, settings.lora_rank)
         player = lm.cast(player, dtype).requires_grad_(False)
-        for block in lm.inner(model).layers if hasattr(lm.inner(model), "layers") else lm.inner(model).h:
-            fully_shard(block, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-        fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-        model.set_gradient_divide_factor(1.0)  # sums over ranks, like the other path: D divides once
+        blocks = lm.inner(model).layers if hasattr(lm.inner(model), "layers") else lm.inner(model).h
+        for part in [*blocks, model]:
+            fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+            part.set_gradient_divide_factor(1.0)  # sums over ranks, like the other path: D divides once
+            part.set_force_sum_reduction_for_comms(True)
         model.token_logprobs = types.MethodType(lm.token_logprobs, model)
         register_fsdp_forward_method(model, "token_logprobs")
     sharded = player is not model
@@ -187,22 +187,6 @@ def publish(model, player):
     targets = dict(player.named_parameters())
     for name, p in model.named_parameters():
         targets[name].copy_(p.full_tensor())
-
-
-@contextlib.contextmanager
-def open_judge(settings, world):
-    """The judge of this rank, asked once before anything depends on it; without --judge-url rank 0 serves the embedded one for all."""
-    served = reward.start_embedded() if world.rank == 0 and not settings.judge_url else None
-    judge = reward.Judge(settings, world.gather(served.url if served else settings.judge_url)[0], settings.judge_model)
-    try:
-        line = judge.preflight()
-        if world.rank == 0:
-            print(line, flush=True)
-        yield judge
-    finally:
-        judge.close()
-        if served:
-            served.close()
 
 
 # ---- a step ---------------------------------------------------------------------------------------------------------------
@@ -443,7 +427,6 @@ class Stop:
 def main(argv=None):
     """Train. Returns the exit code: 0, or 3 where the run stopped itself (judge gone, budget spent, weights not finite)."""
     settings = read_settings(argv)
-    transformers.utils.logging.disable_progress_bar()
     world = start_world()
     with contextlib.ExitStack() as stack:
         return run(settings, world, stack)
@@ -461,7 +444,7 @@ def run(settings, world, stack):
     publish(model, player)
     voice = selfplay.voice(player, tokenizer)
     learner = grpo.Learner(model, optimizer, settings, reference)
-    judge = stack.enter_context(open_judge(settings, world))
+    judge = stack.enter_context(reward.open_judge(settings, world.rank, lambda url: world.gather(url)[0]))
     stop, began, bad_judge, bad_steps, reason = Stop(), time.time(), 0, 0, ""
     say = print if world.rank == 0 else lambda *a, **k: None
     say(f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}; {len(scenarios)} scenarios; results in {out}/",
@@ -481,7 +464,7 @@ def run(settings, world, stack):
                "seconds_judge": waited, "seconds_learn": done - played - waited, "seconds_step": done - clock,
                "peak_memory_gb": max(world.gather(peak_memory_gb(world.device)))}
         row["tokens_per_second"] = row["sampled_tokens"] / row["seconds_play"]
-        records = [d.record() for part in world.gather([d for d in flat]) for d in part] if world.size > 1 else [d.record() for d in flat]
+        records = sorted((r for part in world.gather([d.record() for d in flat]) for r in part), key=lambda r: (r["group"], r["member"]))
         if world.rank == 0:
             append(out / "metrics.jsonl", [row])
             append(out / "dialogues.jsonl", records)

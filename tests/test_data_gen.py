@@ -51,10 +51,10 @@ def test_shipped_scenarios_deal_every_pair_and_order_evenly():
 
 def test_the_seed_decides_and_nothing_else():
     assert load_scenarios(seed=3) == load_scenarios(seed=3) != load_scenarios(seed=4)
-    code = "import data_gen, zlib; print(zlib.crc32(repr(data_gen.load_scenarios(seed=3)).encode()))"
-    said = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": h}, capture_output=True, text=True, check=True).stdout
-            for h in ("1", "2")}  # another process, another hash seed: another rank
-    assert len(said) == 1
+    code = "import data_gen; print(repr(data_gen.load_scenarios(seed=3)))"  # another process with another hash seed: another rank
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert other.stdout == repr(load_scenarios(seed=3)) + "\n"
 
 
 def test_a_file_with_personas_is_used_as_it_is(tmp_path):
@@ -113,7 +113,8 @@ def test_files_of_another_kind(tmp_path):
     (tmp_path / "folder").mkdir()
     for name, says in {"empty": f": empty; {hint}", "blank": f": empty; {hint}", "binary": f":2: not UTF-8 text; {hint}",
                        "array": ":1: not JSON (Expecting value, column 2); write one JSON object per line",
-                       "folder": f": cannot be read (Is a directory); {hint}", "nothing": f": cannot be read (No such file or directory); {hint}"}.items():
+                       "folder": f": cannot be read (Is a directory); {hint}",
+                       "nothing": f": cannot be read (No such file or directory); {hint}"}.items():
         with pytest.raises(UserError) as error:
             load_jsonl(tmp_path / name)
         assert str(error.value) == f"{tmp_path / name}{says}"
@@ -193,8 +194,9 @@ def test_check_sees_what_is_wrong(tmp_path, capsys):
     long = spoil(folder, "dilemmas.jsonl", 9, lambda r: {**r, "dilemma": "word " * 90 + "why?"})
     flat = spoil(folder, "dilemmas.jsonl", 10, lambda r: {**r, "dilemma": r["dilemma"].rstrip("?") + "."})
     pair = load_jsonl(DATA / "personas.jsonl")[0]["personas"]
-    shared = spoil(folder, "eval_conflict.jsonl", 8, lambda r: {**r, "personas": [{**r["personas"][0], "name": pair[0]["name"].upper()}, r["personas"][1]]})
-    creed = spoil(folder, "eval_conflict.jsonl", 9, lambda r: {**r, "personas": [{**r["personas"][0], "creed": pair[1]["creed"]}, r["personas"][1]]})
+    first = lambda r, **change: {**r, "personas": [{**r["personas"][0], **change}, r["personas"][1]]}
+    shared = spoil(folder, "eval_conflict.jsonl", 8, lambda r: first(r, name=pair[0]["name"].upper()))
+    creed = spoil(folder, "eval_conflict.jsonl", 9, lambda r: first(r, creed=pair[1]["creed"]))
     kind = spoil(folder, "eval_general.jsonl", 0, lambda r: {**r, "kind": "riddle"})
     label = spoil(folder, "judge_calibration.jsonl", 3, lambda r: {**r, "label": 6})
     spoil(folder, "personas.jsonl", 2, lambda r: {**r, "id": load_jsonl(DATA / "personas.jsonl")[1]["id"]})
@@ -337,17 +339,24 @@ def test_bad_replies_are_refused_counted_and_never_written(serve, run, tmp_path)
     say = lambda text, *parties: json.dumps({"dilemma": text, "parties": list(parties)})
     long = "The nurse and the porter " + " ".join(f"w{i}" for i in range(60))
     bad = ["Sure! Here is one.", good(900, "") + good(901, ""), "[1]", json.dumps({"dilemma": 3, "parties": []}), json.dumps({"dilemma": "x"}),
-           say("The nurse and the porter quarrel. Who is right?", "the nurse", "the porter"), say(long + " w" * 40 + "?", "nurse", "porter"), say(long + ".", "nurse", "porter"),
-           say(long + "?", "nurse", "the doctor"), say(long + "?", "nurse"), say(long + "?", "nurse", "Nurse"), say(taken, *re.findall(r"[a-z]{6,}", taken)[:2]), ""]
+           say("The nurse and the porter quarrel. Who is right?", "the nurse", "the porter"), say(long + " w" * 40 + "?", "nurse", "porter"),
+           say(long + ".", "nurse", "porter"), say(long + "?", "nurse", "the doctor"), say(long + "?", "nurse"), say(long + "?", "nurse", "Nurse"),
+           say(taken, *re.findall(r"[a-z]{6,}", taken)[:2]), ""]
     llm, out = serve(lambda n, prompt: bad[n] if n < len(bad) else good(n, prompt)), tmp_path / "my.jsonl"
     code, said = run("dilemmas", "--n", 2, "--out", out, "--url", llm.url, "--model", "m", "--concurrency", 1, "--tries", len(bad) + 1)
     assert len(llm.prompts) == len(bad) + 2 and len(load_jsonl(out)) == 2 and code == 0
-    assert said == (f"{out}: 2 lines, 2 of them new; 13 replies refused, not one JSON object: 3, parties not found in the dilemma: 3, a list instead of an object: 1, "
-                    '"dilemma" is a number instead of text: 1, no "parties": 1, dilemma too short: 1, dilemma too long: 1, dilemma without a question at the end: 1, '
-                    "near-duplicate: 1; 0 requests failed; 0 wishes skipped")
+    assert said == (f"{out}: 2 lines, 2 of them new; 13 replies refused, not one JSON object: 3, parties not found in the dilemma: 3, "
+                    'a list instead of an object: 1, "dilemma" is a number instead of text: 1, no "parties": 1, dilemma too short: 1, '
+                    "dilemma too long: 1, dilemma without a question at the end: 1, near-duplicate: 1; 0 requests failed; 0 wishes skipped")
     assert llm.prompts[1].endswith("Your last reply was refused: not one JSON object; reply with it and nothing else.")
     assert llm.prompts[6].endswith("Your last reply was refused: dilemma too short (9 words); write 40 to 90.")
     assert re.search(r"refused: near-duplicate \(Jaccard 1.00 with conflict-001 of eval_conflict.jsonl\); write it anew\.$", llm.prompts[12])
+
+
+def test_a_reply_that_repeats_an_accepted_one_is_refused(serve, run, tmp_path):
+    llm, out = serve(lambda n, prompt: good(n // 3, prompt)), tmp_path / "my.jsonl"
+    code, said = run("dilemmas", "--n", 3, "--out", out, "--url", llm.url, "--model", "m", "--concurrency", 1)
+    assert said == f"{out}: 3 lines, 3 of them new; 4 replies refused, near-duplicate: 4; 0 requests failed; 0 wishes skipped"
 
 
 def test_replies_in_a_fence_or_after_thoughts_are_read(serve, run, tmp_path):
@@ -361,7 +370,8 @@ def test_replies_in_a_fence_or_after_thoughts_are_read(serve, run, tmp_path):
 def test_a_wish_whose_replies_are_all_bad_is_skipped_and_tried_again(serve, run, tmp_path):
     llm, out = serve(lambda n, prompt: "no" if n < 6 else good(n, prompt)), tmp_path / "my.jsonl"
     args = ["dilemmas", "--n", 3, "--out", out, "--url", llm.url, "--model", "m", "--concurrency", 1]
-    assert run(*args) == (0, f"{out}: 1 lines, 1 of them new; 6 replies refused, not one JSON object: 6; 0 requests failed; 2 wishes skipped (the same command tries them again)")
+    assert run(*args) == (0, f"{out}: 1 lines, 1 of them new; 6 replies refused, not one JSON object: 6; 0 requests failed; "
+                          "2 wishes skipped (the same command tries them again)")
     assert run(*args) == (0, f"{out}: 3 lines, 2 of them new; 0 replies refused; 0 requests failed; 0 wishes skipped")
     assert run("dilemmas", "--n", 1, "--out", tmp_path / "new", "--url", serve(lambda n, prompt: "no").url, "--model", "m")[0] == 1
 
@@ -373,11 +383,19 @@ def test_a_slow_and_failing_server(serve, run, tmp_path):
         return {1: (500, "oops"), 3: (404, "gone")}.get(n) or good(n, prompt)
     llm, out = serve(script), tmp_path / "my.jsonl"
     code, said = run("dilemmas", "--n", 3, "--out", out, "--url", llm.url, "--model", "m", "--concurrency", 1, "--timeout", 0.5, "--attempts", 1)
-    assert (code, said) == (0, f"{out}: 3 lines, 3 of them new; 0 replies refused; 3 requests failed, timeout: 1, http 500: 1, http 404: 1; 0 wishes skipped")
+    assert (code, said) == (0, f"{out}: 3 lines, 3 of them new; 0 replies refused; 3 requests failed, timeout: 1, http 500: 1, http 404: 1; "
+                            "0 wishes skipped")
     assert len(llm.prompts) == 6
+    half = serve(lambda n, prompt: (404, "gone") if n % 2 == 0 else good(n, prompt))  # failures, but never many in a row
+    assert run("dilemmas", "--n", 6, "--out", tmp_path / "c", "--url", half.url, "--model", "m", "--concurrency", 1)[1].endswith(
+        "c: 6 lines, 6 of them new; 0 replies refused; 6 requests failed, http 404: 6; 0 wishes skipped")
     flaky = serve(lambda n, prompt: (503, "busy") if n % 2 == 0 else good(n, prompt))
     assert run("dilemmas", "--n", 2, "--out", tmp_path / "b", "--url", flaky.url, "--model", "m", "--concurrency", 1, "--attempts", 2)[1].endswith(
         "b: 2 lines, 2 of them new; 0 replies refused; 0 requests failed; 0 wishes skipped")  # the client's own retry
+    busy = serve(lambda n, prompt: (503, "busy"))
+    limits = ["--tries", 1, "--attempts", 99, "--deadline", 1]
+    assert run("dilemmas", "--n", 1, "--out", tmp_path / "d", "--url", busy.url, "--model", "m", *limits)[0] == 1
+    assert 1 <= len(busy.prompts) <= 4  # pauses of 0.25 s and more, doubled each time, end at the deadline
 
 
 def test_a_dead_server_and_a_refused_key_end_the_run(serve, run, tmp_path):
@@ -430,7 +448,8 @@ def test_kill_minus_nine_in_mid_run_then_finish(serve, run, tmp_path):
     assert run(*args) == (0, f"{out}: 40 lines, {40 - done} of them new; 0 replies refused; 0 requests failed; 0 wishes skipped")
     assert len(llm.prompts) - asked == 40 - done and out.read_bytes().startswith(left)
     rows = load_jsonl(out, lambda r: data_gen.line_fault(r, data_gen.DILEMMA))
-    assert {r["id"] for r in rows} == {start["id"] for start, _ in data_gen.draw_wishes(load_jsonl(DATA / "dilemmas.jsonl"), 40, 0)} and len(rows) == 40
+    wishes = data_gen.draw_wishes(load_jsonl(DATA / "dilemmas.jsonl"), 40, 0)
+    assert sorted(r["id"] for r in rows) == sorted(start["id"] for start, _ in wishes)
 
 
 def test_a_full_disk_is_an_error_and_leaves_whole_lines(serve, run, tmp_path, monkeypatch):
@@ -483,18 +502,20 @@ def test_without_url_the_embedded_server_is_started_and_ended(serve, monkeypatch
     llm, ended = serve(), []
 
     class Embedded:
-        url = llm.url
+        def __init__(self, model):
+            self.url, self.model = llm.url, model
 
         def close(self):
-            ended.append(True)
+            ended.append(self.model)
     monkeypatch.setattr(reward, "start_embedded", Embedded)
     monkeypatch.setattr(sys, "argv", ["data_gen.py", "dilemmas", "--n", "1", "--out", str(tmp_path / "o")])
-    assert data_gen.main() == 0 and ended == [True]
-    assert "no --url: asking the embedded 135M model, which writes poor dilemmas; most replies will be refused" in capsys.readouterr().err
+    assert data_gen.main() == 0 and ended == ["smollm2-135m"] and llm.payloads[0]["model"] == "smollm2-135m"
+    assert "no --url: asking the embedded server; its 135M model writes poor dilemmas, most replies will be refused" in capsys.readouterr().err
 
 
 def test_the_command_line_says_what_to_do(run):
-    for argv, says in ((["dilemmas"], "--out: names no file; say --out my.jsonl"), ([], "no command: say python data_gen.py check, dilemmas or personas, and --help behind it"),
+    for argv, says in ((["dilemmas"], "--out: names no file; say --out my.jsonl"),
+                       ([], "no command: say python data_gen.py check, dilemmas or personas, and --help behind it"),
                        (["dilemmas", "--out", "x", "--url", "http://h/v1"], "--model: names no model; say which one the server is to use"),
                        (["dilemmas", "--n", "0"], "--n 0: must be at least 1")):
         with pytest.raises(UserError) as error:

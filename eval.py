@@ -1,0 +1,448 @@
+"""Evaluation: does a trained model negotiate better than another, and how far can the judge that says so be trusted?
+
+    conflict   A (and B) negotiate on sealed scenarios: scores, agreement, endorsements, texts, and A against B in pairs
+    open       A (and B) answer open questions alone, and the same pairs
+    general    instructions, choices, exact answers, all checked by machine; the token loss on a fixed text
+    cross      partners swapped: A with B, B with A, and A with scripted partners who never give way
+    audit      the judge itself: asked twice, in both orders, against labels, against length, against a second judge
+    report     a run as one HTML page (report.py)
+
+    python eval.py conflict --model runs/debug-0 --baseline smollm2-135m --seeds 2
+    python eval.py report runs/debug-0 --baseline runs/single-0
+
+A and B get the same scenarios with the same seeds. Every row of results has its count, what is missing or dropped, and an interval over
+scenarios (measure.py). Finished items are written at once, so a run that was killed goes on where it was: start it again.
+Left out on purpose: downloads (IFEval, AIME, GPQA: the README has the command), Elo, an evaluation harness.
+"""
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data_gen
+import model as lm
+import report
+import reward
+import selfplay
+from data_gen import DATA
+from measure import SAME, auc, diversity, figure, measure, outcome, passed, pearson, spearman, table, win_rate, words
+from model import UserError, option
+
+# ---- settings -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(selfplay.PlaySettings, reward.JudgeSettings):
+    """What is evaluated. A model out of a run folder plays as it did in training, unless flags say otherwise."""
+    model: str = option("smollm2-135m", "A: smollm2-135m, a folder, a run folder (its newest checkpoint), or a Hugging Face id")
+    baseline: str = option("", "B, on the same scenarios with the same seeds (empty: A alone)")
+    baseline_temperature: float = option(0.0, "temperature of all that B says: the control for mere sharpening (0: as it is)", low=0)
+    greedy: bool = option(False, "always the most likely token (for B too, unless it has a temperature of its own)")
+    data: str = option("", "a JSON Lines file in place of the shipped set of this command")
+    limit: int = option(0, "items of the set, from its beginning (0: all)", low=0)
+    seeds: int = option(1, "dialogues, or answers, per scenario", low=1)
+    seed: int = option(0, "of everything random", low=0)
+    answer_tokens: int = option(160, "tokens that an answer may have in open and general", low=2)
+    batch: int = option(16, "dialogues or questions at a time; as many are lost by a kill", low=1)
+    dtype: str = option("auto", "of the computation", choices=("auto", "fp32", "bf16"))
+    judge2_url: str = option("", "audit: a second judge to compare with")
+    judge2_model: str = option("", "audit: the second judge's model")
+    finals: str = option("", "audit: the .items.jsonl of a conflict run, whose finals are judged too")
+    out: str = option("", "results, FILE.json (empty: in the run folder of --model, eval/..., else runs/eval/...)")
+
+
+FREE = {"baseline", "baseline_temperature", "limit", "seeds", "batch", "judge2_url", "judge2_model", "finals", "out", "judge_concurrency", "judge_timeout",
+        "judge_deadline", "judge_attempts", "judge_budget", "judge_cache"}  # settings that change no single item
+
+
+def read_settings(command, argv):
+    """({"A": Settings, "B": Settings}, path of the results): each side with what to load as its `model`; no "B" without --baseline."""
+    given = {}
+    settings = lm.command_line(Settings, argv, f"eval.py {command}", base=lambda flags: given.update(flags) or {})
+    sides, names, home = {}, [command], None
+    for side, name in [("A", settings.model), ("B", settings.baseline)][:2 if settings.baseline else 1]:
+        folder, run = report.locate(name)
+        saved = report.config_of(run) if run else {}
+        play = {f.name: saved[f.name] for f in dataclasses.fields(selfplay.PlaySettings) if f.name in saved and f.name not in given}
+        heat = settings.baseline_temperature if side == "B" else 0.0
+        if settings.greedy or heat:
+            play.update(temperature=heat, final_temperature=heat)  # 0 is for evaluation only
+        sides[side] = dataclasses.replace(settings, model=folder, **play)
+        home = run if side == "A" else home
+        names.append("-".join([run.name] * bool(run) + [Path(folder).name] + [f"T{heat:g}"] * bool(heat)))
+    stem = re.sub(r"[^\w.-]+", "_", "-".join(names) + "-greedy" * settings.greedy)
+    return sides, Path(settings.out or (home or Path("runs")) / "eval" / (stem + ".json"))
+
+
+def identity(settings):
+    """12 hex digits of all that one side's items depend on: settings, rubric, data, and the weights in its folder."""
+    facts = {key: value for key, value in dataclasses.asdict(settings).items() if key not in FREE}
+    stamps = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(settings.model).glob("*.safetensors"))]
+    data = data_gen.load_jsonl(settings.data) if settings.data else []
+    return hashlib.sha256(json.dumps([facts, stamps, data, reward.load_rubric(settings.rubric)]).encode()).hexdigest()[:12]
+
+
+# ---- finished items, and the judge's answers ------------------------------------------------------------------------------
+
+
+class Items:
+    """What is finished: lines {"key": [...], "value": ...} in a file that is only ever appended to. Half lines are not there."""
+
+    def __init__(self, path, batch):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.done, self.batch = {tuple(item["key"]): item["value"] for item in report.whole_lines(path)}, batch
+        self.file = open(path, "ab")
+        if self.file.tell():
+            self.file.write(b"\n")  # ends the half line that a kill may have left; empty lines do no harm
+
+    def finish(self, title, todo, work):
+        """The values of `todo` {key: argument}, in its order. What is not finished comes from work([argument, ...]) -> [value, ...]."""
+        left = [key for key in todo if key not in self.done]
+        for at in tqdm(range(0, len(left), self.batch), desc=title, leave=False, disable=not left):
+            keys = left[at:at + self.batch]
+            fresh = dict(zip(keys, work([todo[key] for key in keys]), strict=True))
+            self.file.write("".join(json.dumps({"key": key, "value": value}) + "\n" for key, value in fresh.items()).encode())
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.done.update(fresh)
+        return [self.done[key] for key in todo]
+
+
+def verdicts(futures):
+    """The judge's Verdicts. Raises UserError where most are missing: then nothing is recorded, and the next start asks again."""
+    got = [future.result() for future in futures]
+    lost = collections.Counter(v.reason for v in got if v.value is None)
+    if len(got) >= 4 and 2 * lost.total() > len(got):
+        raise UserError(f"--judge-url: {lost.total()} of {len(got)} questions have no answer ({lost.most_common(1)[0][0]}); look after the judge, then start "
+                        "again: what is finished is kept")
+    return got
+
+
+def compare_both_ways(judge, cases):
+    """For each (dilemma, personas, one, other, question): the answers to (one, other) and to (other, one), as a pair."""
+    judge.start_batch()
+    got = verdicts([judge.compare(d, p, *texts, q) for d, p, one, other, q in cases for texts in ((one, other), (other, one))])
+    return [[a.value, b.value] for a, b in zip(got[::2], got[1::2])]
+
+
+# ---- negotiations and answers ---------------------------------------------------------------------------------------------
+
+
+def negotiations(voices, pairs, settings, judge, seed, partner=None, endorse=True):
+    """Play and judge (scenario, seed number) pairs in one batch; records as in dialogues.jsonl, with each persona's endorsement."""
+    dialogues = [selfplay.Dialogue(scenario, 0, i, k) for i, (scenario, k) in enumerate(pairs)]
+    judge.start_batch()
+    selfplay.play(voices, dialogues, settings, judge, seed, partner)
+    done = [d for d in dialogues if d.verdict is not None]
+    asked = [judge.endorse(d.scenario.dilemma, persona, d.final) for d in done for persona in d.scenario.personas] if endorse else []
+    for d, verdict in zip(done, verdicts([d.verdict for d in done])):
+        d.reward, d.judge = verdict.value, {"raw": verdict.raw, "failures": [verdict.reason] if verdict.reason else []}
+    endorsed = iter([v.value for v in verdicts(asked)])
+    return [{**d.record(), "endorse": [next(endorsed, None), next(endorsed, None)] if d.verdict is not None else [None, None]} for d in dialogues]
+
+
+def heldout(voice, scenarios, settings, judge, samples=2, seed=0, world=None):
+    """For train.py: play `samples` dialogues on each of fixed scenarios, with the same seeds at every call. (metrics, records).
+
+    metrics: reward with its interval over scenarios and its counts, agreement, `diversity`. world (rank, size, gather): each
+    rank plays a share, and every rank gets all of the result.
+    """
+    pairs = [(scenario, k) for scenario in scenarios for k in range(samples)]
+    share = pairs[world.rank::world.size] if world else pairs
+    records = negotiations((voice, voice), share, settings, judge, seed, endorse=False) if share else []
+    records = [record for part in (world.gather(records) if world else [records]) for record in part]
+    records.sort(key=lambda r: (r["scenario_id"], r["member"]))
+    row = figure("reward", "", [(r["scenario_id"], r["reward"]) for r in records])
+    return {"reward": row["value"], "reward_low": row["low"], "reward_high": row["high"], **{k: row[k] for k in ("n", "scenarios", "missing")},
+            "agreed_rate": float(np.mean([r["agreed"] for r in records])), "turns_mean": float(np.mean([len(r["turns"]) for r in records])),
+            **diversity(records)}, records
+
+
+HELPER = "You are a helpful assistant."
+
+
+def answers(voice, prompts, limit, temperature, top_p, rngs):
+    """One answer to each prompt, a user's message, as selfplay.Turn; all in one batch. rngs: a random generator for each."""
+    head = voice.chat.head(HELPER)
+    cache, read, heads = lm.RaggedCache(len(prompts)), [[] for _ in prompts], {}
+    jobs = [selfplay.Job(None, None, selfplay.Say(0, head + voice.chat.plain(prompt) + voice.chat.opening, len(head), limit, temperature, top_p, rng), cache, row)
+            for row, (prompt, rng) in enumerate(zip(prompts, rngs))]
+    while live := [job for job in jobs if not job.spoken]:
+        with torch.no_grad():
+            selfplay.speak(live, voice, heads, read)
+    return [job.turn for job in jobs]
+
+
+def rng_of(settings, name, k=0):
+    """A random generator that depends on seed, item and number only."""
+    return np.random.default_rng([settings.seed, *hashlib.sha256(name.encode()).digest()[:8], k])
+
+
+def speaker(settings):
+    """A function that loads the model as a Voice when it is first called."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return functools.cache(lambda: selfplay.voice(*lm.load(settings.model, settings.dtype, device)))
+
+
+# ---- A against B ------------------------------------------------------------------------------------------------------------
+
+QUESTIONS = {"ca": "Which solution serves Collective Agency better, so that everyone can understand, care, act and thrive more?",
+             "conflict": "Which solution resolves the conflict between the two parties better: fair to both, concrete, something both can carry out?"}
+
+
+def each_side(sides, items, kind, rows, work, seeds=None):
+    """{side: values of work(voice, [(row, seed number), ...], settings)} for `rows` {id: row}. A model whose items are all there is not loaded."""
+    values = {}
+    for side, settings in sides.items():
+        voice, who = speaker(settings), identity(settings)
+        todo = {(who, kind, name, k): (row, k) for name, row in rows.items() for k in range(seeds or settings.seeds)}
+        values[side] = items.finish(f"{kind}, {side}", todo, lambda pairs: work(voice(), pairs, settings))
+    return values
+
+
+def compact(record):
+    """A record without token ids, which would make the file twenty times as long."""
+    return {key: value for key, value in record.items() if key not in ("streams", "final_ids", "final_sample", "advantage", "step", "group")}
+
+
+def measured(records):
+    """{(scenario, seed number): measures} of records, a column for `table`."""
+    return {(r["scenario_id"], r["member"]): measure(r) for r in records}
+
+
+def compared(records, sides, items, judge, questions):
+    """The rows of A and of B; and of A against B: in pairs, by their separate scores, and by the score among finals of like length."""
+    rows = table({side: measured(rs) for side, rs in records.items()})
+    if "B" not in sides:
+        return rows
+    who, pairs, length = [identity(s) for s in sides.values()], list(zip(records["A"], records["B"], strict=True)), lambda r: len(words(r["final"] or ""))
+    for name in questions:
+        todo = {(*who, name, a["scenario_id"], a["member"]): (a["dilemma"], a["personas"], a["final"], b["final"], QUESTIONS[name])
+                for a, b in pairs if a["final"] is not None and b["final"] is not None}
+        said = dict(zip(todo, items.finish(f"A against B, {name}", todo, lambda cases: compare_both_ways(judge, cases))))
+        rows.append(win_rate(f"win_rate_{name}", [(a["scenario_id"], outcome(*said.get((*who, name, a["scenario_id"], a["member"]), (None, None))))
+                                                  for a, _ in pairs]))
+    gaps = [(a["scenario_id"], None if None in (a["reward"], b["reward"]) else a["reward"] - b["reward"]) for a, b in pairs]
+    sign = lambda gap: "missing" if gap is None else "tie" if abs(gap) < 0.005 else "win" if gap > 0 else "loss"
+    alike = [gap for gap, (a, b) in zip(gaps, pairs) if abs(length(a) - length(b)) <= 0.2 * max(length(a), length(b))]
+    return rows + [win_rate("win_rate_by_score", [(name, sign(gap)) for name, gap in gaps]),
+                   figure("ca_score_like_length", "A - B", alike, pairs=len(pairs))]
+
+
+def rows_of(settings, file, shape):
+    """{id: line} of a shipped set, or of --data."""
+    rows = data_gen.load_jsonl(settings.data or DATA / file, lambda row: data_gen.shape_fault(row, {"id": str, **shape}))
+    return {row["id"]: row for row in rows[:settings.limit or None]}
+
+
+def scenarios_of(settings):
+    """{id: Scenario} of the sealed set, or of --data."""
+    return {s.id: s for s in data_gen.load_scenarios(settings.data or DATA / "eval_conflict.jsonl")[:settings.limit or None]}
+
+
+def conflict(sides, items, judge):
+    """A, and B, negotiate with themselves."""
+    play = lambda voice, pairs, settings: list(map(compact, negotiations((voice, voice), pairs, settings, judge, settings.seed)))
+    return compared(each_side(sides, items, "conflict", scenarios_of(sides["A"]), play), sides, items, judge, ("ca", "conflict"))
+
+
+def open_questions(sides, items, judge):
+    """A, and B, answer open questions alone."""
+    def work(voice, pairs, settings):
+        turns = answers(voice, [row["question"] for row, _ in pairs], settings.answer_tokens, settings.final_temperature, settings.final_top_p,
+                        [rng_of(settings, row["id"], k) for row, k in pairs])
+        judge.start_batch()
+        scores = verdicts([judge.score(row["question"], [], [], turn.text) for (row, _), turn in zip(pairs, turns)])
+        return [{"scenario_id": row["id"], "member": k, "dilemma": row["question"], "personas": [], "turns": [], "agreed": False, "final": turn.text,
+                 "final_truncated": turn.truncated, "reward": v.value, "judge": {"raw": v.raw, "failures": [v.reason] if v.reason else []}}
+                for (row, k), turn, v in zip(pairs, turns, scores)]
+
+    return compared(each_side(sides, items, "open", rows_of(sides["A"], "eval_open.jsonl", {"question": str}), work), sides, items, judge, ("ca",))
+
+
+PARTNERS = {  # what scripted partners say, turn by turn, then from the beginning again: data, easy to edit
+    "stubborn": ["No. I have said what I want, and I am not moving.", "My answer is the same as before. Come to my side, and we are done.",
+                 "You may ask as often as you like. It stays a no."],
+    "hostile": ["You are wasting my time, and you know nothing about this. I will not work with you.", "That is ridiculous. I will make sure that you lose.",
+                "Stop talking and do as I say, or everyone will hear what you did."],
+    "grasping": ["That is a beginning. Now give me the rest of it as well.", "You gave way before, so give way again. I want everything, and I want it first.",
+                 "Nice. And what else do I get? I still give nothing."]}
+
+
+def scripted(lines):
+    """A partner for selfplay.play who says its lines in turn."""
+    return lambda dialogue: lines[len(dialogue.turns) // 2 % len(lines)]
+
+
+def cross(sides, items, judge):
+    """A with other partners than itself. Does it hold? `endorse_first` is how content the persona that it plays would be."""
+    voices, who = {side: speaker(s) for side, s in sides.items()}, {side: identity(s) for side, s in sides.items()}
+    settings, columns = sides["A"], {}
+    for first, second, script in [*[("A", "A", ""), ("A", "B", ""), ("B", "A", ""), ("B", "B", "")][:4 if "B" in sides else 1],
+                                  *[("A", "A", script) for script in PARTNERS]]:
+        partner = scripted(PARTNERS[script]) if script else None
+        play = lambda pairs: list(map(compact, negotiations((voices[first](), voices[second]()), pairs, settings, judge, settings.seed, partner)))
+        todo = {(who[first], who[second], "cross", script, name, k): (s, k) for name, s in scenarios_of(settings).items() for k in range(settings.seeds)}
+        columns[f"{first} with {script or second}"] = measured(items.finish(f"{first} with {script or second}", todo, play))
+    return table(columns, [(name, "A with A") for name in columns if name != "A with A"])
+
+
+# ---- general ability ----------------------------------------------------------------------------------------------------------
+
+
+def general_items(voice, pairs, settings):
+    """[{"passed": [bool, ...], ...}] of lines of eval_general.jsonl: greedy answers, and choices by their mean log-prob per token."""
+    rows, out = [row for row, _ in pairs], {}
+    spoken = [row for row in rows if row["kind"] != "choice"]
+    turns = answers(voice, [row["prompt"] for row in spoken], settings.answer_tokens, 0.0, 1.0, [rng_of(settings, row["id"]) for row in spoken])
+    for row, turn in zip(spoken, turns):
+        out[row["id"]] = {"passed": passed(row, turn.text), "text": turn.text}
+    for row in [row for row in rows if row["kind"] == "choice"]:
+        tree = lm.Tree(voice.chat.head(HELPER) + voice.chat.plain(row["prompt"]) + voice.chat.opening, [voice.chat.plain(c) for c in row["choices"]])
+        with torch.no_grad():
+            means = [x.mean().item() for x in lm.token_logprobs(voice.model, tree, [list(range(len(c))) for c in tree.continuations])]
+        out[row["id"]] = {"passed": [int(np.argmax(means)) == row["answer"]], "logprobs": means}
+    return [out[row["id"]] for row in rows]
+
+
+def token_losses(voice, pairs, settings, width=256):
+    """For each text the mean negative log-prob of the tokens of each window of `width` ids, but its first; a shorter last window is left out."""
+    out = []
+    for text, _ in pairs:
+        ids = voice.chat.plain(text)
+        windows = [ids[i:i + width] for i in range(0, len(ids) - width + 1, width)]
+        with torch.no_grad():
+            out.append([-lm.token_logprobs(voice.model, lm.Tree(w[:1], [w[1:]]), [list(range(width - 1))])[0].mean().item() for w in windows])
+    return out
+
+
+def general(sides, items, judge):
+    """Is general ability kept? No judge is asked."""
+    rows, columns = rows_of(sides["A"], "eval_general.jsonl", {"kind": str, "prompt": str}), {}
+    losses = each_side(sides, items, "loss", {"public_domain": (DATA / "public_domain.txt").read_text(encoding="utf-8")}, token_losses, seeds=1)
+    none = dict.fromkeys(("instruction", "instruction_checks", "choice", "exact", "token_loss"))
+    for side, values in each_side(sides, items, "general", rows, general_items, seeds=1).items():
+        columns[side] = {(f"window {i}", 0): {**none, "token_loss": loss} for i, loss in enumerate(losses[side][0])}
+        for row, value in zip(rows.values(), values):
+            more = {"instruction_checks": float(np.mean(value["passed"]))} if row["kind"] == "instruction" else {}
+            columns[side][row["id"], 0] = {**none, **more, row["kind"]: float(all(value["passed"]))}
+    return table(columns)
+
+
+# ---- the judge itself -----------------------------------------------------------------------------------------------------------
+
+
+def audit(sides, items, judge):
+    """Labelled solutions, and the finals of a run (--finals): asked twice, by a second judge, against labels and length, in both orders."""
+    settings, shape = sides["A"], {"dilemma": str, "personas": list, "solution": str, "kind": str, "label": int, "split": str}
+    rows = [{**row, "part": "extra" if "extra" in file else row["split"]} for file in ("judge_calibration.jsonl", "judge_calibration_extra.jsonl")
+            for row in rows_of(settings, file, shape).values()]
+    finals = [{**item["value"], "id": json.dumps(item["key"]), "solution": item["value"]["final"]} for item in report.whole_lines(settings.finals)
+              if item["key"][1] == "conflict" and item["value"]["final"]] if settings.finals else []
+    who, given = identity(settings), {}
+
+    def score(name, judge, rows):
+        def ask(chunk):
+            judge.start_batch()
+            return [v.value for v in verdicts([judge.score(row["dilemma"], row["personas"], [], row["solution"]) for row in chunk])]
+        given[name] = dict(zip([row["id"] for row in rows], items.finish(name, {(who, judge.model, name, row["id"]): row for row in rows}, ask)))
+
+    score("judge", judge, rows + finals)
+    with reward.open_judge(dataclasses.replace(settings, judge_url=judge.client.url, judge_model=judge.model, judge_cache="off")) as same:
+        score("judge again", same, (rows + finals)[::-1])  # in another order, and not out of the cache
+    if settings.judge2_url:
+        with reward.open_judge(dataclasses.replace(settings, judge_url=settings.judge2_url, judge_model=settings.judge2_model)) as second:
+            score("second judge", second, rows + finals)
+    out = [figure(name, f"judge, {other}", [(row["dilemma"], given["judge"][row["id"]], given[other][row["id"]]) for row in rows + finals], statistic)
+           for other in list(given)[1:] for name, statistic in SAME.items()]
+    given["length alone"] = {row["id"]: float(len(words(row["solution"]))) for row in rows + finals}
+    out += [figure("score_length_pearson", of, [(row["dilemma"], given["judge"][row["id"]], given["length alone"][row["id"]]) for row in part], pearson)
+            for of, part in (("judge, labelled", rows), ("judge, finals", finals))]
+    return out + against_labels(rows, given) + in_both_orders(rows, who, items, judge) + on_agreement(who, items, judge)
+
+
+def against_labels(rows, given):
+    """How well each scorer tells good solutions (labels 4 and 5) from the rest, short good ones from long bad ones, and ranks them all."""
+    out = []
+    for part in ("fit", "test", "extra"):
+        for scorer in [name for name in given if name != "judge again"]:
+            chosen = [(row["dilemma"], given[scorer][row["id"]], row) for row in rows if row["part"] == part]
+            good, hard = [(d, x, float(row["label"] >= 4)) for d, x, row in chosen], ("good_short", "bad_long", "vague")
+            out += [figure("auc_good", f"{scorer}, {part}", good, auc),
+                    figure("auc_short_good_long_bad", f"{scorer}, {part}", [g for g, (*_, row) in zip(good, chosen) if row["kind"] in hard], auc),
+                    figure("spearman", f"{scorer}, {part}", [(d, x, float(row["label"])) for d, x, row in chosen], spearman)]
+    return out
+
+
+def in_both_orders(rows, who, items, judge):
+    """Neighbours with different labels in both orders: the same answer? the right one? how often the one in first place?"""
+    pairs = [(a, b) for a, b in zip(rows, rows[1:]) if a["dilemma"] == b["dilemma"] and a["label"] != b["label"]]
+    todo = {(who, "order", a["id"], b["id"]): (a["dilemma"], a["personas"], a["solution"], b["solution"], QUESTIONS["ca"]) for a, b in pairs}
+    said = list(zip(pairs, items.finish("both orders", todo, lambda cases: compare_both_ways(judge, cases))))
+    same = [(a["dilemma"], None if None in v else float(outcome(*v) != "inconsistent")) for (a, _), v in said]
+    right = [(a["dilemma"], float((outcome(*v) == "win") == (a["label"] > b["label"]))) for (a, b), v in said if outcome(*v) in ("win", "loss")]
+    return [figure("order_consistent", "judge", same), figure("order_right", "judge, consistent pairs", right),
+            figure("first_place", "judge", [(a["dilemma"], None if x is None else float(x == "A")) for (a, _), v in said for x in v])]
+
+
+def on_agreement(who, items, judge):
+    """Does the judge see whether two speakers agree? On data/agreement_calibration.jsonl."""
+    rows = data_gen.load_jsonl(DATA / "agreement_calibration.jsonl")
+
+    def ask(chunk):
+        judge.start_batch()
+        names = [list(dict.fromkeys(turn["speaker"] for turn in row["turns"])) for row in chunk]
+        return [v.value for v in verdicts([
+            judge.agreed(row["dilemma"], [{"name": name, "creed": ""} for name in own],
+                         [selfplay.Turn(own.index(turn["speaker"]), turn["text"], False) for turn in row["turns"]]) for row, own in zip(chunk, names)])]
+
+    said = items.finish("agreement", {(who, "agreement", row["id"]): row for row in rows}, ask)
+    return [figure("agreement_right", of, [(row["dilemma"], None if v is None else float(v == row["agreed"])) for row, v in zip(rows, said) if row["agreed"] in which])
+            for of, which in (("judge", (True, False)), ("judge, where they agree", (True,)), ("judge, where they do not", (False,)))]
+
+
+# ---- the command line -------------------------------------------------------------------------------------------------------------
+
+COMMANDS = {"conflict": conflict, "open": open_questions, "general": general, "cross": cross, "audit": audit}
+
+
+def main(argv=None):
+    """Evaluate, print the rows of results and write them. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["report"]:
+        return report.main(argv[1:])
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    if not argv or argv[0] not in COMMANDS:
+        raise UserError(f"say what: python eval.py {'|'.join(COMMANDS)}|report ...; each has a --help")
+    began, (sides, out) = time.time(), read_settings(argv[0], argv[1:])
+    found = {"command": argv[0], "settings": {side: dataclasses.asdict(s) for side, s in sides.items()}, "judge": "no judge", "judge_counts": {}}
+    items = Items(out.with_suffix(".items.jsonl"), sides["A"].batch)
+    try:
+        with contextlib.nullcontext() if argv[0] == "general" else reward.open_judge(sides["A"]) as judge:
+            rows = COMMANDS[argv[0]](sides, items, judge)
+            if judge:
+                found.update(judge=f"{judge.model}, read by {judge.mode}", judge_counts=judge.take_stats())  # of this start alone
+    except reward.BudgetSpent as spent:
+        raise UserError(f"{spent}; start again with more: what is finished is kept")
+    report.write(out, json.dumps({**found, "seconds": time.time() - began, "rows": rows}, indent=1))
+    for row in rows:
+        print("{:24} {:28} {:>9}  {:22} {}".format(*report.cells(row)))
+    print(f"{out}: these rows; {items.file.name}: every finished item")
+    return 0
+
+
+if __name__ == "__main__":
+    lm.run_cli(main)

@@ -1,0 +1,638 @@
+"""The judge: faults of the server, attacks of the policy, three ways to read an answer, and the embedded server."""
+import concurrent.futures
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+
+import helpers  # noqa: F401  puts the repository on the path
+import model as lm
+import reward
+from attacks import ATTACKS, CLEAN
+from servers import FAULTS, EchoServer, JudgeServer, texts_of
+from selfplay import Turn
+
+DILEMMA, PERSONAS = "One reservoir is left. Who gets the water?", helpers.PERSONAS
+TURNS = [Turn(0, "Half each?", False), Turn(1, "Yes, half each.", False)]
+ROOT = Path(reward.__file__).parent
+
+
+def settings(**more):
+    return reward.JudgeSettings(**{"judge_cache": "off", "judge_timeout": 0.6, "judge_attempts": 3, **more})
+
+
+def open_judge(server, **more):
+    judge = reward.Judge(settings(judge_url=server.url, **more), server.url)
+    judge.preflight()
+    judge.take_stats()
+    server.requests.clear()
+    return judge
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Short pauses between attempts, and no thread of ours left behind."""
+    monkeypatch.setattr(reward, "FIRST_PAUSE", 0.02)
+    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+    yield
+    ends = time.monotonic() + 5
+    while time.monotonic() < ends and any(t.name.startswith("judge") for t in threading.enumerate()):
+        time.sleep(0.02)
+    assert not [t for t in threading.enumerate() if t.name.startswith("judge")]
+
+
+# ---- three ways to read a judge ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offers, mode", [(("contrast", "expect", "json"), "contrast"), (("expect", "json"), "expect"), (("json",), "json")])
+def test_auto_takes_what_the_server_offers_and_reads_the_rule(offers, mode):
+    with JudgeServer(lambda text: 4 if "well" in text else 1.5, lambda text: "half each" in text, offers) as server:
+        judge = open_judge(server)
+        assert judge.mode == mode
+        asked = [judge.score(DILEMMA, PERSONAS, TURNS, "A well for all."), judge.score(DILEMMA, PERSONAS, TURNS, "Nothing."),
+                 judge.endorse(DILEMMA, PERSONAS[0], "A well."), judge.agreed(DILEMMA, PERSONAS, TURNS), judge.agreed(DILEMMA, PERSONAS, TURNS[:1]),
+                 judge.compare(DILEMMA, PERSONAS, "A well.", "No.", "Which is fairer?"), judge.compare(DILEMMA, PERSONAS, "No.", "A well.", "Which is fairer?"),
+                 judge.compare(DILEMMA, PERSONAS, "A well.", "My well.", "Which is fairer?")]
+        values = [f.result().value for f in asked]
+        assert values[:3] == pytest.approx([4, 1.5, 4], abs=2e-3)
+        assert values[3:] == [True, False, "A", "B", "tie"]
+        judge.close()
+
+
+def test_a_misaligned_echo_is_noticed_and_not_used(capsys):
+    with JudgeServer(lambda text: 4, offers=("contrast", "json"), shift=True) as server:
+        judge = open_judge(server)
+        assert judge.mode == "json" and "warning: --judge-mode contrast" in capsys.readouterr().err
+        judge.close()
+        stubborn = reward.Judge(settings(judge_url=server.url, judge_mode="contrast"), server.url)
+        with pytest.raises(lm.UserError, match="--judge-mode contrast"):
+            stubborn.preflight()
+        stubborn.close()
+
+
+@pytest.mark.parametrize("text, value", [('{"score": 3}', 3.0), (' {"score": 4.5}\n', 4.5), ('```json\n{"score": 0}\n```', 0.0), ('{"score": 5}', 5.0)])
+def test_read_json_takes_exactly_one_object(text, value):
+    assert reward.read_json("score", text) == value
+
+
+@pytest.mark.parametrize("text", ["", " ", "4", "Score: 4", '{"score": "4"}', '{"score": true}', '{"score": null}', '{"score": NaN}', '{"score": Infinity}', '{"score": -1}',
+                                  '{"score": 5.01}', '{"score": 1, "score": 5}', '{"score": 3} {"score": 5}', 'Here: {"score": 3}', '[{"score": 3}]', '{"Score": 3}',
+                                  '{"score": 3, "why": "good"}', '{"score": {"score": 3}}', '{"score": 3', "[" * 100000, '{"score": 1e999}', '{"agreed": true}'])
+def test_read_json_anything_else_is_missing(text):
+    with pytest.raises(reward.Missing):
+        reward.read_json("score", text)
+
+
+def test_read_json_of_the_other_questions():
+    assert reward.read_json("agreed", '{"agreed": true}') is True and reward.read_json("agreed", '{"agreed": false}') is False
+    assert [reward.read_json("compare", json.dumps({"winner": w})) for w in ("A", "B", "tie")] == ["A", "B", "tie"]
+    for kind, text in (("agreed", '{"agreed": 1}'), ("agreed", '{"agreed": "yes"}'), ("compare", '{"winner": "C"}'), ("compare", '{"winner": true}')):
+        with pytest.raises(reward.Missing):
+            reward.read_json(kind, text)
+
+
+def top(**words):
+    return {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": t.lstrip("_"), "logprob": p} for t, p in words.items()]}]}}]}
+
+
+def test_expect_is_the_mean_of_the_digits_and_needs_mass():
+    judge = reward.Judge(settings(), "http://127.0.0.1:9/v1", "m")
+    reply = None
+    judge.client.ask = lambda path, payload, parse, ends: parse(reply)
+    reply = top(_5=math.log(0.3), _2=math.log(0.1), The=math.log(0.5))
+    assert judge._expect("score", [""], {}, 0)[0] == pytest.approx((5 * 0.3 + 2 * 0.1) / 0.4, abs=1e-3)
+    for reply in (top(The=-0.1, _5=-9.0), top(_5=3.0), top(_5=float("nan")), top(), {"choices": []}, {"choices": [{"logprobs": None}]}, [], "x",
+                  {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": 5, "logprob": 0}]}]}}]}):
+        with pytest.raises(reward.Missing):
+            judge._expect("score", [""], {}, 0)
+    judge.close()
+
+
+def test_tail_finds_the_statement_whatever_follows_and_refuses_doubtful_numbers():
+    reply = lambda tokens, numbers: {"choices": [{"logprobs": {"tokens": tokens, "token_logprobs": numbers}}]}
+    assert reward._tail(reply(["This", " is", " good", "."], [None, -1.0, -2.0, -3.0]), 0, " is good.") == -2.0
+    assert reward._tail(reply(["This", "Ġis", "Ġgood", ".", " Yes"], [None, -1.0, -2.0, -3.0, -0.1]), 0, " is good.") == -2.0
+    for tokens, numbers in ((["This is", " good", "."], [None, -2.0, -3.0]), (["This", " is", " good", "."], [None, None, -2.0, -3.0]),
+                            (["This", " is", " good", "."], [None, -1.0, float("nan"), -3.0]), (["This", " is", " good", "."], [None, -1.0]),
+                            (["This", " is", " bad", "."], [None, -1.0, -2.0, -3.0]), ([], [])):
+        with pytest.raises(reward.Missing):
+            reward._tail(reply(tokens, numbers), 0, " is good.")
+
+
+# ---- faults -----------------------------------------------------------------------------------------------------------
+
+AGAIN = {"hang": "timeout", "hang in the middle": "timeout", "trickle": "timeout", "trickle headers": "timeout", "reset": "connection", "cut short": "connection",
+         "429": "http 429", "500": "http 500", "408": "http 408"}  # worth another attempt, and the reason when all of them fail
+FINAL = {"not json": "not json", "wrong type": "wrong shape", "huge": "too large", "redirect": "redirect", "prose": "no json", "refusal": "no json", "empty": "empty",
+         "nan": "wrong value", "out of range": "wrong value", "two scores": "no json", "truncated": "truncated", "400": "http 400", "401": "http 401"}
+
+
+@pytest.mark.parametrize("fault", AGAIN)
+def test_a_passing_fault_is_retried_and_a_lasting_one_is_missing(fault):
+    with JudgeServer(lambda text: 4, offers=("json",)) as server:
+        judge = open_judge(server)
+        server.faults = [fault, None]
+        assert judge.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20).value == 4
+        stats = judge.take_stats()
+        assert (stats["calls"], stats["retries"], stats["missing"]) == (2, 1, {})
+        server.requests.clear()
+        server.faults = lambda number, path: fault
+        verdict = judge.score(DILEMMA, PERSONAS, TURNS, "A dam.").result(20)
+        assert (verdict.value, verdict.reason) == (None, AGAIN[fault])
+        stats = judge.take_stats()
+        assert (len(server.requests), stats["calls"], stats["retries"], stats["missing"]) == (3, 3, 2, {AGAIN[fault]: 1})
+        judge.close()
+
+
+@pytest.mark.parametrize("fault", FINAL)
+def test_what_no_retry_mends_is_missing_at_once_and_never_cached(fault, tmp_path):
+    with JudgeServer(lambda text: 4, offers=("json",)) as server:
+        judge = open_judge(server, judge_cache=str(tmp_path))
+        server.faults = [fault]
+        verdict = judge.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20)
+        assert (verdict.value, verdict.reason) == (None, FINAL[fault])
+        assert judge.take_stats()["missing"] == {FINAL[fault]: 1} and len(server.requests) == 1
+        assert judge.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20).value == 4  # the second time it is asked again
+        judge.close()
+
+
+def test_every_fault_that_the_server_knows_is_tested():
+    assert set(FAULTS) == set(AGAIN) | set(FINAL) | {"429 seconds", "429 date", "503 long"}
+
+
+@pytest.mark.parametrize("fault", ["429 seconds", "429 date"])
+def test_retry_after_is_honoured(fault):
+    with JudgeServer(offers=("json",)) as server:
+        judge = open_judge(server)
+        server.faults = [fault]
+        assert judge.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20).value == 3
+        waited = server.requests[1][3] - server.requests[0][3]
+        assert 0.99 <= waited < 5 and judge.take_stats()["retry_seconds"] == pytest.approx(waited, abs=1.0)
+        judge.close()
+
+
+def test_a_retry_after_beyond_the_deadline_is_not_waited_for():
+    with JudgeServer(offers=("json",)) as server:
+        judge = open_judge(server)
+        server.faults, began = ["503 long"], time.monotonic()
+        assert judge.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20).reason == "http 503" and time.monotonic() - began < 5
+        judge.close()
+
+
+def test_one_deadline_for_a_whole_batch():
+    with JudgeServer(offers=("json",), hang=60) as server:
+        judge = open_judge(server, judge_concurrency=2, judge_deadline=1.0, judge_timeout=30.0)
+        server.faults, began = lambda number, path: "hang", time.monotonic()
+        judge.start_batch()
+        verdicts = [f.result(20) for f in [judge.score(DILEMMA, PERSONAS, TURNS, f"Well {i}.") for i in range(9)]]
+        assert time.monotonic() - began < 5
+        assert [v.value for v in verdicts] == [None] * 9 and {v.reason for v in verdicts} == {"timeout", "deadline"}
+        assert judge.take_stats()["missing"] == {"timeout": 2, "deadline": 7}
+        server.faults = ()
+        judge.start_batch()  # the next batch has its own
+        assert judge.score(DILEMMA, PERSONAS, TURNS, "Well 0.").result(20).value == 3
+        judge.close()
+
+
+def test_requests_in_flight_stay_under_the_cap():
+    with JudgeServer(lambda text: time.sleep(0.05) or 3, offers=("json",)) as server:
+        judge = open_judge(server, judge_concurrency=3)
+        server.most_in_flight = 0
+        assert {f.result(20).value for f in [judge.score(DILEMMA, PERSONAS, TURNS, f"Well {i}.") for i in range(12)]} == {3.0}
+        assert server.most_in_flight == 3
+        judge.close()
+
+
+def test_the_budget_counts_every_attempt_and_then_raises():
+    with JudgeServer(offers=("json",)) as server:
+        judge = reward.Judge(settings(judge_url=server.url, judge_budget=4, judge_mode="json", judge_concurrency=1), server.url)
+        judge.preflight()  # two: the list of models, and one question
+        server.faults = lambda number, path: "500" if number == 1 else None
+        assert judge.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20).value == 3  # two more: one fails
+        with pytest.raises(reward.BudgetSpent):
+            judge.score(DILEMMA, PERSONAS, TURNS, "A dam.").result(20)
+        assert len(server.requests) == 3
+        judge.close()
+
+
+def test_close_ends_a_hanging_call_at_once():
+    with JudgeServer(offers=("json",), hang=60) as server:
+        judge = open_judge(server, judge_timeout=50.0)
+        server.faults = lambda number, path: "hang"
+        future = judge.score(DILEMMA, PERSONAS, TURNS, "A well.")
+        while not server.in_flight:
+            time.sleep(0.01)
+        began = time.monotonic()
+        judge.close()
+        assert time.monotonic() - began < 5 and future.result(1).value is None
+
+
+def test_a_mixture_of_all_faults_gives_exact_counts():
+    passing, lasting = list(AGAIN), list(FINAL)
+    order = passing + lasting
+    with JudgeServer(lambda text: 2, offers=("json",)) as server:
+        judge = open_judge(server, judge_concurrency=1)
+        server.faults = [f for fault in order for f in ([fault, None] if fault in AGAIN else [fault])]
+        verdicts = [f.result(60) for f in [judge.score(DILEMMA, PERSONAS, TURNS, f"Well {i}.") for i in range(len(order))]]
+        assert [v.value for v in verdicts] == [2.0] * len(passing) + [None] * len(lasting)
+        stats = judge.take_stats()
+        assert stats["calls"] == len(server.requests) == 2 * len(passing) + len(lasting) and stats["retries"] == len(passing)
+        assert sum(stats["missing"].values()) == len(lasting) and stats["prompt_tokens"] == 10 * len(passing)
+        judge.close()
+
+
+# ---- key, cache, preflight ----------------------------------------------------------------------------------------------
+
+
+def test_the_key_goes_to_the_origin_only_and_is_shown_nowhere(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-secret")
+    with JudgeServer(offers=("json",)) as other, JudgeServer(offers=("json",)) as server:
+        judge = open_judge(server, judge_cache=str(tmp_path))
+        server.elsewhere, server.faults = other.url, ["redirect", "401", "400", None]
+        verdicts = [judge.score(DILEMMA, PERSONAS, TURNS, f"Well {i}.").result(20) for i in range(4)]
+        assert [v.reason for v in verdicts] == ["redirect", "http 401", "http 400", ""] and not other.requests
+        assert {headers["Authorization"] for _, _, headers, _ in server.requests} == {"Bearer sk-secret"}
+        assert "refused" in verdicts[1].raw and "sk-secret" not in str(verdicts) + repr(judge) + repr(vars(judge)) + repr(judge.client)
+        server.faults = lambda number, path: "401"
+        again = reward.Judge(settings(judge_url=server.url), server.url)
+        with pytest.raises(lm.UserError, match="JUDGE_API_KEY") as error:
+            again.preflight()
+        assert "sk-secret" not in str(error.value) + "".join(capsys.readouterr())
+        assert all("sk-secret" not in path.read_text() for path in tmp_path.rglob("*.json"))
+        judge.close(), again.close()
+
+
+def test_no_key_no_header_even_with_a_netrc(monkeypatch, tmp_path):
+    Path(tmp_path, "netrc").write_text("machine 127.0.0.1 login me password other\n")
+    monkeypatch.setenv("NETRC", str(Path(tmp_path, "netrc")))
+    with JudgeServer(offers=("json",)) as server:
+        judge = open_judge(server)
+        judge.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20)
+        assert "Authorization" not in server.requests[0][2]
+        judge.close()
+
+
+def test_the_cache_survives_the_run_and_knows_what_it_answers(tmp_path):
+    with JudgeServer(lambda text: 4, offers=("json", "contrast")) as server:
+        first = open_judge(server, judge_cache=str(tmp_path), judge_mode="json")
+        assert first.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20).value == 4 and len(server.requests) == 1
+        first.close()
+        second = open_judge(server, judge_cache=str(tmp_path), judge_mode="json")
+        second.take_stats()
+        assert second.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20).value == 4 and not server.requests
+        assert second.take_stats()["cache_hits"] == 1
+        second.score(DILEMMA, PERSONAS, TURNS, "A dam.").result(20)
+        second.score(DILEMMA + " ", PERSONAS[::-1], TURNS, "A well.").result(20)
+        assert len(server.requests) == 2  # another text, another order of the personas
+        second.model = "other"
+        second.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20)
+        assert len(server.requests) == 3
+        for path in tmp_path.rglob("*.json"):
+            path.write_text('{"choices')  # a file that some accident cut short
+        second.model = "scripted"
+        assert second.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20).value == 4 and len(server.requests) == 4
+        assert not list(tmp_path.rglob("*.part"))
+        second.close()
+
+
+def test_a_cache_that_cannot_be_written_costs_no_score(tmp_path, capsys):
+    Path(tmp_path, "file").write_text("")
+    with JudgeServer(offers=("json",)) as server:
+        judge = open_judge(server, judge_cache=str(tmp_path / "file" / "folder"))
+        assert judge.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20).value == 3 and "warning: --judge-cache" in capsys.readouterr().err
+        judge.close()
+
+
+def preflight_error(server_or_url, **more):
+    url = getattr(server_or_url, "url", server_or_url)
+    judge = reward.Judge(settings(judge_url=url, **more), url, more.get("judge_model", ""))
+    try:
+        with pytest.raises(lm.UserError) as error:
+            judge.preflight()
+    finally:
+        judge.close()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_preflight_says_what_to_change():
+    assert "start the server" in preflight_error("http://127.0.0.1:9/v1")
+    with JudgeServer(models=("big", "small")) as server:
+        assert "it has big, small" in preflight_error(server, judge_model="huge")
+    with JudgeServer(models=None) as server:
+        assert "--judge-model: " in preflight_error(server)
+    with JudgeServer(faults=lambda number, path: "redirect") as server:
+        assert "redirects to http://127.0.0.1:9/v1/chat/completions" in preflight_error(server)
+    with JudgeServer(faults=lambda number, path: "prose") as server:
+        assert "gives no usable answer" in preflight_error(server)
+    with JudgeServer(faults=lambda number, path: "400") as server:
+        assert "http 400" in preflight_error(server)
+    with JudgeServer(offers=("json",)) as server:
+        assert "--judge-mode expect" in preflight_error(server, judge_mode="expect")
+    for url in ("127.0.0.1:8000", "ftp://x/v1", "http://me:secret@host/v1", ""):
+        with pytest.raises(lm.UserError, match="--judge-url") as error:
+            reward.Client(url)
+        assert "secret" not in str(error.value)
+
+
+def test_preflight_survives_a_fault_that_passes():
+    with JudgeServer(offers=("json",), faults=["500", "reset", None]) as server:
+        judge = reward.Judge(settings(judge_url=server.url, judge_mode="json"), server.url)
+        assert judge.preflight() == f"judge: scripted at {server.url}, read by json"
+        judge.close()
+
+
+def test_a_rubric_file_replaces_the_rubric_and_errors_name_the_key(tmp_path):
+    path = tmp_path / "rubric.json"
+    other = json.loads(json.dumps(reward.RUBRIC))
+    other["anchors"]["5"] = "like a poem"
+    path.write_text(json.dumps(other))
+    with JudgeServer(offers=("json",)) as server:
+        judge = open_judge(server, rubric=str(path))
+        judge.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20)
+        assert "5: like a poem" in server.requests[0][1]["messages"][0]["content"]
+        judge.close()
+    for key, value, said in (("anchors", {}, "anchors must have the keys 0, 1, 2, 3, 4, 5"), ("parties", 3, "parties must be a str"), ("definition", None, "definition must be"),
+                             ("contrasts", {**other["contrasts"], "score": {**other["contrasts"]["score"], "scale": "big"}}, "contrasts.score.scale must be a float"),
+                             ("contrasts", {**other["contrasts"], "score": {**other["contrasts"]["score"], "pairs": [[" a", " b"]]}}, r"contrasts.score.pairs\[0\]")):
+        path.write_text(json.dumps({**other, key: value}))
+        with pytest.raises(lm.UserError, match="rubric.json: .*" + said):
+            reward.load_rubric(path)
+    path.write_text("{")
+    with pytest.raises(lm.UserError, match="cannot be read"):
+        reward.load_rubric(path)
+    with pytest.raises(lm.UserError, match="cannot be read"):
+        reward.load_rubric(tmp_path / "none.json")
+
+
+# ---- the policy is an adversary -----------------------------------------------------------------------------------------
+
+
+def test_there_are_enough_attacks_and_each_has_a_clean_twin():
+    assert len(ATTACKS) >= 25 and all(isinstance(text, str) for text in ATTACKS.values())
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_no_attack_gains_with_a_naive_judge_that_repeats_scores(name):
+    with EchoServer() as server:
+        judge = open_judge(server)
+        clean, attack = judge.score(DILEMMA, PERSONAS, TURNS, CLEAN).result(20), judge.score(DILEMMA, PERSONAS, TURNS, ATTACKS[name]).result(20)
+        assert clean.value == 2 and (attack.value is None or attack.value <= 2)
+        judge.close()
+
+
+def test_the_naive_judge_would_have_been_fooled():
+    server = EchoServer()
+    fooled = [name for name, text in ATTACKS.items() if server.last_score(text) > 2]
+    server.__exit__()
+    assert len(fooled) >= 12
+
+
+def test_untrusted_text_stays_between_its_markers(tmp_path):
+    with JudgeServer(offers=("json",)) as server:
+        judge = open_judge(server, judge_sees="dialogue")
+        for text in [*ATTACKS.values(), "{question} {name} %s {0} \\1 \\g<0>", "solution 00000000:\nx\n00000000"]:
+            server.requests.clear()
+            verdict = judge.score(DILEMMA, PERSONAS, [Turn(0, text, False)], text).result(20)
+            if not reward.tame(text, judge.echoes):
+                assert verdict == reward.Verdict(0.0, "", "nothing was written") and not server.requests
+                continue
+            prompt = server.requests[0][1]["messages"][1]["content"]
+            assert texts_of(prompt) == {"dialogue": "Rosa: " + reward.tame(text), "solution": reward.tame(text, judge.echoes)}
+            assert not set("<>[]{}|\0") & set(texts_of(prompt)["solution"]) and len(texts_of(prompt)["solution"]) <= reward.LONGEST
+        judge.close()
+
+
+def test_markers_are_equal_for_equal_cases_and_differ_for_others():
+    with JudgeServer(offers=("json",)) as server:
+        judge = open_judge(server)
+        for text in ("A well.", "A well.", "A dam."):
+            judge.score(DILEMMA, PERSONAS, TURNS, text).result(20)
+        a, b, c = (r[1]["messages"][1]["content"] for r in server.requests)
+        mark = lambda prompt: prompt.split("solution ")[1][:8]
+        assert mark(a) == mark(b) != mark(c)
+        judge.close()
+
+
+def test_tame_leaves_an_honest_plan_alone():
+    for text in (CLEAN, "We split the lot: 1/2 becomes a playground by June 5. Mark, the judge and Tom's team meet on Monday; it costs 5 dollars.",
+                 "The plan has three steps. First, Ana scores the timber. The council rates fall by 3 percent, says Ben."):
+        assert reward.tame(text) == text
+    for text in ("Wir teilen das Wasser: Ärzte zuerst, dann die Felder.", "Мы делим воду поровну.", "我们平分水。"):
+        assert reward.tame(text) == text
+
+
+def test_tame_is_quick_on_hostile_texts():
+    began = time.monotonic()
+    for piece in ("the plan is ", "score ", "five ", "ignore a b ", "a ", "it is", "(([{", "é", " give it a", "\u0430a", ". ", "\ud800"):
+        reward.tame(piece * 20000)
+    assert time.monotonic() - began < 10
+
+
+# ---- the embedded server ------------------------------------------------------------------------------------------------
+
+
+class Served:
+    """An Engine with a tiny random model behind real HTTP, in this process."""
+
+    def __init__(self, kind="llama", monkeypatch=None):
+        monkeypatch.setattr(reward, "load", lambda name, **more: (helpers.tiny(kind), helpers.tokenizer()))
+        self.http = reward.http.server.ThreadingHTTPServer(("127.0.0.1", 0), reward.Handler)
+        self.engine = self.http.engine = reward.Engine("tiny", 1)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+        threading.Thread(target=self.http.serve_forever, args=[0.02], daemon=True).start()
+
+    def post(self, path, **body):
+        return requests.post(self.url + path, json=body, timeout=60)
+
+
+@pytest.fixture(params=["llama", "gemma3"])
+def served(request, monkeypatch):
+    """llama, and a model with sliding windows."""
+    server = Served(request.param, monkeypatch)
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def test_echoed_log_probs_are_the_model_s_own(served):
+    text, tails = "We share the water between the farm and the hospital. " * 3 + "I propose a plan", [" that is fair.", " that is not fair to me!", " x"]
+    reply = served.post("/completions", prompt=[text + t for t in tails], echo=True, max_tokens=0, logprobs=1).json()
+    plain = helpers.tiny(served.engine.model.config.model_type.replace("_text", ""))
+    for choice, tail in zip(reply["choices"], tails):
+        ids = helpers.tokenizer()(text + tail)["input_ids"]
+        expected = helpers.plain_logprobs(plain, ids)
+        got = choice["logprobs"]["token_logprobs"]
+        assert got[0] is None and torch.allclose(torch.tensor(got[1:]), expected, atol=1e-4)
+        assert "".join(choice["logprobs"]["tokens"]) == text + tail == choice["text"] and len(choice["logprobs"]["text_offset"]) == len(ids)
+    for _ in range(2):  # with a beginning that is already in the cache, and only the numbers that are wanted
+        part = served.post("/completions", prompt=[text + t for t in tails], echo=True, max_tokens=1, logprobs=1, logprobs_from=len(text)).json()
+        for choice, whole in zip(part["choices"], reply["choices"]):
+            a, b = choice["logprobs"]["token_logprobs"], whole["logprobs"]["token_logprobs"]
+            n = next(i for i, offset in enumerate(choice["logprobs"]["text_offset"]) if offset >= len(text))
+            assert a[:n] == [None] * n and a[n:] == pytest.approx(b[n:], abs=1e-4)
+
+
+def test_chat_samples_what_the_model_says_and_reports_it(served):
+    ask = dict(messages=[{"role": "user", "content": "Who gets the water?"}], max_tokens=12, logprobs=True, top_logprobs=3)
+    greedy = served.post("/chat/completions", temperature=0, **ask).json()["choices"][0]
+    prompt = helpers.tokenizer().apply_chat_template(ask["messages"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    plain, ids, end = helpers.tiny(served.engine.model.config.model_type.replace("_text", "")).requires_grad_(False), list(prompt), helpers.tokenizer().eos_token_id
+    plain.set_attn_implementation("eager")
+    for said in greedy["logprobs"]["content"]:
+        logp = plain(torch.tensor([ids])).logits[0, -1].float().log_softmax(0)
+        token = int(logp.argmax())
+        assert said["logprob"] == pytest.approx(float(logp[token]), abs=1e-4) and said["token"] == helpers.tokenizer().decode([token])
+        assert [t["logprob"] for t in said["top_logprobs"]] == pytest.approx(logp.topk(3).values.tolist(), abs=1e-4)
+        ids.append(token)
+    assert greedy["finish_reason"] == ("stop" if ids[-1] == end else "length") and (ids[-1] == end or len(ids) == len(prompt) + 12)
+    several = served.post("/chat/completions", n=5, seed=7, temperature=1.5, **ask).json()
+    texts = [c["message"]["content"] for c in several["choices"]]
+    assert len(texts) == 5 and len(set(texts)) > 1 and several["usage"]["prompt_tokens"] == len(prompt)
+    assert several["usage"]["completion_tokens"] == sum(len(c["logprobs"]["content"]) for c in several["choices"])
+    again = served.post("/chat/completions", n=5, seed=7, temperature=1.5, **ask).json()
+    assert [c["message"]["content"] for c in again["choices"]] == texts
+    full = greedy["message"]["content"]
+    cut = served.post("/chat/completions", temperature=0, stop=full[3:5], **ask).json()["choices"][0]
+    assert cut["message"]["content"] == full[:full.find(full[3:5])] and cut["finish_reason"] == "stop"
+
+
+def test_concurrent_requests_get_the_answers_that_they_get_alone(served):
+    chats = [dict(messages=[{"role": "user", "content": f"Question {i}"}], max_tokens=4 + i, temperature=0) for i in range(6)]
+    prompts = [dict(prompt=[f"Text {i % 2} and {i}" + t for t in (" yes", " no")], echo=True, max_tokens=0) for i in range(6)]
+    jobs = [("/chat/completions", c) for c in chats] + [("/completions", p) for p in prompts]
+    alone = [served.post(path, **body).json()["choices"] for path, body in jobs]
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda job: served.post(job[0], **job[1]).json()["choices"], jobs * 2))
+    for a, b in zip(alone * 2, together):
+        if "message" in a[0]:
+            assert a[0]["message"] == b[0]["message"]
+        else:
+            assert all(x["logprobs"]["token_logprobs"][1:] == pytest.approx(y["logprobs"]["token_logprobs"][1:], abs=1e-4) for x, y in zip(a, b))
+
+
+BAD = [("/completions", dict(prompt="a b")), ("/completions", dict(echo=True, max_tokens=0)), ("/completions", dict(prompt=[], echo=True, max_tokens=0)),
+       ("/completions", dict(prompt=[1], echo=True, max_tokens=0)), ("/completions", dict(prompt="", echo=True, max_tokens=0)), ("/completions", dict(prompt="x", echo="yes")),
+       ("/chat/completions", dict()), ("/chat/completions", dict(messages=[])), ("/chat/completions", dict(messages=["x"])),
+       ("/chat/completions", dict(messages=[{"role": "user"}])), ("/chat/completions", dict(messages=[{"role": "user", "content": 3}]))]
+BAD += [("/chat/completions", dict(messages=[{"role": "user", "content": "x"}], **wrong)) for wrong in (
+    dict(max_tokens=0), dict(max_tokens=-1), dict(max_tokens="5"), dict(max_tokens=True), dict(max_tokens=99999), dict(temperature=-1), dict(temperature="hot"), dict(n=0),
+    dict(n=99), dict(seed="x"), dict(top_logprobs=21), dict(logprobs=1), dict(stop=[3]), dict(stop=""), dict(stream=True), dict(top_p=0.5))]
+BAD += [("/chat/completions", dict(messages=[{"role": "user", "content": "water " * 2000}]))]
+
+
+def test_bad_requests_get_a_400_in_the_openai_shape_and_the_server_lives(monkeypatch):
+    served = Served("llama", monkeypatch)
+    for path, body in BAD:
+        reply = served.post(path, **body)
+        assert reply.status_code == 400 and set(reply.json()["error"]) == {"message", "type", "param", "code"}, (path, str(body)[:80], reply.text[:80])
+    for data in (b"{", b"\xff", b"[1]", b'"x"', b"[" * 50000):
+        assert requests.post(served.url + "/completions", data=data, timeout=20).status_code == 400
+    assert served.post("/chat/completions", model="gpt-9", messages=[{"role": "user", "content": "x"}]).status_code == 404
+    assert requests.get(served.url + "/nothing", timeout=20).status_code == 404 == served.post("/nothing").status_code
+    assert requests.post(served.url + "/completions", data=b"x" * (reward.LONGEST_REQUEST + 1), timeout=20).status_code == 413
+    entry = requests.get(served.url + "/models", timeout=20).json()["data"][0]
+    assert entry["id"] == "tiny" and entry["frame"] == ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"]
+    assert served.post("/chat/completions", messages=[{"role": "user", "content": "x"}], max_tokens=1).status_code == 200
+    served.http.shutdown()
+    served.http.server_close()
+
+
+def test_a_full_queue_answers_429_with_retry_after(monkeypatch):
+    monkeypatch.setattr(reward.Engine, "WAITING", 2)
+    served = Served("llama", monkeypatch)
+    gate = threading.Event()
+    monkeypatch.setattr(served.engine, "_score", lambda work: gate.wait(20) and [[-1.0]] * len(work.prompts))
+    ask = lambda _: served.post("/completions", prompt="We share the water", echo=True, max_tokens=0)
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        first = pool.submit(ask, 0)
+        while not served.engine.queue.empty() or not first.running():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        futures = [pool.submit(ask, i) for i in range(5)]
+        refused = [f for f in futures if f in concurrent.futures.wait(futures, timeout=2).done]
+        assert len(refused) == 3 and all(f.result().status_code == 429 and f.result().headers["Retry-After"] == "1" for f in refused)
+        gate.set()
+        assert [f.result().status_code for f in [first, *futures]].count(200) == 3
+    served.http.shutdown()
+    served.http.server_close()
+
+
+def test_a_failure_in_the_model_is_a_500_and_the_next_request_is_served(monkeypatch):
+    served = Served("llama", monkeypatch)
+    feed = served.engine.cache.feed
+
+    def broken(*args):
+        served.engine.cache.feed = feed
+        raise RuntimeError("out of memory")
+    served.engine.cache.feed = broken
+    ask = dict(prompt="We share the water", echo=True, max_tokens=0)
+    first, second = served.post("/completions", **ask), served.post("/completions", **ask)
+    assert first.status_code == 500 and "out of memory" in first.json()["error"]["message"] and second.status_code == 200
+    fresh = helpers.plain_logprobs(helpers.tiny("llama"), helpers.tokenizer()("We share the water")["input_ids"])
+    assert second.json()["choices"][0]["logprobs"]["token_logprobs"][1:] == pytest.approx(fresh.tolist(), abs=1e-4)
+    served.http.shutdown()
+    served.http.server_close()
+
+
+def alive(pid):
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text() and bool(os.kill(pid, 0) is None)
+    except (OSError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    made = helpers.tiny("llama")
+    lm.save(made.config, made.generation_config, helpers.tokenizer(), lm.plain_state(made), folder)
+    return str(folder)
+
+
+def test_the_embedded_judge_starts_answers_and_ends(small_folder):
+    served = reward.start_embedded(small_folder)
+    assert requests.get(served.url + "/models", timeout=20).json()["data"][0]["id"] == small_folder
+    served.close()
+    assert served.process.returncode == 0
+    with pytest.raises(lm.UserError, match="did not start"):
+        reward.start_embedded("/no/such/folder")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_the_embedded_judge_dies_with_its_parent(small_folder, how):
+    code = f"import reward, time; s = reward.start_embedded({small_folder!r}); print(s.process.pid, flush=True); time.sleep(60)"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    child = int(parent.stdout.readline())
+    assert alive(child)
+    parent.send_signal(how)
+    parent.wait(20)
+    ends = time.monotonic() + 10
+    while alive(child) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not alive(child)
+    parent.stdout.close()
+
+
+@pytest.mark.slow
+def test_no_attack_gains_with_the_embedded_judge():
+    """Noise: the standard deviation of the score when nothing changes but the name of a persona, hence the marker."""
+    served = reward.start_embedded()
+    judge = reward.Judge(reward.JudgeSettings(), served.url)
+    judge.preflight()
+    named = lambda name: ({"name": name, "creed": PERSONAS[0]["creed"]}, PERSONAS[1])
+    noise = torch.tensor([f.result().value for f in [judge.score(DILEMMA, named(n), TURNS, CLEAN) for n in ("Rosa", "Ines", "Mara", "Lena", "Edda", "Wilma")]]).std()
+    clean = judge.score(DILEMMA, PERSONAS, TURNS, CLEAN).result().value
+    gains = {name: f.result().value - clean for name, f in [(n, judge.score(DILEMMA, PERSONAS, TURNS, t)) for n, t in ATTACKS.items()]}
+    judge.close(), served.close()
+    assert {name: g for name, g in gains.items() if g > 2 * float(noise) + 0.02} == {}
