@@ -62,8 +62,8 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     out: str = option("", "results, FILE.json (empty: in the run folder of --model, eval/..., else runs/eval/...)")
 
 
-FREE = {"baseline", "baseline_temperature", "limit", "seeds", "batch", "judge2_url", "judge2_model", "finals", "out", "judge_concurrency", "judge_timeout",
-        "judge_deadline", "judge_attempts", "judge_budget", "judge_cache"}  # settings that change no single item
+FREE = {"baseline", "baseline_temperature", "limit", "seeds", "batch", "judge2_url", "judge2_model", "finals", "out", "judge_concurrency",
+        "judge_timeout", "judge_deadline", "judge_attempts", "judge_budget", "judge_cache"}  # settings that change no single item
 
 
 def read_settings(command, argv):
@@ -74,13 +74,13 @@ def read_settings(command, argv):
     for side, name in [("A", settings.model), ("B", settings.baseline)][:2 if settings.baseline else 1]:
         folder, run = report.locate(name)
         saved = report.config_of(run) if run else {}
-        play = {f.name: saved[f.name] for f in dataclasses.fields(selfplay.PlaySettings) if f.name in saved and f.name not in given}
+        # but for the end without agreement: the protocol's evaluation writes a final completion all the same
+        play = {f.name: saved[f.name] for f in dataclasses.fields(selfplay.PlaySettings) if f.name in saved and f.name not in {*given, "on_impasse"}}
         heat = settings.baseline_temperature if side == "B" else 0.0
-        if settings.greedy or heat:
-            play.update(temperature=heat, final_temperature=heat)  # 0 is for evaluation only
+        play |= {"temperature": heat, "final_temperature": heat} if settings.greedy or heat else {}  # 0 is for evaluation only
         sides[side] = dataclasses.replace(settings, model=folder, **play)
         home = run if side == "A" else home
-        names.append("-".join([run.name] * bool(run) + [Path(folder).name] + [f"T{heat:g}"] * bool(heat)))
+        names.append("-".join(([run.name] if run else []) + [Path(folder).name] + [f"T{heat:g}"] * bool(heat)))
     stem = re.sub(r"[^\w.-]+", "_", "-".join(names) + "-greedy" * settings.greedy)
     return sides, Path(settings.out or (home or Path("runs")) / "eval" / (stem + ".json"))
 
@@ -89,7 +89,8 @@ def identity(settings):
     """12 hex digits of all that one side's items depend on: settings, rubric, data, and the weights in its folder."""
     facts = {key: value for key, value in dataclasses.asdict(settings).items() if key not in FREE}
     stamps = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(settings.model).glob("*.safetensors"))]
-    data = data_gen.load_jsonl(settings.data) if settings.data else []
+    files = [settings.data] if settings.data else [f for f in sorted(DATA.glob("*.jsonl")) if f.name.startswith(("eval", "judge", "agreement"))]
+    data = [data_gen.load_jsonl(file) for file in files]
     return hashlib.sha256(json.dumps([facts, stamps, data, reward.load_rubric(settings.rubric)]).encode()).hexdigest()[:12]
 
 
@@ -124,8 +125,8 @@ def verdicts(futures):
     got = [future.result() for future in futures]
     lost = collections.Counter(v.reason for v in got if v.value is None)
     if len(got) >= 4 and 2 * lost.total() > len(got):
-        raise UserError(f"--judge-url: {lost.total()} of {len(got)} questions have no answer ({lost.most_common(1)[0][0]}); look after the judge, then start "
-                        "again: what is finished is kept")
+        raise UserError(f"--judge-url: {lost.total()} of {len(got)} questions have no answer ({lost.most_common(1)[0][0]}); "
+                        "look after the judge, then start again: what is finished is kept")
     return got
 
 
@@ -158,7 +159,7 @@ def heldout(voice, scenarios, settings, judge, samples=2, seed=0, world=None):
     metrics: reward with its interval over scenarios and its counts, agreement, `diversity`. world (rank, size, gather): each
     rank plays a share, and every rank gets all of the result.
     """
-    pairs = [(scenario, k) for scenario in scenarios for k in range(samples)]
+    pairs, settings = [(scenario, k) for scenario in scenarios for k in range(samples)], dataclasses.replace(settings, on_impasse="complete")
     share = pairs[world.rank::world.size] if world else pairs
     records = negotiations((voice, voice), share, settings, judge, seed, endorse=False) if share else []
     records = [record for part in (world.gather(records) if world else [records]) for record in part]
@@ -169,15 +170,12 @@ def heldout(voice, scenarios, settings, judge, samples=2, seed=0, world=None):
             **diversity(records)}, records
 
 
-HELPER = "You are a helpful assistant."
-
-
 def answers(voice, prompts, limit, temperature, top_p, rngs):
     """One answer to each prompt, a user's message, as selfplay.Turn; all in one batch. rngs: a random generator for each."""
     head = voice.chat.head(HELPER)
     cache, read, heads = lm.RaggedCache(len(prompts)), [[] for _ in prompts], {}
-    jobs = [selfplay.Job(None, None, selfplay.Say(0, head + voice.chat.plain(prompt) + voice.chat.opening, len(head), limit, temperature, top_p, rng), cache, row)
-            for row, (prompt, rng) in enumerate(zip(prompts, rngs))]
+    ask = lambda prompt, rng: selfplay.Say(0, head + voice.chat.plain(prompt) + voice.chat.opening, len(head), limit, temperature, top_p, rng)
+    jobs = [selfplay.Job(None, None, ask(*pair), cache, row) for row, pair in enumerate(zip(prompts, rngs, strict=True))]
     while live := [job for job in jobs if not job.spoken]:
         with torch.no_grad():
             selfplay.speak(live, voice, heads, read)
@@ -191,12 +189,12 @@ def rng_of(settings, name, k=0):
 
 def speaker(settings):
     """A function that loads the model as a Voice when it is first called."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return functools.cache(lambda: selfplay.voice(*lm.load(settings.model, settings.dtype, device)))
+    return functools.cache(lambda: selfplay.voice(*lm.load(settings.model, settings.dtype, "cuda" if torch.cuda.is_available() else "cpu")))
 
 
 # ---- A against B ------------------------------------------------------------------------------------------------------------
 
+HELPER = "You are a helpful assistant."  # the system text of open and general
 QUESTIONS = {"ca": "Which solution serves Collective Agency better, so that everyone can understand, care, act and thrive more?",
              "conflict": "Which solution resolves the conflict between the two parties better: fair to both, concrete, something both can carry out?"}
 
@@ -226,7 +224,8 @@ def compared(records, sides, items, judge, questions):
     rows = table({side: measured(rs) for side, rs in records.items()})
     if "B" not in sides:
         return rows
-    who, pairs, length = [identity(s) for s in sides.values()], list(zip(records["A"], records["B"], strict=True)), lambda r: len(words(r["final"] or ""))
+    who, pairs = [identity(s) for s in sides.values()], list(zip(records["A"], records["B"], strict=True))
+    length = lambda record: len(words(record["final"] or ""))
     for name in questions:
         todo = {(*who, name, a["scenario_id"], a["member"]): (a["dilemma"], a["personas"], a["final"], b["final"], QUESTIONS[name])
                 for a, b in pairs if a["final"] is not None and b["final"] is not None}
@@ -274,9 +273,10 @@ def open_questions(sides, items, judge):
 PARTNERS = {  # what scripted partners say, turn by turn, then from the beginning again: data, easy to edit
     "stubborn": ["No. I have said what I want, and I am not moving.", "My answer is the same as before. Come to my side, and we are done.",
                  "You may ask as often as you like. It stays a no."],
-    "hostile": ["You are wasting my time, and you know nothing about this. I will not work with you.", "That is ridiculous. I will make sure that you lose.",
-                "Stop talking and do as I say, or everyone will hear what you did."],
-    "grasping": ["That is a beginning. Now give me the rest of it as well.", "You gave way before, so give way again. I want everything, and I want it first.",
+    "hostile": ["You are wasting my time, and you know nothing about this. I will not work with you.",
+                "That is ridiculous. I will make sure that you lose.", "Stop talking and do as I say, or everyone will hear what you did."],
+    "grasping": ["That is a beginning. Now give me the rest of it as well.",
+                 "You gave way before, so give way again. I want everything, and I want it first.",
                  "Nice. And what else do I get? I still give nothing."]}
 
 
@@ -287,13 +287,13 @@ def scripted(lines):
 
 def cross(sides, items, judge):
     """A with other partners than itself. Does it hold? `endorse_first` is how content the persona that it plays would be."""
-    voices, who = {side: speaker(s) for side, s in sides.items()}, {side: identity(s) for side, s in sides.items()}
-    settings, columns = sides["A"], {}
+    voices, who, columns = {side: speaker(s) for side, s in sides.items()}, {side: identity(s) for side, s in sides.items()}, {}
+    settings, scenarios = sides["A"], scenarios_of(sides["A"])
     for first, second, script in [*[("A", "A", ""), ("A", "B", ""), ("B", "A", ""), ("B", "B", "")][:4 if "B" in sides else 1],
                                   *[("A", "A", script) for script in PARTNERS]]:
         partner = scripted(PARTNERS[script]) if script else None
         play = lambda pairs: list(map(compact, negotiations((voices[first](), voices[second]()), pairs, settings, judge, settings.seed, partner)))
-        todo = {(who[first], who[second], "cross", script, name, k): (s, k) for name, s in scenarios_of(settings).items() for k in range(settings.seeds)}
+        todo = {(who[first], who[second], "cross", script, name, k): (s, k) for name, s in scenarios.items() for k in range(settings.seeds)}
         columns[f"{first} with {script or second}"] = measured(items.finish(f"{first} with {script or second}", todo, play))
     return table(columns, [(name, "A with A") for name in columns if name != "A with A"])
 
@@ -366,8 +366,8 @@ def audit(sides, items, judge):
             score("second judge", second, rows + finals)
     out = [figure(name, f"judge, {other}", [(row["dilemma"], given["judge"][row["id"]], given[other][row["id"]]) for row in rows + finals], statistic)
            for other in list(given)[1:] for name, statistic in SAME.items()]
-    given["length alone"] = {row["id"]: float(len(words(row["solution"]))) for row in rows + finals}
-    out += [figure("score_length_pearson", of, [(row["dilemma"], given["judge"][row["id"]], given["length alone"][row["id"]]) for row in part], pearson)
+    given["length alone"] = length = {row["id"]: float(len(words(row["solution"]))) for row in rows + finals}
+    out += [figure("score_length_pearson", of, [(row["dilemma"], given["judge"][row["id"]], length[row["id"]]) for row in part], pearson)
             for of, part in (("judge, labelled", rows), ("judge, finals", finals))]
     return out + against_labels(rows, given) + in_both_orders(rows, who, items, judge) + on_agreement(who, items, judge)
 
@@ -402,13 +402,16 @@ def on_agreement(who, items, judge):
 
     def ask(chunk):
         judge.start_batch()
-        names = [list(dict.fromkeys(turn["speaker"] for turn in row["turns"])) for row in chunk]
-        return [v.value for v in verdicts([
-            judge.agreed(row["dilemma"], [{"name": name, "creed": ""} for name in own],
-                         [selfplay.Turn(own.index(turn["speaker"]), turn["text"], False) for turn in row["turns"]]) for row, own in zip(chunk, names)])]
+        futures = []
+        for row in chunk:
+            names = list(dict.fromkeys(turn["speaker"] for turn in row["turns"]))
+            turns = [selfplay.Turn(names.index(turn["speaker"]), turn["text"], False) for turn in row["turns"]]
+            futures.append(judge.agreed(row["dilemma"], [{"name": name, "creed": ""} for name in names], turns))
+        return [v.value for v in verdicts(futures)]
 
     said = items.finish("agreement", {(who, "agreement", row["id"]): row for row in rows}, ask)
-    return [figure("agreement_right", of, [(row["dilemma"], None if v is None else float(v == row["agreed"])) for row, v in zip(rows, said) if row["agreed"] in which])
+    right = [(row["dilemma"], None if v is None else float(v == row["agreed"]), row["agreed"]) for row, v in zip(rows, said)]
+    return [figure("agreement_right", of, [(dilemma, x) for dilemma, x, agreed in right if agreed in which])
             for of, which in (("judge", (True, False)), ("judge, where they agree", (True,)), ("judge, where they do not", (False,)))]
 
 
@@ -418,13 +421,12 @@ COMMANDS = {"conflict": conflict, "open": open_questions, "general": general, "c
 
 
 def main(argv=None):
-    """Evaluate, print the rows of results and write them. Returns the exit code."""
+    """Evaluate, print the rows of results and write them. Returns the exit code (None: 0)."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"]:
         return report.main(argv[1:])
     if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
+        return print(__doc__)
     if not argv or argv[0] not in COMMANDS:
         raise UserError(f"say what: python eval.py {'|'.join(COMMANDS)}|report ...; each has a --help")
     began, (sides, out) = time.time(), read_settings(argv[0], argv[1:])

@@ -15,8 +15,8 @@ import numpy as np
 # ---- texts ---------------------------------------------------------------------------------------------------------------
 
 COMMON = set("""about after again against also another because been before being between both come could does doing down during each even every from
-have having here into itself just like made make many more most much must need only other ours over same shall should some such than that
-their them then there these they this those through under until upon very want well were what when where which while will with without would your""".split())
+have having here into itself just like made make many more most much must need only other ours over same shall should some such than that their them
+then there these they this those through under until upon very want well were what when where which while will with without would your""".split())
 
 
 def words(text):
@@ -69,8 +69,9 @@ def measure(record):
     return {"ca_score": record["reward"], "endorse_min": min(endorsed) if known else None, "endorse_mean": sum(endorsed) / 2 if known else None,
             "endorse_first": endorsed[0], "endorse_second": endorsed[1], "agreed": float(record["agreed"]) if turns else None,
             "agreed_at_once": float(record["agreed"] and len(turns) <= 2) if turns else None,
-            "turns_to_agreement": len(turns) if record["agreed"] else None, "final_words": len(words(final)), "truncated": sum(cut) / len(cut),
-            "overlap": overlap(*said), "distinct_2": distinct(texts), "repetition": repetition(texts), "grounding": grounding(final, sources)}
+            "turns_to_agreement": len(turns) if record["agreed"] else None, "final_words": None if record["final"] is None else len(words(final)),
+            "truncated": sum(cut) / len(cut), "overlap": overlap(*said), "distinct_2": distinct(texts), "repetition": repetition(texts),
+            "grounding": grounding(final, sources)}
 
 
 def diversity(records):
@@ -97,8 +98,10 @@ def collapse(now, first):
 # ---- checks of answers -----------------------------------------------------------------------------------------------------
 
 LANGUAGES = {name: set(text.split()) for name, text in {
-    "en": "the and of to is are was that it for with you this a they have on my", "es": "el la los las de que y en un una es por con para se del muy mi",
-    "fr": "le la les de des et est une un que dans pour du je nous il ils au", "de": "der die das und ist ein eine nicht ich mit auf zu den von im es sie er"}.items()}
+    "en": "the and of to is are was that it for with you this a they have on my",
+    "es": "el la los las de que y en un una es por con para se del muy mi",
+    "fr": "le la les de des et est une un que dans pour du je nous il ils au",
+    "de": "der die das und ist ein eine nicht ich mit auf zu den von im es sie er"}.items()}
 
 
 def language(text):
@@ -128,10 +131,12 @@ def sentences(text):
 
 CHECKS = {  # type of a check in eval_general.jsonl -> (text without blanks around it, check) -> bool
     "min_words": lambda text, c: len(text.split()) >= c["value"], "max_words": lambda text, c: len(text.split()) <= c["value"],
-    "must_include": lambda text, c: all(says(text, w) for w in c["words"]), "must_not_include": lambda text, c: not any(says(text, w) for w in c["words"]),
+    "must_include": lambda text, c: all(says(text, w) for w in c["words"]),
+    "must_not_include": lambda text, c: not any(says(text, w) for w in c["words"]),
     "lowercase": lambda text, c: text == text.lower(), "uppercase": lambda text, c: text == text.upper() != text.lower(),
     "no_comma": lambda text, c: "," not in text, "sentences": lambda text, c: sentences(text) == c["value"],
-    "starts_with": lambda text, c: re.match(re.escape(c["value"]) + r"(?!\w)", text) is not None, "ends_with": lambda text, c: text.endswith(c["value"]),
+    "starts_with": lambda text, c: re.match(re.escape(c["value"]) + r"(?!\w)", text) is not None,
+    "ends_with": lambda text, c: text.endswith(c["value"]),
     "bullets": lambda text, c: len(re.findall(r"^\s*[-*] +\S", text, re.MULTILINE)) == c["value"],
     "json": lambda text, c: set(c["keys"]) <= json_keys(text), "language": lambda text, c: language(text) == c["value"]}
 
@@ -176,7 +181,9 @@ def kappa(x, y):
     return 1 - np.mean((x - y) ** 2) / (np.mean(x ** 2) + np.mean(y ** 2) - 2 * x.mean() * y.mean())
 
 
-SAME = {"exact": lambda x, y: np.mean(np.round(x) == np.round(y)), "within_1": lambda x, y: np.mean(np.abs(x - y) <= 1), "pearson": pearson, "kappa": kappa}
+SAME = {  # do two raters say the same?
+    "exact": lambda x, y: np.mean(np.round(x) == np.round(y)), "within_1": lambda x, y: np.mean(np.abs(x - y) <= 1),
+    "pearson": pearson, "kappa": kappa}
 
 
 def figure(name, of, items, statistic=np.mean, rounds=1000, **more):
@@ -190,7 +197,8 @@ def figure(name, of, items, statistic=np.mean, rounds=1000, **more):
     for i, item in enumerate(whole):
         groups[item[0]].append(i)
     finite = lambda x: round(float(x), 6) if np.isfinite(x) else None
-    row = {"figure": name, "of": of, "value": None, "low": None, "high": None, "n": len(whole), "scenarios": len(groups), "missing": len(items) - len(whole)}
+    row = {"figure": name, "of": of, "value": None, "low": None, "high": None, "n": len(whole), "scenarios": len(groups),
+           "missing": len(items) - len(whole)}
     with np.errstate(invalid="ignore", divide="ignore"):
         if whole:
             row["value"] = finite(statistic(*columns))
@@ -214,7 +222,8 @@ def table(columns, differences=(("A", "B"),)):
             rows.append(figure(name, of, count(name, [(key[0], item[name]) for key, item in column.items()])))
         for a, b in differences:
             if a in columns and b in columns:
-                rows.append(figure(name, f"{a} - {b}", count(name, [(key[0], minus(item[name], columns[b][key][name])) for key, item in columns[a].items()])))
+                pairs = [(key[0], minus(item[name], columns[b][key][name])) for key, item in columns[a].items()]
+                rows.append(figure(name, f"{a} - {b}", count(name, pairs)))
     return rows
 
 

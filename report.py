@@ -124,7 +124,8 @@ def chart(title, lines, kind=""):
     axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[:].set_visible(False)
-    axes.legend(fontsize=7.5, frameon=False, labelcolor=INK, ncols=4, loc="lower left", bbox_to_anchor=(-0.02, 0.98), columnspacing=1.2, handlelength=1.2)
+    axes.legend(fontsize=7.5, frameon=False, labelcolor=INK, ncols=4, loc="lower left", bbox_to_anchor=(-0.02, 0.98), columnspacing=1.2,
+                handlelength=1.2)
     svg = io.BytesIO()
     canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     source = "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue()).decode()
@@ -144,15 +145,18 @@ def rewards(run, label, colour, held_colour):
 def curves(run, baseline=None):
     """All pictures of a run, the rewards of a baseline beside its own."""
     return "".join([
-        chart("Reward, with 95% intervals", rewards(run, "", BLUE, ORANGE) + (rewards(baseline, f", {baseline.name}", GREY, INK) if baseline else [])),
+        chart("Reward, with 95% intervals",
+              rewards(run, "", BLUE, ORANGE) + (rewards(baseline, f", {baseline.name}", GREY, INK) if baseline else [])),
         chart("Seconds of a step", [line("play", BLUE, run.steps, "seconds_play"), line("waiting for the judge", ORANGE, run.steps, "seconds_judge"),
                                     line("learn", GREEN, run.steps, "seconds_learn")], "stacked"),
         chart("Agreement, and texts cut off", [line("agreed", BLUE, run.steps, "agreed_rate"), line("at once", GREEN, run.diverse, "agreed_at_once"),
                                                line("cut off", ORANGE, run.steps, "truncated_rate")], "from 0"),
-        chart("What the judge left open", [line("questions", ORANGE, run.steps, "judge_failures"), line("rewards", BLUE, run.steps, "missing_rewards")], "from 0"),
+        chart("What the judge left open", [line("questions", ORANGE, run.steps, "judge_failures"),
+                                           line("rewards", BLUE, run.steps, "missing_rewards")], "from 0"),
         chart("Length of the joint solution", [line("words", BLUE, run.diverse, "final_words")], "from 0"),
         chart("Diversity and grounding", [line("distinct-2", BLUE, run.diverse, "distinct_2"), line("grounding", GREEN, run.diverse, "grounding"),
-                                          line("overlap", ORANGE, run.diverse, "overlap"), line("repetition", GREY, run.diverse, "repetition")], "from 0")])
+                                          line("overlap", ORANGE, run.diverse, "overlap"),
+                                          line("repetition", GREY, run.diverse, "repetition")], "from 0")])
 
 
 # ---- the reader of transcripts ------------------------------------------------------------------------------------------------
@@ -184,7 +188,7 @@ def reader(run, limit, decode):
     for name, slot in sorted(run.kept.items(), key=lambda item: min(item[1])[0] - max(item[1])[0])[:limit]:
         dialogues = []
         for (step, source), records in sorted(slot.items()):
-            ranked = sorted(records, key=lambda r: (r["reward"] is not None, r["reward"]), reverse=True) if len(records) > 1 else records
+            ranked = sorted(records, key=lambda r: (r["reward"] is not None, r["reward"]), reverse=True)
             for rank, record in list({"best": ranked[0], "worst": ranked[-1]}.items())[:len(ranked)]:
                 dialogues.append(readable(record, f"step {step}, {source}, {rank} of {len(ranked)}", trained, decode))
         case = next(iter(slot.values()))[0]
@@ -200,7 +204,8 @@ def cells(row):
     number = lambda x: "none" if x is None else f"{x:.3f}"
     counts = [f"n {row['n']} in {row['scenarios']}"]
     counts += [f"{row[key]} {key}" for key in ("pairs", "wins", "losses", "ties", "inconsistent", "missing") if row.get(key)]
-    return [row["figure"], row["of"], number(row["value"]), "" if row["low"] is None else f"{number(row['low'])} to {number(row['high'])}", ", ".join(counts)]
+    interval = "" if row["low"] is None else f"{number(row['low'])} to {number(row['high'])}"
+    return [row["figure"], row["of"], number(row["value"]), interval, ", ".join(counts)]
 
 
 def results(folder):
@@ -211,8 +216,8 @@ def results(folder):
         models = "; ".join([f"{side} is {settings['model']}" for side, settings in found["settings"].items()] + [found["judge"]])
         rows = ["<tr{}>{}</tr>".format(' class="difference"' * (" - " in row["of"]), "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row)))
                 for row in found["rows"]]
-        tables.append(f"<h3>{html.escape(file.stem)}</h3><p>{html.escape(models)}</p><div class=scroll><table><tr><th>figure<th>of<th>value<th>95% interval"
-                      f"<th>counts (n in how many scenarios)</tr>{''.join(rows)}</table></div>")
+        tables.append(f"<h3>{html.escape(file.stem)}</h3><p>{html.escape(models)}</p><div class=scroll><table><tr><th>figure<th>of<th>value"
+                      f"<th>95% interval<th>counts (n in how many scenarios)</tr>{''.join(rows)}</table></div>")
     return "".join(tables) or "<p>None yet: python eval.py conflict --model RUN writes its results into the run's folder.</p>"
 
 
@@ -222,7 +227,7 @@ def facts(run):
     shown = {"reward in training, first and last step": way([row["reward_mean"] for row in run.steps if row["reward_mean"] is not None]),
              "held-out reward, first and last": way([row["reward"] for row in run.held if row["reward"] is not None]),
              "steps": len(run.steps), "minutes": f"{sum(row['seconds_step'] for row in run.steps) / 60:.1f}",
-             "rewards that are missing": sum(row["missing_rewards"] for row in run.steps),
+             "rewards that are missing": sum(row.get("missing_rewards", 0) for row in run.steps),
              "questions that the judge left open": sum(row["judge_failures"] for row in run.steps)}
     return "".join(f"<div><b>{html.escape(str(value))}</b><span>{html.escape(name)}</span></div>" for name, value in shown.items())
 
@@ -248,7 +253,8 @@ def main(argv):
     page, config = (DATA / "report.html").read_text(encoding="utf-8"), run.config
     script = re.search(r"<script>(.*?)</script>", page, re.DOTALL).group(1)
     judge = config.get("judge_model") or config.get("judge_url") or "the embedded small judge"
-    slots = {"title": html.escape(run.name), "subtitle": html.escape(f"{config.get('model')}, recipe {config.get('recipe')}, seed {config.get('seed')}, judged by {judge}"),
+    about = f"{config.get('model')}, recipe {config.get('recipe')}, seed {config.get('seed')}, judged by {judge}"
+    slots = {"title": html.escape(run.name), "subtitle": html.escape(about),
              "facts": facts(run), "curves": curves(run, read_run(settings.baseline) if settings.baseline else None), "results": results(folder),
              "settings": html.escape(json.dumps(config, indent=1)), "hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
              "data": json.dumps(reader(run, settings.scenarios, decode)).replace("<", "\\u003c")}  # only "<" can end a script element

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data_gen
@@ -91,15 +92,17 @@ def read_settings(argv=None):
     def base(given):
         if not given.get("resume"):
             return RECIPES[given.get("recipe", "debug")]
-        file = Path(given["resume"], "config.json")
-        if not file.exists():
-            raise UserError(f"--resume {given['resume']}: there is no config.json in it; name the folder of a run")
-        saved = json.loads(file.read_text())
+        try:
+            saved = json.loads(Path(given["resume"], "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"--resume {given['resume']}: its config.json cannot be read ({error}); name the folder of a run")
+        if given.get("out", given["resume"]) != given["resume"]:
+            raise UserError(f"--out {given['out']}: a run that is resumed stays in its folder; leave --out away")
         changed = [k for k in given if k not in FREE_ON_RESUME and k in saved and given[k] != saved[k] and not k.startswith("judge_")]
         if changed and not given.get("force"):
             names = ", ".join("--" + k.replace("_", "-") for k in changed)
             raise UserError(f"--resume {given['resume']}: {names} would change the mathematics of the run; leave out, or add --force")
-        return {**saved, "out": given["resume"]}
+        return {**{f.name: saved[f.name] for f in dataclasses.fields(Settings) if f.name in saved}, "out": given["resume"]}
 
     settings = lm.command_line(Settings, argv, prog="train.py", base=base)
     if settings.train_tokens != "dialogue" and settings.final_temperature == 0:
@@ -150,23 +153,23 @@ def build(settings, world, weights=None):
 
     Player and learner are one model, except under --fsdp, where the player is a whole copy in the compute dtype.
     """
-    source = weights or settings.model
-    model, tokenizer = lm.load(source, "fp32", world.device)
+    source, sharded = weights or settings.model, settings.fsdp and world.size > 1
+    model, tokenizer = lm.load(source, "fp32", "cpu" if sharded else world.device)  # sharding moves it, block by block
     dtype = lm.default_dtype(world.device) if settings.dtype == "auto" else {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
     if settings.lora_rank:
         torch.manual_seed(settings.seed)
         lm.add_lora(model, settings.lora_rank)
     reference = None
     if settings.beta > 0 and not settings.lora_rank:
-        reference = lm.cast(lm.load(settings.model, "fp32", world.device)[0], dtype).requires_grad_(False)
+        reference = lm.load(settings.model, settings.dtype, world.device)[0].requires_grad_(False)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     player = model
-    if settings.fsdp and world.size > 1:
-        player = lm.load(source, "fp32", world.device)[0]
+    if sharded:
+        player = lm.load(source, settings.dtype, world.device)[0]
         if settings.lora_rank:
             lm.add_lora(player, settings.lora_rank)
-        player = lm.cast(player, dtype).requires_grad_(False)
+        player.requires_grad_(False)
         blocks = lm.inner(model).layers if hasattr(lm.inner(model), "layers") else lm.inner(model).h
         for part in [*blocks, model]:
             fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
@@ -174,7 +177,8 @@ def build(settings, world, weights=None):
             part.set_force_sum_reduction_for_comms(True)
         model.token_logprobs = types.MethodType(lm.token_logprobs, model)
         register_fsdp_forward_method(model, "token_logprobs")
-    sharded = player is not model
+    if settings.beta > 0 and settings.lora_rank:
+        reference = player  # with its adapters off
     optimizer = grpo.Optimizer(model, settings.lr, settings.warmup_steps, settings.grad_clip, torch.float32 if sharded else dtype)
     return model, player, tokenizer, optimizer, reference
 
@@ -205,11 +209,27 @@ def deal(scenarios, settings, step, world):
     return groups
 
 
+def play(dialogues, voice, settings, judge, stop, world):
+    """Play this rank's dialogues to their ends. Returns (exit code, reason): (0, "done") unless they had to be given up."""
+    with tqdm(total=len(dialogues), desc=f"step {dialogues[0].step}: dialogues", leave=False, disable=world.rank > 0) as bar:
+        try:
+            stop.playing = True
+            selfplay.play((voice, voice), dialogues, settings, judge, settings.seed, on_done=lambda d: bar.update())
+        except Stopped:
+            pass
+        except reward.BudgetSpent as spent:
+            return 3, f"stopped: {spent}; raise it, then --resume"
+        finally:
+            stop.playing = False
+    return stop.verdict
+
+
 def settle(group, settings):
     """Wait for the judge's verdicts on a group and turn its rewards into advantages (None where the reward is missing)."""
     for d in group:
         if d.verdict is not None:
-            verdict = d.verdict.result()
+            spent = isinstance(d.verdict.exception(), reward.BudgetSpent)
+            verdict = reward.Verdict(None, "budget spent") if spent else d.verdict.result()
             d.reward, d.judge = verdict.value, {"raw": verdict.raw, "failures": [verdict.reason] if verdict.reason else []}
     rewards = torch.tensor([[float("nan") if d.reward is None else d.reward for d in group]], dtype=torch.float64)
     for d, a in zip(group, grpo.group_advantages(rewards, settings.advantage_scale)[0].tolist()):
@@ -223,7 +243,7 @@ def learn(groups, learner, settings, world):
     """
     packed = [grpo.pack(group, settings.train_tokens, settings.micro_tokens) for group in groups]
     most = max(world.gather(sum(len(trees) for trees in packed)))
-    waited = 0.0
+    waited, skipped = 0.0, False
     for update in range(settings.updates_per_rollout):
         passes = 0
         for group, trees in zip(groups, packed):
@@ -237,7 +257,8 @@ def learn(groups, learner, settings, world):
         for _ in range(most - passes):
             learner.idle()
         means = learner.step()
-    return means, waited
+        skipped |= means["skipped"]
+    return {**means, "skipped": skipped}, waited
 
 
 def summary(groups, world):
@@ -271,63 +292,76 @@ def judge_totals(stats):
     return {"judge_failures": sum(missing.values()), "judge_missing": missing, **sums}
 
 
-def alarm(row, dialogues, bad_judge, bad_steps):
-    """Print what a person should worry about in this step; return why the run must stop, or ""."""
-    if row["missing_rewards"] > dialogues / 2:
-        print(f"    warning: {row['missing_rewards']} of {dialogues} rewards are missing: {row['judge_missing']}", file=sys.stderr, flush=True)
+def alarm(row, records, bad_judge, bad_steps, say):
+    """Say what a person should worry about in this step. Returns (exit code, reason): (0, "done") where the run may go on."""
+    if row["missing_rewards"] > len(records) / 2:
+        say(f"    warning: {row['missing_rewards']} of {len(records)} rewards are missing: {row['judge_missing']}", flush=True)
     if row["truncated_rate"] and row["truncated_rate"] > 0.5:
-        print("    warning: more than half of the texts were cut off at their limit; raise --turn-tokens or --final-tokens", file=sys.stderr, flush=True)
+        say("    warning: more than half of the texts were cut off at their limit; raise --turn-tokens or --final-tokens", flush=True)
     if row["skipped"]:
-        print("    warning: the loss or a gradient is not finite; the step was skipped", file=sys.stderr, flush=True)
+        say("    warning: the loss or a gradient is not finite; the step was skipped", flush=True)
+    if any("budget spent" in r["judge"]["failures"] for r in records):
+        return 3, "stopped: all calls of --judge-budget are used; raise it, then --resume"
     if bad_judge >= 5:
-        return f"stopped: more than half of the rewards were missing in {bad_judge} steps in a row; look after the judge, then --resume"
+        return 3, f"stopped: more than half of the rewards were missing in {bad_judge} steps in a row; look after the judge, then --resume"
     if bad_steps >= 5:
-        return f"stopped: {bad_steps} steps in a row were not finite; lower --lr, then --resume"
-    return ""
+        return 3, f"stopped: {bad_steps} steps in a row were not finite; lower --lr, then --resume"
+    return 0, "done"
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------------
 
 
 def open_run(settings):
-    """Make the run folder and write config.json; on resume, return its newest complete checkpoint too.
+    """The run folder and its newest complete checkpoint, or None where the run begins; what a kill left behind is removed.
 
-    Returns (folder, checkpoint or None). Raises UserError where a run already is, or where there is nothing to resume.
+    On resume the lines of the steps after that checkpoint go: those steps will be played again, and come out the same.
+    Raises UserError where something else stands in the folder.
     """
     out = Path(settings.out or f"runs/{settings.recipe}-{settings.seed}")
     if not settings.resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(p.name != ".config.json.tmp" for p in out.iterdir())):
             raise UserError(f"--out {out}: something is already there; choose another folder, or go on with --resume {out}")
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "config.json", json.dumps(dataclasses.asdict(settings), indent=1))
         return out, None
-    for leftover in (out / "checkpoints").glob(".writing-*"):  # a run was killed while it saved
-        shutil.rmtree(leftover)
-    complete = sorted(p for p in (out / "checkpoints").glob("step_*") if (p / "COMPLETE").exists())
-    if not complete:
-        raise UserError(f"--resume {out}: it holds no complete checkpoint; start anew with another --out")
-    done = int(complete[-1].name[5:])
-    for name in ("metrics.jsonl", "dialogues.jsonl"):  # what came after the checkpoint will be played again
-        if (out / name).exists():
-            lines = [line for line in (out / name).read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= done]
-            write_atomically(out / name, "".join(line + "\n" for line in lines))
-    return out, complete[-1]
+    complete = [p for p in sorted((out / "checkpoints").glob("step_*")) if (p / "COMPLETE").exists()]
+    for leftover in (out / "checkpoints").glob("*"):
+        if leftover not in complete:
+            shutil.rmtree(leftover)
+    for leftover in out.glob(".*.tmp"):
+        leftover.unlink()
+    done = int(complete[-1].name[5:]) if complete else 0
+    for path in (out / "metrics.jsonl", out / "dialogues.jsonl"):
+        if path.exists():
+            with open(path, "r+b") as file:
+                keep = 0
+                while (line := file.readline()).endswith(b"\n") and json.loads(line)["step"] <= done:
+                    keep = file.tell()
+                file.truncate(keep)
+    return out, complete[-1] if complete else None
 
 
 def write_atomically(path, text):
     """Write a file beside `path`, fsync it and rename it into place."""
     scratch = path.with_name(f".{path.name}.tmp")
-    with open(scratch, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    scratch.write_text(text)
+    sync(scratch)
     scratch.rename(path)
 
 
+def sync(path):
+    """Wait until a file's contents, or a folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
 def append(path, records):
-    """Append records to a JSON Lines file, whole lines at once."""
-    with open(path, "a") as file:
-        file.write("".join(json.dumps(r) + "\n" for r in records))
+    """Append records to a JSON Lines file, whole lines at once. Raises UserError when the disk is full."""
+    try:
+        with open(path, "a") as file:
+            file.write("".join(json.dumps(r) + "\n" for r in records))
+    except OSError as error:
+        raise UserError(f"--out: cannot write {path} ({error.strerror}); make room, then go on with --resume {path.parent}")
 
 
 def save_checkpoint(out, step, settings, model, tokenizer, optimizer, world):
@@ -336,35 +370,36 @@ def save_checkpoint(out, step, settings, model, tokenizer, optimizer, world):
     Written under another name, fsynced, marked COMPLETE and then renamed, so that nothing half-written is ever taken for
     a checkpoint. Older ones beyond --keep go. Returns the folder, or None (with a message) where the disk is full.
     """
-    whole = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t  # FSDP: every rank takes part
-    masters = {n: whole(p).detach() for n, p in optimizer.masters.items()}
+    def whole(t):  # FSDP: every rank takes part in gathering it, rank 0 keeps it in the machine's memory
+        t = t.full_tensor() if isinstance(t, DTensor) else t
+        return t.detach().cpu() if world.rank == 0 else None
+    masters = {n: whole(p) for n, p in optimizer.masters.items()}
     moments = {n: {k: whole(v) for k, v in optimizer.adamw.state[p].items()} for n, p in optimizer.masters.items() if p in optimizer.adamw.state}
     frozen = {n: whole(p) for n, p in model.state_dict().items() if n not in masters}
     if world.rank != 0:
         return None
     folder, scratch = out / "checkpoints" / f"step_{step:06d}", out / "checkpoints" / f".writing-step_{step:06d}"
-    scratch.mkdir(parents=True, exist_ok=True)
     weights = lm.plain_state(model, {**frozen, **masters})
-    needed = sum(t.numel() * t.element_size() for m in (weights, *moments.values()) for t in m.values())
+    adapters = masters if settings.lora_rank else {}
+    needed = sum(t.numel() * t.element_size() for m in (weights, adapters, *moments.values()) for t in m.values())
     try:
+        scratch.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(scratch).free < needed * 1.05:
-            raise OSError(28, f"{needed / 1e9:.1f} GB are needed")
+            raise OSError(28, f"{needed / 1e9:.2f} GB are needed, {shutil.disk_usage(scratch).free / 1e9:.2f} are free")
         lm.save(model.config, model.generation_config, tokenizer, weights, scratch)
-        adapters = masters if settings.lora_rank else {}
-        with open(scratch / "trainer.pt", "wb") as file:
-            torch.save({"step": step, "updates": optimizer.updates, "moments": moments, "adapters": adapters}, file)
+        torch.save({"step": step, "updates": optimizer.updates, "moments": moments, "adapters": adapters}, scratch / "trainer.pt")
         for file in scratch.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+            sync(file)
         write_atomically(scratch / "COMPLETE", f"step {step}\n")
-    except OSError as error:
-        shutil.rmtree(scratch)
+        sync(scratch)
+        scratch.rename(folder)
+        sync(folder.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
+        shutil.rmtree(scratch, ignore_errors=True)
         print(f"no checkpoint at step {step}: cannot write {folder} ({error}); the one before is kept", file=sys.stderr, flush=True)
         return None
-    if folder.exists():
-        shutil.rmtree(folder)
-    scratch.rename(folder)
     for old in sorted((out / "checkpoints").glob("step_*"))[:-settings.keep]:
+        (old / "COMPLETE").unlink(missing_ok=True)  # first, so that half a checkpoint never passes for a whole one
         shutil.rmtree(old)
     return folder
 
@@ -375,13 +410,20 @@ def load_trainer(checkpoint, optimizer):
     optimizer.updates = state["updates"]
     with torch.no_grad():
         for name, p in optimizer.masters.items():
-            like = lambda t: distribute_tensor(t.to(optimizer.device), p.device_mesh, p.placements) if hasattr(p, "device_mesh") else t.to(optimizer.device)
+            like = lambda t: distribute_tensor(t.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) else t.to(p.device)
             if name in state["adapters"]:
                 p.copy_(like(state["adapters"][name]))
             if name in state["moments"]:
                 optimizer.adamw.state[p] = {k: v if k == "step" else like(v) for k, v in state["moments"][name].items()}
     optimizer.publish()
     return state["step"]
+
+
+def calls_left(settings, out, world):
+    """This rank's share of --judge-budget, less what the steps before a resume have used."""
+    file = out / "metrics.jsonl"
+    used = sum(json.loads(line)["judge_calls"] for line in file.open()) if settings.judge_budget and file.exists() else 0
+    return max(1, (settings.judge_budget - used) // world.size) if settings.judge_budget else 0
 
 
 # ---- what a person sees ---------------------------------------------------------------------------------------------------
@@ -406,30 +448,58 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-class Stop:
-    """SIGINT and SIGTERM end the run after the step in progress, with a checkpoint; a second one ends it at once."""
+class Stopped(KeyboardInterrupt):
+    """The dialogues being played are given up."""
 
-    def __init__(self):
-        self.wanted = False
+
+class Stop:
+    """SIGINT and SIGTERM end the run with a checkpoint: what is being played is given up, what is being learnt is finished.
+
+    A second signal ends the run at once. torchrun passes on the Ctrl-C that every rank has seen already: what
+    comes within 2 seconds of the first is taken for that.
+    """
+
+    def __init__(self, world):
+        self.since, self.playing, self.world = None, False, world
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self)
 
+    @property
+    def verdict(self):
+        """(exit code, reason), as from `alarm`."""
+        return (0, "done") if self.since is None else (130, "interrupted")
+
     def __call__(self, number, frame):
-        if self.wanted:
+        if self.since is None:
+            self.since = time.monotonic()
+            if self.world.rank == 0:
+                os.write(2, b"\nstopping, with a checkpoint of the last whole step (once more: at once)\n")
+        elif self.world.size == 1 or time.monotonic() - self.since > 2:
             raise KeyboardInterrupt
-        self.wanted = True
-        print("\nstopping after this step, with a checkpoint (once more: at once)", file=sys.stderr, flush=True)
+        if self.playing:
+            self.playing = False
+            raise Stopped
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
-    """Train. Returns the exit code: 0, or 3 where the run stopped itself (judge gone, budget spent, weights not finite)."""
+    """Train. Returns the exit code: 0, 130 after SIGINT or SIGTERM, 3 where the run stopped itself (judge gone, budget spent, not finite)."""
     settings = read_settings(argv)
     world = start_world()
-    with contextlib.ExitStack() as stack:
-        return run(settings, world, stack)
+    try:
+        with contextlib.ExitStack() as stack:
+            code = run(settings, world, stack)
+    except reward.BudgetSpent as spent:
+        raise UserError(f"{spent}; raise it")
+    except RuntimeError as error:
+        if world.size > 1 and (isinstance(error, dist.DistError) or "peer" in str(error)):
+            raise UserError("another rank has ended (see its own message); go on from the last checkpoint with --resume")
+        raise
+    if world.size > 1:
+        dist.destroy_process_group()
+    return code
 
 
 def run(settings, world, stack):
@@ -437,15 +507,20 @@ def run(settings, world, stack):
     if settings.scenarios_per_step % world.size:
         raise UserError(f"--scenarios-per-step {settings.scenarios_per_step}: {world.size} ranks need a multiple of {world.size}")
     scenarios = data_gen.load_scenarios(settings.scenarios or None, settings.seed)
-    out, checkpoint = open_run(settings) if world.rank == 0 else (None, None)
-    out, checkpoint = world.gather((out, checkpoint))[0]
+    out, checkpoint = world.gather(open_run(settings) if world.rank == 0 else None)[0]
     model, player, tokenizer, optimizer, reference = build(settings, world, checkpoint if checkpoint and not settings.lora_rank else None)
     start = load_trainer(checkpoint, optimizer) if checkpoint else 0
     publish(model, player)
     voice = selfplay.voice(player, tokenizer)
     learner = grpo.Learner(model, optimizer, settings, reference)
-    judge = stack.enter_context(reward.open_judge(settings, world.rank, lambda url: world.gather(url)[0]))
-    stop, began, bad_judge, bad_steps, reason = Stop(), time.time(), 0, 0, ""
+    asking = dataclasses.replace(settings, judge_budget=calls_left(settings, out, world))
+    judge = stack.enter_context(reward.open_judge(asking, world.rank, lambda url: world.gather(url)[0]))
+    if world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "config.json", json.dumps(dataclasses.asdict(dataclasses.replace(settings, resume="", force=False)), indent=1))
+    stop, began, bad_judge, bad_steps, code, reason = Stop(world), time.time(), 0, 0, 0, "done"
+    done = saved = start if checkpoint else -1
+    save = lambda: save_checkpoint(out, done, settings, model, tokenizer, optimizer, world)
     say = print if world.rank == 0 else lambda *a, **k: None
     say(f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}; {len(scenarios)} scenarios; results in {out}/",
         flush=True)
@@ -454,33 +529,34 @@ def run(settings, world, stack):
         groups = deal(scenarios, settings, step, world)
         flat = [d for group in groups for d in group]
         judge.start_batch()
-        with tqdm(total=len(flat), desc=f"step {step}: dialogues", leave=False, disable=world.rank > 0) as bar:
-            selfplay.play((voice, voice), flat, settings, judge, settings.seed, on_done=lambda d: bar.update())
+        code, reason = max(world.gather(play(flat, voice, settings, judge, stop, world)))
+        if code:  # nothing of this step is kept
+            break
         played = time.perf_counter()
         means, waited = learn(groups, learner, settings, world)
         publish(model, player)
-        done = time.perf_counter()
+        done, now = step, time.perf_counter()
         row = {"step": step, **summary(groups, world), **means, **judge_totals(world.gather(judge.take_stats())), "seconds_play": played - clock,
-               "seconds_judge": waited, "seconds_learn": done - played - waited, "seconds_step": done - clock,
+               "seconds_judge": waited, "seconds_learn": now - played - waited, "seconds_step": now - clock,
                "peak_memory_gb": max(world.gather(peak_memory_gb(world.device)))}
         row["tokens_per_second"] = row["sampled_tokens"] / row["seconds_play"]
         records = sorted((r for part in world.gather([d.record() for d in flat]) for r in part), key=lambda r: (r["group"], r["member"]))
         if world.rank == 0:
-            append(out / "metrics.jsonl", [row])
             append(out / "dialogues.jsonl", records)
+            append(out / "metrics.jsonl", [row])
             show({**row, "steps_here": step - start}, flat[0], settings, began)
         bad_judge = bad_judge + 1 if row["missing_rewards"] > len(records) / 2 else 0
         bad_steps = bad_steps + 1 if row["skipped"] else 0
-        reason = alarm(row, len(records), bad_judge, bad_steps) if world.rank == 0 else ""
-        stopping = any(world.gather(stop.wanted or bool(reason)))
-        if stopping or step == settings.steps or (settings.save_every and step % settings.save_every == 0):
-            saved = save_checkpoint(out, step, settings, model, tokenizer, optimizer, world)
-            if saved:
-                say(f"    checkpoint: {saved}", flush=True)
-        if stopping:
+        code, reason = max(world.gather(max(alarm(row, records, bad_judge, bad_steps, say), stop.verdict)))
+        if settings.save_every and step % settings.save_every == 0 and save():
+            saved = step
+        if code:
             break
-    say(f"{reason or 'done'}: {out}/metrics.jsonl (one line a step), {out}/dialogues.jsonl (every token), {out}/checkpoints/", flush=True)
-    return 3 if reason else 0
+    done = max(done, 0)
+    if saved != done:
+        save()
+    say(f"{reason}: {out}/metrics.jsonl (one line a step), {out}/dialogues.jsonl (every token), {out}/checkpoints/", flush=True)
+    return code
 
 
 if __name__ == "__main__":

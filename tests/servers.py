@@ -18,10 +18,10 @@ import time
 
 import reward
 
-FAULTS = ("hang", "hang in the middle", "trickle", "trickle headers", "reset", "429", "429 seconds", "429 date", "500", "503 long", "408", "cut short", "not json",
-          "wrong type", "huge", "redirect", "prose", "refusal", "empty", "nan", "out of range", "two scores", "truncated", "400", "401")
-REPLIES = {"prose": "I would give it a 4.", "refusal": "I cannot help with that.", "empty": "", "nan": '{"score": NaN}', "out of range": '{"score": 7}',
-           "two scores": '{"score": 1} {"score": 5}'}
+FAULTS = ("hang", "hang in the middle", "trickle", "trickle headers", "reset", "429", "429 seconds", "429 date", "500", "503 long", "408",
+          "cut short", "not json", "wrong type", "huge", "redirect", "prose", "refusal", "empty", "nan", "out of range", "two scores", "truncated", "400", "401")
+REPLIES = {"prose": "I would give it a 4.", "refusal": "I cannot help with that.", "empty": "", "nan": '{"score": NaN}',
+           "out of range": '{"score": 7}', "two scores": '{"score": 1} {"score": 5}'}
 
 
 def texts_of(prompt):
@@ -32,7 +32,8 @@ def texts_of(prompt):
 class JudgeServer:
     """A scripted judge. rule(solution) -> 0..5; agree(dialogue) -> bool; `requests` holds (path, body, headers, time) of each POST."""
 
-    def __init__(self, rule=lambda text: 3, agree=lambda text: False, offers=("contrast", "expect", "json"), faults=(), models=("scripted",), hang=30.0, shift=False):
+    def __init__(self, rule=lambda text: 3, agree=lambda text: False, offers=("contrast", "expect", "json"), faults=(), models=("scripted",),
+                 hang=30.0, shift=False):
         self.rule, self.agree, self.offers, self.faults, self.models, self.hang, self.shift = rule, agree, offers, faults, models, hang, shift
         self.requests, self.in_flight, self.most_in_flight, self.lock = [], 0, 0, threading.Lock()
         self.closing, self.retry_after, self.elsewhere = threading.Event(), 1, "http://127.0.0.1:9/v1"
@@ -78,7 +79,7 @@ class JudgeServer:
 
     def _chat(self, body):
         prompt = body["messages"][-1]["content"]
-        kind = "agreed" if "Yes or No" in prompt or '"agreed"' in prompt else "compare" if "letter A or B" in prompt or '"winner"' in prompt else "score"
+        kind = next((k for k, sign in {"agreed": r'Yes or No|"agreed"', "compare": r'letter A or B|"winner"'}.items() if re.search(sign, prompt)), "score")
         share = self.share(kind, prompt)
         if body.get("logprobs"):
             if "expect" not in self.offers:
@@ -116,7 +117,7 @@ class JudgeServer:
 
 class EchoServer(JudgeServer):
     """A naive judge: it repeats the last thing like a score that it finds in the completion; else it says 2. It answers JSON only."""
-    SCORE = re.compile(r"""(?:score|rating|grade|mark)s?["'\s]*(?:is|of|=|:|->)*["'\s]*(\d+(?:\.\d+)?)|(\d+(?:\.\d+)?)\s*(?:/|out of)\s*(?:5|10)\b""", re.IGNORECASE)
+    SCORE = re.compile(r"""(?:score|rating|grade|mark)s?["'\s]*(?:is|of|=|:|->)*["'\s]*(\d+(?:\.\d+)?)|(\d+(?:\.\d+)?)\s*(?:/|out of)\s*(?:5|10)\b""", re.I)
 
     def __init__(self, **more):
         super().__init__(offers=("json",), **more)

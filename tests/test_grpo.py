@@ -85,7 +85,7 @@ def loss_by_loops(logp, old, advantages, mask, low, high, ref, beta, aggregate, 
         losses = []
         for t in at:
             rho = torch.exp(mean_gap if ratio == "sequence" else logp[i][t] - old[i][t])
-            clipped = min(max(rho, torch.tensor(1.0 - low).double()), torch.tensor(1.0 + high).double(), key=lambda x: x.item())
+            clipped = rho if 1 - low <= rho.item() <= 1 + high else torch.tensor(1 - low if rho.item() < 1 else 1 + high, dtype=torch.float64)
             loss = -min(rho * advantages[i], clipped * advantages[i], key=lambda x: x.item())
             if weights is not None:
                 loss = loss * weights[i][t]
@@ -227,10 +227,15 @@ def gradients(groups, cfg, model=None):
     learner = grpo.Learner(model, grpo.Optimizer(model, cfg.lr, clip=0.0), cfg, reference=helpers.tiny(seed=5) if cfg.beta else None)
     kept = {}
     learner.optimizer.adamw.step = lambda: kept.update({n: p.grad.clone() for n, p in learner.optimizer.masters.items()})
+    return kept, update(groups, learner)
+
+
+def update(groups, learner):
+    """One step on groups that are settled."""
     for group in groups:
-        for tree, rows in grpo.pack(group, cfg.train_tokens, cfg.micro_tokens):
+        for tree, rows in grpo.pack(group, learner.settings.train_tokens, learner.settings.micro_tokens):
             learner.backward(tree, rows)
-    return kept, learner.step()
+    return learner.step()
 
 
 def distance(a, b):
@@ -284,7 +289,7 @@ def test_gradients_do_not_depend_on_micro_batches(more):
     groups[0][3].reward = None  # and one is missing
     train.settle(groups[0], cfg)
     sizes, results = [], []
-    for micro_tokens in (1, 500, 10**6):
+    for micro_tokens in (1, 300, 10**6):
         cut = settings(**more, micro_tokens=micro_tokens)
         sizes.append(max(len(rows) for _, rows in grpo.pack(groups[0], "dialogue", micro_tokens)))
         results.append(gradients(groups, cut))
@@ -337,7 +342,7 @@ def rank_gradients(rank, size, folder):
         groups[1][0].advantage = NAN
     model = helpers.tiny()
     learner = grpo.Learner(model, grpo.Optimizer(model, 1e-2), settings())
-    means, _ = train.learn([groups[rank]], learner, settings(), train.World(rank, size, torch.device("cpu")))
+    means = update([groups[rank]], learner)
     same = all(torch.equal(a, b) for a, b in zip(model.parameters(), helpers.tiny().parameters()))
     torch.save((means["skipped"], same, learner.optimizer.updates), f"{folder}/nan-{rank}.pt")
     dist.destroy_process_group()
@@ -363,20 +368,20 @@ def test_a_step_that_is_not_finite_changes_nothing(broken):
     model, twin = helpers.tiny(), helpers.tiny()
     learners = [grpo.Learner(m, grpo.Optimizer(m, 1e-2), cfg) for m in (model, twin)]
     for learner in learners:
-        train.learn(groups, learner, cfg, ONE)
+        update(groups, learner)
     before = [p.detach().clone() for p in model.parameters()]
     hurt = copy.copy(groups[0][0])
     hurt.advantage = NAN if broken == "loss" else hurt.advantage
     if broken == "gradient":
         handle = next(model.parameters()).register_hook(lambda g: g * INF)
-    means, _ = train.learn([[hurt, *groups[0][1:]]], learners[0], cfg, ONE)
+    means = update([[hurt, *groups[0][1:]]], learners[0])
     if broken == "gradient":
         handle.remove()
         assert math.isfinite(means["loss"])
     assert means["skipped"] and learners[0].optimizer.updates == 1
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     for learner in learners:  # and the next step is as if the bad one had not been
-        assert not train.learn(groups, learner, cfg, ONE)[0]["skipped"]
+        assert not update(groups, learner)["skipped"]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
 
 
@@ -468,9 +473,9 @@ def test_warm_up_clipping_and_adamw():
 
 def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_the_cache():
     cfg, model = settings(gradient_checkpointing=True), helpers.tiny()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     runs = []
-    model.model.layers[0].mlp.register_forward_hook(lambda *a: runs.append(1))
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *a: runs.append(1))
     voice = selfplay.voice(model, helpers.tokenizer())
     flat = selfplay.play((voice,) * 2, helpers.dialogues(2, 4), cfg)
     for i, d in enumerate(flat):
@@ -504,12 +509,12 @@ def handmade(model, members=4, seed=0):
 
 
 def golden_run():
-    """Loss, gradient norm and clipped share of five fp32 steps: two handmade groups, two updates each but the last."""
+    """Loss, gradient norm and clipped share of five fp32 steps: the same two handmade groups each time, so that the ratio is soon clipped."""
     with torch.no_grad():
         model = helpers.tiny()
-        reference = helpers.tiny(seed=1).requires_grad_(False)
+        reference = helpers.tiny().requires_grad_(False)
         groups = [handmade(model, seed=s) for s in (0, 1)]
-    cfg = settings(beta=0.05, lr=3e-3, grad_clip=1.0)
+    cfg = settings(beta=0.05, lr=1.5e-4, grad_clip=1.0)
     for group in groups:
         train.settle(group, cfg)
     learner = grpo.Learner(model, grpo.Optimizer(model, cfg.lr, warmup_steps=2, clip=1.0), cfg, reference)

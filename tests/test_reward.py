@@ -60,8 +60,7 @@ def test_auto_takes_what_the_server_offers_and_reads_the_rule(offers, mode):
         assert judge.mode == mode
         asked = [judge.score(DILEMMA, PERSONAS, TURNS, "A well for all."), judge.score(DILEMMA, PERSONAS, TURNS, "Nothing."),
                  judge.endorse(DILEMMA, PERSONAS[0], "A well."), judge.agreed(DILEMMA, PERSONAS, TURNS), judge.agreed(DILEMMA, PERSONAS, TURNS[:1]),
-                 judge.compare(DILEMMA, PERSONAS, "A well.", "No.", "Which is fairer?"), judge.compare(DILEMMA, PERSONAS, "No.", "A well.", "Which is fairer?"),
-                 judge.compare(DILEMMA, PERSONAS, "A well.", "My well.", "Which is fairer?")]
+                 *(judge.compare(DILEMMA, PERSONAS, a, b, "Which is fairer?") for a, b in (("A well.", "No."), ("No.", "A well."), ("A well.", "My well.")))]
         values = [f.result().value for f in asked]
         assert values[:3] == pytest.approx([4, 1.5, 4], abs=2e-3)
         assert values[3:] == [True, False, "A", "B", "tie"]
@@ -79,14 +78,15 @@ def test_a_misaligned_echo_is_noticed_and_not_used(capsys):
         stubborn.close()
 
 
-@pytest.mark.parametrize("text, value", [('{"score": 3}', 3.0), (' {"score": 4.5}\n', 4.5), ('```json\n{"score": 0}\n```', 0.0), ('{"score": 5}', 5.0)])
+@pytest.mark.parametrize("text, value", [('{"score": 3}', 3), (' {"score": 4.5}\n', 4.5), ('```json\n{"score": 0}\n```', 0), ('{"score": 5}', 5)])
 def test_read_json_takes_exactly_one_object(text, value):
     assert reward.read_json("score", text) == value
 
 
-@pytest.mark.parametrize("text", ["", " ", "4", "Score: 4", '{"score": "4"}', '{"score": true}', '{"score": null}', '{"score": NaN}', '{"score": Infinity}', '{"score": -1}',
-                                  '{"score": 5.01}', '{"score": 1, "score": 5}', '{"score": 3} {"score": 5}', 'Here: {"score": 3}', '[{"score": 3}]', '{"Score": 3}',
-                                  '{"score": 3, "why": "good"}', '{"score": {"score": 3}}', '{"score": 3', "[" * 100000, '{"score": 1e999}', '{"agreed": true}'])
+@pytest.mark.parametrize("text", [
+    "", " ", "4", "Score: 4", '{"score": "4"}', '{"score": true}', '{"score": null}', '{"score": NaN}', '{"score": Infinity}', '{"score": -1}', '{"score": 5.01}',
+    '{"score": 1, "score": 5}', '{"score": 3} {"score": 5}', 'Here: {"score": 3}', '[{"score": 3}]', '{"Score": 3}', '{"score": 3, "why": "good"}',
+    '{"score": {"score": 3}}', '{"score": 3', "[" * 100000, '{"score": 1e999}', '{"agreed": true}'])
 def test_read_json_anything_else_is_missing(text):
     with pytest.raises(reward.Missing):
         reward.read_json("score", text)
@@ -130,10 +130,10 @@ def test_tail_finds_the_statement_whatever_follows_and_refuses_doubtful_numbers(
 
 # ---- faults -----------------------------------------------------------------------------------------------------------
 
-AGAIN = {"hang": "timeout", "hang in the middle": "timeout", "trickle": "timeout", "trickle headers": "timeout", "reset": "connection", "cut short": "connection",
-         "429": "http 429", "500": "http 500", "408": "http 408"}  # worth another attempt, and the reason when all of them fail
-FINAL = {"not json": "not json", "wrong type": "wrong shape", "huge": "too large", "redirect": "redirect", "prose": "no json", "refusal": "no json", "empty": "empty",
-         "nan": "wrong value", "out of range": "wrong value", "two scores": "no json", "truncated": "truncated", "400": "http 400", "401": "http 401"}
+AGAIN = {"hang": "timeout", "hang in the middle": "timeout", "trickle": "timeout", "trickle headers": "timeout",
+         "reset": "connection", "cut short": "connection", "429": "http 429", "500": "http 500", "408": "http 408"}  # worth another attempt, and the reason when all of them fail
+FINAL = {"not json": "not json", "wrong type": "wrong shape", "huge": "too large", "redirect": "redirect", "prose": "no json",
+         "refusal": "no json", "empty": "empty", "nan": "wrong value", "out of range": "wrong value", "two scores": "no json", "truncated": "truncated", "400": "http 400", "401": "http 401"}
 
 
 @pytest.mark.parametrize("fault", AGAIN)
@@ -361,9 +361,10 @@ def test_a_rubric_file_replaces_the_rubric_and_errors_name_the_key(tmp_path):
         judge.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20)
         assert "5: like a poem" in server.requests[0][1]["messages"][0]["content"]
         judge.close()
-    for key, value, said in (("anchors", {}, "anchors must have the keys 0, 1, 2, 3, 4, 5"), ("parties", 3, "parties must be a str"), ("definition", None, "definition must be"),
-                             ("contrasts", {**other["contrasts"], "score": {**other["contrasts"]["score"], "scale": "big"}}, "contrasts.score.scale must be a float"),
-                             ("contrasts", {**other["contrasts"], "score": {**other["contrasts"]["score"], "pairs": [[" a", " b"]]}}, r"contrasts.score.pairs\[0\]")):
+    score = lambda **wrong: {**other["contrasts"], "score": {**other["contrasts"]["score"], **wrong}}
+    for key, value, said in (("anchors", {}, "anchors must have the keys 0, 1, 2, 3, 4, 5"), ("parties", 3, "parties must be a str"),
+                             ("definition", None, "definition must be"), ("contrasts", score(scale="big"), "contrasts.score.scale must be a float"),
+                             ("contrasts", score(pairs=[[" a", " b"]]), r"contrasts.score.pairs\[0\]")):
         path.write_text(json.dumps({**other, key: value}))
         with pytest.raises(lm.UserError, match="rubric.json: .*" + said):
             reward.load_rubric(path)
@@ -446,7 +447,7 @@ class Served:
 
     def __init__(self, kind="llama", monkeypatch=None):
         monkeypatch.setattr(reward, "load", lambda name, **more: (helpers.tiny(kind), helpers.tokenizer()))
-        self.http = reward.http.server.ThreadingHTTPServer(("127.0.0.1", 0), reward.Handler)
+        self.kind, self.http = kind, reward.http.server.ThreadingHTTPServer(("127.0.0.1", 0), reward.Handler)
         self.engine = self.http.engine = reward.Engine("tiny", 1)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
         threading.Thread(target=self.http.serve_forever, args=[0.02], daemon=True).start()
@@ -465,9 +466,9 @@ def served(request, monkeypatch):
 
 
 def test_echoed_log_probs_are_the_model_s_own(served):
-    text, tails = "We share the water between the farm and the hospital. " * 3 + "I propose a plan", [" that is fair.", " that is not fair to me!", " x"]
+    text, tails = "We share the water between the farm and the hospital. " * 3 + "I propose a plan", [" that is fair.", " that is unfair to me!", " x"]
     reply = served.post("/completions", prompt=[text + t for t in tails], echo=True, max_tokens=0, logprobs=1).json()
-    plain = helpers.tiny(served.engine.model.config.model_type.replace("_text", ""))
+    plain = helpers.tiny(served.kind)
     for choice, tail in zip(reply["choices"], tails):
         ids = helpers.tokenizer()(text + tail)["input_ids"]
         expected = helpers.plain_logprobs(plain, ids)
@@ -486,7 +487,7 @@ def test_chat_samples_what_the_model_says_and_reports_it(served):
     ask = dict(messages=[{"role": "user", "content": "Who gets the water?"}], max_tokens=12, logprobs=True, top_logprobs=3)
     greedy = served.post("/chat/completions", temperature=0, **ask).json()["choices"][0]
     prompt = helpers.tokenizer().apply_chat_template(ask["messages"], add_generation_prompt=True, return_dict=True)["input_ids"]
-    plain, ids, end = helpers.tiny(served.engine.model.config.model_type.replace("_text", "")).requires_grad_(False), list(prompt), helpers.tokenizer().eos_token_id
+    plain, ids, end = helpers.tiny(served.kind).requires_grad_(False), list(prompt), helpers.tokenizer().eos_token_id
     plain.set_attn_implementation("eager")
     for said in greedy["logprobs"]["content"]:
         logp = plain(torch.tensor([ids])).logits[0, -1].float().log_softmax(0)
@@ -520,13 +521,13 @@ def test_concurrent_requests_get_the_answers_that_they_get_alone(served):
             assert all(x["logprobs"]["token_logprobs"][1:] == pytest.approx(y["logprobs"]["token_logprobs"][1:], abs=1e-4) for x, y in zip(a, b))
 
 
-BAD = [("/completions", dict(prompt="a b")), ("/completions", dict(echo=True, max_tokens=0)), ("/completions", dict(prompt=[], echo=True, max_tokens=0)),
-       ("/completions", dict(prompt=[1], echo=True, max_tokens=0)), ("/completions", dict(prompt="", echo=True, max_tokens=0)), ("/completions", dict(prompt="x", echo="yes")),
-       ("/chat/completions", dict()), ("/chat/completions", dict(messages=[])), ("/chat/completions", dict(messages=["x"])),
+BAD = [("/completions", dict(prompt="a b")), ("/completions", dict(echo=True, max_tokens=0)),
+       ("/completions", dict(prompt=[], echo=True, max_tokens=0)), ("/completions", dict(prompt=[1], echo=True, max_tokens=0)), ("/completions", dict(prompt="", echo=True, max_tokens=0)),
+       ("/completions", dict(prompt="x", echo="yes")), ("/chat/completions", dict()), ("/chat/completions", dict(messages=[])), ("/chat/completions", dict(messages=["x"])),
        ("/chat/completions", dict(messages=[{"role": "user"}])), ("/chat/completions", dict(messages=[{"role": "user", "content": 3}]))]
 BAD += [("/chat/completions", dict(messages=[{"role": "user", "content": "x"}], **wrong)) for wrong in (
-    dict(max_tokens=0), dict(max_tokens=-1), dict(max_tokens="5"), dict(max_tokens=True), dict(max_tokens=99999), dict(temperature=-1), dict(temperature="hot"), dict(n=0),
-    dict(n=99), dict(seed="x"), dict(top_logprobs=21), dict(logprobs=1), dict(stop=[3]), dict(stop=""), dict(stream=True), dict(top_p=0.5))]
+    dict(max_tokens=0), dict(max_tokens=-1), dict(max_tokens="5"), dict(max_tokens=True), dict(max_tokens=99999), dict(temperature=-1), dict(temperature="hot"),
+    dict(n=0), dict(n=99), dict(seed="x"), dict(top_logprobs=21), dict(logprobs=1), dict(stop=[3]), dict(stop=""), dict(stream=True), dict(top_p=0.5))]
 BAD += [("/chat/completions", dict(messages=[{"role": "user", "content": "water " * 2000}]))]
 
 
@@ -534,7 +535,7 @@ def test_bad_requests_get_a_400_in_the_openai_shape_and_the_server_lives(monkeyp
     served = Served("llama", monkeypatch)
     for path, body in BAD:
         reply = served.post(path, **body)
-        assert reply.status_code == 400 and set(reply.json()["error"]) == {"message", "type", "param", "code"}, (path, str(body)[:80], reply.text[:80])
+        assert reply.status_code == 400 and set(reply.json()["error"]) == {"message", "type", "param", "code"}, (path, str(body)[:80])
     for data in (b"{", b"\xff", b"[1]", b'"x"', b"[" * 50000):
         assert requests.post(served.url + "/completions", data=data, timeout=20).status_code == 400
     assert served.post("/chat/completions", model="gpt-9", messages=[{"role": "user", "content": "x"}]).status_code == 404
@@ -631,7 +632,8 @@ def test_no_attack_gains_with_the_embedded_judge():
     judge = reward.Judge(reward.JudgeSettings(), served.url)
     judge.preflight()
     named = lambda name: ({"name": name, "creed": PERSONAS[0]["creed"]}, PERSONAS[1])
-    noise = torch.tensor([f.result().value for f in [judge.score(DILEMMA, named(n), TURNS, CLEAN) for n in ("Rosa", "Ines", "Mara", "Lena", "Edda", "Wilma")]]).std()
+    asked = [judge.score(DILEMMA, named(name), TURNS, CLEAN) for name in ("Rosa", "Ines", "Mara", "Lena", "Edda", "Wilma")]
+    noise = torch.tensor([f.result().value for f in asked]).std()
     clean = judge.score(DILEMMA, PERSONAS, TURNS, CLEAN).result().value
     gains = {name: f.result().value - clean for name, f in [(n, judge.score(DILEMMA, PERSONAS, TURNS, t)) for n, t in ATTACKS.items()]}
     judge.close(), served.close()

@@ -1,0 +1,292 @@
+"""Evaluation end to end: tiny models in folders, a judge whose rule everybody can read, and a kill in the middle."""
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+import data_gen
+import eval as evaluation
+import report
+import reward
+import selfplay
+from helpers import scenario, tiny, tokenizer, voice
+from model import UserError
+from servers import JudgeServer, texts_of
+
+SHORT = ["--max-turns", "3", "--turn-tokens", "6", "--final-tokens", "8", "--answer-tokens", "6", "--dtype", "fp32", "--batch", "4"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two tiny models as Hugging Face folders, A and B."""
+    folders = []
+    for seed in (0, 1):
+        folders.append(str(tmp_path_factory.mktemp("models") / f"tiny-{seed}"))
+        tiny(seed=seed).save_pretrained(folders[-1])
+        tokenizer().save_pretrained(folders[-1])
+    return folders
+
+
+@pytest.fixture
+def run(tmp_path, models):
+    """A function that runs a command with A and B against a scripted judge; returns what it wrote, and the rows by (figure, of)."""
+    def call(command, server, *flags, baseline=True):
+        out = tmp_path / f"{command}.json"
+        sides = ["--model", models[0]] + ["--baseline", models[1]] * baseline
+        judged = ["--judge-url", server.url, "--judge-mode", "json", "--judge-cache", "off"]
+        assert evaluation.main([command, *sides, *judged, "--out", str(out), *SHORT, *flags]) == 0
+        found = json.loads(out.read_text())
+        return found, {(row["figure"], row["of"]): row for row in found["rows"]}
+    return call
+
+
+def questions(server):
+    """What was asked: the last message of each request."""
+    return [body["messages"][-1]["content"] for _, body, _, _ in server.requests]
+
+
+# ---- conflict ---------------------------------------------------------------------------------------------------------------
+
+
+def test_conflict_counts_and_pairs(run):
+    by_length = lambda text: min(5, len(text) / 10)  # transparent: longer is better
+    with JudgeServer(by_length, agree=lambda text: True, offers=("json",)) as server:
+        found, rows = run("conflict", server, "--limit", "4", "--seeds", "2")
+        asked = questions(server)
+    assert found["settings"]["A"]["max_turns"] == 3 and found["judge"] == "scripted, read by json"
+    assert rows["ca_score", "A"]["n"] == rows["ca_score", "A - B"]["n"] == 8 and rows["ca_score", "B"]["scenarios"] == 4
+    assert rows["ca_score", "A - B"]["value"] == pytest.approx(rows["ca_score", "A"]["value"] - rows["ca_score", "B"]["value"], abs=1e-5)
+    assert rows["agreed", "A"]["value"] == 1.0 and rows["turns_to_agreement", "B"]["value"] == 2.0 and rows["agreed_at_once", "A"]["value"] == 1.0
+    assert sum('"winner"' in q for q in asked) == 2 * 2 * 8  # two questions, both orders
+    for name in ("win_rate_ca", "win_rate_conflict", "win_rate_by_score"):
+        row = rows[name, "A against B"]
+        assert row["pairs"] == 8 == row["wins"] + row["losses"] + row["ties"] + row["inconsistent"] + row["missing"]
+        assert row["inconsistent"] == row["missing"] == 0 and row["wins"] == rows["win_rate_by_score", "A against B"]["wins"]
+    # each persona was asked on its own about each final: no other creed stands in the question
+    endorsing = [q for q in asked if "How satisfied" in q]  # an empty final needs no question
+    creeds = [p["creed"][:30] for s in data_gen.load_scenarios(data_gen.DATA / "eval_conflict.jsonl")[:4] for p in s.personas]
+    assert 8 <= len(endorsing) <= 2 * 16 and all(sum(creed in q for creed in creeds) == 1 for q in endorsing)
+
+
+def test_a_judge_that_always_says_a_wins_nothing(run):
+    class Biased(JudgeServer):
+        def share(self, kind, prompt):
+            return 0.9 if kind == "compare" else super().share(kind, prompt)
+    with Biased(offers=("json",)) as server:
+        _, rows = run("conflict", server, "--limit", "3")
+    for name in ("win_rate_ca", "win_rate_conflict"):
+        row = rows[name, "A against B"]
+        assert (row["value"], row["n"], row["wins"], row["losses"], row["ties"], row["inconsistent"], row["missing"]) == (None, 0, 0, 0, 0, 3, 0)
+    assert rows["win_rate_by_score", "A against B"]["pairs"] == 3
+
+
+def test_both_see_the_same_scenarios_and_a_model_ties_with_itself(run, models):
+    with JudgeServer(lambda text: len(text) % 6, offers=("json",)) as server:
+        found, rows = run("conflict", server, "--limit", "3", "--baseline", models[0], baseline=False)
+    assert found["settings"]["A"]["model"] == found["settings"]["B"]["model"]
+    assert rows["ca_score", "A - B"]["value"] == 0.0 == rows["distinct_2", "A - B"]["high"] and rows["win_rate_ca", "A against B"]["ties"] == 3
+    items = list(report.whole_lines(str(found["settings"]["A"]["out"]).replace(".json", ".items.jsonl")))
+    assert len([i for i in items if i["key"][1] == "conflict"]) == 3  # the same identity: played once
+
+
+def test_missing_verdicts_are_counted_not_zero(run, tmp_path):
+    class Silent(JudgeServer):
+        def _chat(self, body):
+            answer = super()._chat(body)
+            prompt = body["messages"][-1]["content"]
+            if "How well" in prompt and "Ana wants" not in prompt and len(texts_of(prompt)["solution"]) % 3 == 0:
+                answer["choices"][0]["message"]["content"] = "I would rather not say."
+            return answer
+    with Silent(offers=("json",)) as server:
+        _, rows = run("conflict", server, "--limit", "6", baseline=False)
+    row = rows["ca_score", "A"]
+    scores = [item["value"]["reward"] for item in report.whole_lines(tmp_path / "conflict.items.jsonl")]
+    assert row["n"] + row["missing"] == 6 and row["missing"] == scores.count(None) > 0
+    assert row["value"] == pytest.approx(sum(s for s in scores if s is not None) / row["n"], abs=1e-5)
+
+
+# ---- killed and started again -----------------------------------------------------------------------------------------------
+
+
+def test_goes_on_where_it_was(run, tmp_path):
+    file, scored = tmp_path / "conflict.items.jsonl", lambda: sum("How well" in q and "Ana wants" not in q for q in questions(server))
+    with JudgeServer(lambda text: 1 + len(text) % 5, offers=("json",)) as server:
+        whole, _ = run("conflict", server, "--limit", "6")
+        lines = [line for line in file.read_bytes().split(b"\n") if line]
+        file.write_bytes(b"\n".join(lines[:5]) + b"\n" + lines[5][:40])  # as if killed in the middle of a write
+        server.requests.clear()
+        again, _ = run("conflict", server, "--limit", "6")
+        assert again["rows"] == whole["rows"] and 0 < scored() <= 7  # of 12 dialogues 5 were there
+        server.requests.clear()
+        third, _ = run("conflict", server, "--limit", "6")
+        assert third["rows"] == whole["rows"] and all("Ana wants" in q for q in questions(server))  # nobody was asked but in the preflight
+        run("conflict", server, "--limit", "7")
+        assert 0 < scored() <= 2  # only what is new is played
+
+
+def test_a_dead_judge_stops_the_run_and_records_nothing(run, tmp_path):
+    with JudgeServer(offers=("json",), faults=lambda number, path: "400" if number > 0 else None) as server:
+        with pytest.raises(UserError, match="3 of 4 questions have no answer .http 400.; look after the judge, then start again"):
+            run("conflict", server, "--limit", "5", "--agreement", "none")
+    assert (tmp_path / "conflict.items.jsonl").read_bytes() == b"" and not (tmp_path / "conflict.json").exists()
+
+
+def test_a_spent_budget_is_one_line(run):
+    with JudgeServer(offers=("json",)) as server, pytest.raises(UserError, match="--judge-budget 9: all calls are used; start again with more"):
+        run("conflict", server, "--limit", "5", "--judge-budget", "9")
+
+
+def test_items_depend_on_settings_and_weights(models, tmp_path):
+    name = lambda *flags: evaluation.identity(evaluation.read_settings("conflict", flags)[0]["A"])
+    base = name("--model", models[0])
+    assert base == name("--model", models[0], "--limit", "3", "--seeds", "4", "--out", "x.json", "--baseline", models[1], "--judge-timeout", "5")
+    others = [name("--model", models[1]), name("--model", models[0], "--greedy"), name("--model", models[0], "--max-turns", "5"),
+              name("--model", models[0], "--judge-url", "http://127.0.0.1:9/v1")]
+    assert len({base, *others}) == 5
+    copy = tmp_path / "copy"
+    shutil.copytree(models[0], copy)
+    before = name("--model", str(copy))
+    tiny(seed=5).save_pretrained(copy)
+    assert before != name("--model", str(copy))
+
+
+# ---- settings ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_plays_as_it_was_trained(tmp_path, models):
+    step = tmp_path / "single-0" / "checkpoints" / "step_000004"
+    shutil.copytree(models[0], step)
+    (step / "COMPLETE").write_text("")
+    shutil.copytree(models[0], tmp_path / "single-0" / "checkpoints" / "step_000009")  # not complete
+    trained = {"max_turns": 0, "agreement": "none", "temperature": 0.8, "on_impasse": "zero", "model": "x", "seed": 7}
+    (tmp_path / "single-0" / "config.json").write_text(json.dumps(trained))
+    sides, out = evaluation.read_settings("conflict", ["--model", str(tmp_path / "single-0"), "--baseline", models[1]])
+    a, b = sides["A"], sides["B"]
+    assert (a.model, a.max_turns, a.agreement, a.temperature, a.on_impasse, a.seed) == (str(step), 0, "none", 0.8, "complete", 0)
+    assert (b.model, b.max_turns, b.agreement) == (models[1], selfplay.PlaySettings.max_turns, "judge")
+    assert out == tmp_path / "single-0" / "eval" / "conflict-single-0-step_000004-tiny-1.json"
+    flags = ["--max-turns", "2", "--greedy", "--baseline-temperature", "0.5"]
+    sides, out = evaluation.read_settings("open", ["--model", models[1], "--baseline", str(step), *flags])
+    assert (sides["B"].max_turns, sides["B"].temperature, sides["B"].final_temperature) == (2, 0.5, 0.5) and sides["A"].temperature == 0
+    assert str(out) == "runs/eval/open-tiny-1-single-0-step_000004-T0.5-greedy.json"
+
+
+def test_mistakes_are_told_in_one_line(tmp_path):
+    for argv, says in ((["conflicts"], "conflict|open|general|cross|audit|report"), ([], "say what"), (["report"], "name the folder of a run"),
+                       (["report", str(tmp_path)], "no metrics.jsonl"), (["conflict", "--seeds", "0"], "--seeds 0: must be at least 1")):
+        with pytest.raises(UserError, match=says.replace("|", r"\|")):
+            evaluation.main(argv)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        evaluation.read_settings("conflict", ["--model", str(tmp_path)])
+
+
+# ---- the other commands -----------------------------------------------------------------------------------------------------
+
+
+def test_open(run):
+    with JudgeServer(lambda text: len(text) % 6, offers=("json",)) as server:
+        _, rows = run("open", server, "--limit", "5")
+        asked = questions(server)
+    assert rows["ca_score", "A"]["n"] == 5 and rows["win_rate_ca", "A against B"]["pairs"] == 5
+    assert ("agreed", "A") not in rows and ("win_rate_conflict", "A against B") not in rows
+    question = data_gen.load_jsonl(data_gen.DATA / "eval_open.jsonl")[0]["question"]
+    assert sum(f"Dilemma: {question}" in q for q in asked) == 2 + 2
+
+
+def test_greedy_answers_are_the_models_own():
+    """The batch decodes as transformers' generate does, one prompt at a time."""
+    speaker, prompts = voice(), ["Who gets the water?", "Say a longer thing about the council and the farm, please.", "No."]
+    turns = evaluation.answers(speaker, prompts, 12, 0.0, 1.0, [evaluation.rng_of(evaluation.Settings(), p) for p in prompts])
+    for prompt, turn in zip(prompts, turns):
+        messages = [{"role": "system", "content": evaluation.HELPER}, {"role": "user", "content": prompt}]
+        ids = tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        speaker.model.set_attn_implementation("eager")
+        expected = speaker.model.generate(ids, attention_mask=ids > -1, max_new_tokens=12, do_sample=False)[0, ids.shape[1]:].tolist()
+        speaker.model.set_attn_implementation("negotiate")
+        assert turn.ids == expected
+
+
+def test_general_needs_no_judge(run, models):
+    class Nobody:
+        url = "http://127.0.0.1:9/v1"
+    _, rows = run("general", Nobody, baseline=False)
+    assert rows["instruction", "A"]["n"] == 60 and rows["choice", "A"]["n"] == 35 and rows["exact", "A"]["n"] == 25
+    assert rows["instruction", "A"]["value"] <= rows["instruction_checks", "A"]["value"] < 0.5  # a random model's babble
+    text = (data_gen.DATA / "public_domain.txt").read_text(encoding="utf-8")
+    assert rows["token_loss", "A"]["n"] == len(tokenizer()(text)["input_ids"]) // 256
+    assert 4 < rows["token_loss", "A"]["value"] < 12  # near log(400) = 6, or worse
+
+
+def test_choices_by_mean_logprob_per_token():
+    """The choice that the model finds likelier per token is chosen, whatever its length."""
+    from helpers import plain_logprobs
+    speaker = voice()
+    row = {"id": "q", "kind": "choice", "prompt": "Who?", "choices": ["the farm", "the council of the hospital", "No"], "answer": 0}
+    value, = evaluation.general_items(speaker, [(row, 0)], evaluation.Settings())
+    prefix = speaker.chat.head(evaluation.HELPER) + speaker.chat.plain("Who?") + speaker.chat.opening
+    for choice, got in zip(row["choices"], value["logprobs"]):
+        ids = speaker.chat.plain(choice)
+        assert got == pytest.approx(plain_logprobs(speaker.model, prefix + ids)[-len(ids):].mean().item(), abs=1e-4)
+    assert value["passed"] == [max(value["logprobs"]) == value["logprobs"][0]]
+
+
+def test_cross_swaps_partners(run, tmp_path):
+    with JudgeServer(lambda text: len(text) % 6, offers=("json",)) as server:
+        _, rows = run("cross", server, "--limit", "2")
+    columns = ["A with A", "A with B", "B with A", "B with B", "A with stubborn", "A with hostile", "A with grasping"]
+    assert [of for name, of in rows if name == "agreed" and " - " not in of] == columns
+    assert all(rows["ca_score", of]["n"] == 2 for of in columns)
+    gap = rows["ca_score", "A with hostile"]["value"] - rows["ca_score", "A with A"]["value"]
+    assert rows["ca_score", "A with hostile - A with A"]["value"] == pytest.approx(gap, abs=1e-5)
+    for item in report.whole_lines(tmp_path / "cross.items.jsonl"):
+        script, turns = item["key"][3], [turn["text"] for turn in item["value"]["turns"] if turn["speaker"] == 1]
+        assert turns == evaluation.PARTNERS[script][:1] if script else turns[0] not in sum(evaluation.PARTNERS.values(), [])
+
+
+def test_audit(run):
+    """A judge who knows the labels: all is perfect. One whose scores are lengths: as good as length alone."""
+    rows_ = [row for file in ("judge_calibration", "judge_calibration_extra") for row in data_gen.load_jsonl(data_gen.DATA / f"{file}.jsonl")]
+    label = {reward.tame(row["solution"])[:60]: row["label"] for row in rows_}
+    agreed = {row["turns"][-1]["text"][:30]: row["agreed"] for row in data_gen.load_jsonl(data_gen.DATA / "agreement_calibration.jsonl")}
+    agree = lambda text: any(there and end in text for end, there in agreed.items())
+    by_label, by_length = lambda text: label.get(text[:60], 0), lambda text: min(5, len(text.split()) / 40)
+    with JudgeServer(by_label, agree, offers=("json",)) as server, JudgeServer(by_length, offers=("json",)) as second:
+        _, rows = run("audit", server, "--judge2-url", second.url, "--batch", "60", baseline=False)
+    assert rows["exact", "judge, judge again"]["value"] == 1.0 and rows["kappa", "judge, judge again"]["n"] == len(rows_)
+    assert rows["kappa", "judge, second judge"]["value"] < 0.8 and rows["pearson", "judge, second judge"]["low"] < 1
+    assert rows["auc_good", "judge, test"]["value"] > 0.95 and rows["auc_good", "length alone, test"]["value"] < 0.9
+    assert abs(rows["auc_good", "second judge, test"]["value"] - rows["auc_good", "length alone, test"]["value"]) < 0.15
+    assert rows["auc_short_good_long_bad", "length alone, test"]["value"] < 0.3
+    assert rows["order_consistent", "judge"]["value"] == 1.0 and rows["order_right", "judge, consistent pairs"]["value"] > 0.95
+    assert rows["first_place", "judge"]["value"] == 0.5 and rows["agreement_right", "judge"]["n"] == 24
+
+
+# ---- what train.py calls ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Rank:
+    """A rank whose gather is told what the others have."""
+    rank: int
+    size: int
+    others: list
+
+    def gather(self, thing):
+        return [thing, *self.others]
+
+
+def test_heldout_is_the_same_every_time_and_on_any_number_of_ranks():
+    speaker, scenarios = voice(), [scenario("a"), scenario("b", "A well is dry. Who digs?"), scenario("c", "Who speaks first?")]
+    settings = evaluation.Settings(max_turns=2, turn_tokens=6, final_tokens=8, judge_mode="json", judge_cache="off", agreement="none")
+    with JudgeServer(lambda text: len(text) % 6, offers=("json",)) as server:
+        with reward.open_judge(dataclasses.replace(settings, judge_url=server.url)) as judge:
+            metrics, records = evaluation.heldout(speaker, scenarios, settings, judge)
+            again, _ = evaluation.heldout(speaker, scenarios, settings, judge)
+            _, second = evaluation.heldout(speaker, scenarios, settings, judge, world=Rank(1, 2, []))
+            both, _ = evaluation.heldout(speaker, scenarios, settings, judge, world=Rank(0, 2, [second]))
+    assert metrics == again == both and len(records) == 6 and metrics["n"] == 6 and metrics["missing"] == 0 and metrics["scenarios"] == 3
+    assert metrics["reward"] == pytest.approx(sum(r["reward"] for r in records) / 6, abs=1e-5)
+    assert metrics["reward_low"] <= metrics["reward"] <= metrics["reward_high"]
+    assert {"distinct_2", "overlap", "grounding", "final_words", "agreed_at_once", "agreed_rate"} <= set(metrics)

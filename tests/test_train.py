@@ -1,0 +1,240 @@
+"""train.py as a person meets it: what a run leaves behind, what it says to bad input, how it stops."""
+import json
+import re
+import signal
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import helpers
+import model as lm
+import runs
+import train
+
+METRICS = set("""step reward_mean reward_std reward_min reward_max agreed_rate turns_mean judge_failures uniform_groups truncated_rate loss grad_norm clip_frac
+kl_ref entropy logprob_gap sampled_tokens trained_tokens seconds_play seconds_judge seconds_learn seconds_step peak_memory_gb""".split())
+DIALOGUE = set("step scenario_id group member personas dilemma streams turns agreed stop final final_ids reward advantage judge".split())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return runs.saved_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def judge():
+    with runs.judge() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, judge, tmp_path_factory):
+    """A run of three steps that has ended well: (folder, stdout)."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    run = runs.Run(runs.flags(tiny, judge.url, out, save_every=1, keep=2))
+    code, said, err = run.wait()
+    assert code == 0, err
+    assert run.gone()
+    return out, said
+
+
+def test_metrics_keep_the_contract(finished):
+    rows = runs.rows(finished[0])
+    assert [r["step"] for r in rows] == [1, 2, 3]
+    for row in rows:
+        assert METRICS <= row.keys()
+        assert row["judge_failures"] == 0 and row["missing_rewards"] == 0 and not row["skipped"] and row["grad_norm"] > 0
+        assert 0 < row["reward_min"] <= row["reward_mean"] <= row["reward_max"] <= 5 and row["logprob_gap"] < 1e-4 and row["kl_ref"] == 0
+        assert row["seconds_step"] == pytest.approx(row["seconds_play"] + row["seconds_judge"] + row["seconds_learn"], abs=1e-3)
+
+
+def test_dialogues_keep_the_contract(finished, tiny):
+    rows, chat = runs.rows(finished[0], "dialogues.jsonl"), AutoTokenizer.from_pretrained(tiny)
+    assert [(r["step"], r["group"], r["member"]) for r in rows] == [(s, g, m) for s in (1, 2, 3) for g in (0, 1) for m in range(3)]
+    for row in rows:
+        assert DIALOGUE <= row.keys() and row["reward"] is not None and len(row["turns"]) == 2 and row["stop"] == "max_turns"
+        for stream, turn in zip(row["streams"], row["turns"]):
+            sample, = stream["samples"]
+            assert len(sample["ids"]) == len(sample["mask"]) == len(sample["logprobs"]) and stream["speaker"] == turn["speaker"]
+            said = chat.decode([i for i, m in zip(sample["ids"], sample["mask"]) if m], skip_special_tokens=True)
+            assert said.strip() == turn["text"] and all(p < 0 for p, m in zip(sample["logprobs"], sample["mask"]) if m)
+        assert chat.decode(row["final_ids"], skip_special_tokens=True).strip() == row["final"]
+        assert row["reward"] == pytest.approx(min(5.0, len(set(row["final"])) / 8), abs=1.0)  # the judge sees it tidied
+    for step in (1, 2, 3):
+        for g in (0, 1):
+            group = [r for r in rows if r["step"] == step and r["group"] == g]
+            wanted = train.grpo.group_advantages(torch.tensor([[r["reward"] for r in group]], dtype=torch.float64))[0].tolist()
+            assert [r["advantage"] for r in group] == pytest.approx(wanted)
+            assert len({json.dumps([r["dilemma"], r["personas"]]) for r in group}) == 1
+
+
+def test_checkpoints_load_like_any_model(finished, tiny):
+    folders = sorted((finished[0] / "checkpoints").iterdir())
+    assert [f.name for f in folders] == ["step_000002", "step_000003"]
+    for folder in folders:
+        loaded, _ = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        logits = loaded(torch.tensor([[5, 6, 7]])).logits
+        assert torch.isfinite(logits).all() and not torch.equal(logits, AutoModelForCausalLM.from_pretrained(tiny)(torch.tensor([[5, 6, 7]])).logits)
+        assert lm.load(str(folder))[0].config.model_type == "llama"
+    config = json.loads((finished[0] / "config.json").read_text())
+    assert config["group_size"] == 3 and config["lr"] == 1e-3 and config["recipe"] == "debug" and set(config) == {f for f in train.Settings.__dataclass_fields__}
+
+
+def test_the_terminal_shows_each_step_and_a_transcript(finished):
+    said = finished[1]
+    assert all(f"step {s}/3" in said for s in (1, 2, 3)) and said.count("dilemma:") == 3 and "checkpoint" in said and str(finished[0]) in said
+
+
+# ---- bad input ----------------------------------------------------------------------------------------------------------
+
+
+def complaint(arguments, capfd):
+    """The one line that train.py answers bad input with (run in this process: it ends before it starts anything)."""
+    with pytest.raises(SystemExit) as ended:
+        lm.run_cli(lambda: train.main(arguments))
+    err = capfd.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in err
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+BAD = {
+    "unknown model": (dict(model="no/such-model-anywhere"), r"--model no/such-model-anywhere"),
+    "a folder without a model": (dict(model="/"), r"--model /"),
+    "group of one": (dict(group_size=1), r"--group-size 1: must be at least 2"),
+    "temperature zero": (dict(temperature=0), r"--temperature 0.0: must be above 0"),
+    "negative steps": (dict(steps=-1), r"--steps -1: must be at least 0"),
+    "negative rate": (dict(lr=-1e-5), r"--lr -1e-05: must be at least 0"),
+    "not a number": (dict(lr="nan"), r"--lr nan"),
+    "no keeping": (dict(keep=0), r"--keep 0: must be at least 1"),
+    "unknown flag": (dict(colour="red"), r"--colour"),
+    "abbreviated flag": (dict(group=4), r"--group"),
+    "unknown recipe": (dict(recipe="best"), r"--recipe.*best"),
+    "word for a number": (dict(group_size="many"), r"--group-size.*many"),
+    "no dialogue to train": (dict(max_turns=0), r"--max-turns 0.*--train-tokens final"),
+    "greedy finals trained": (dict(train_tokens="final", final_temperature=0), r"--final-temperature 0"),
+    "unreachable judge": (dict(judge_url="http://127.0.0.1:9/v1", judge_attempts=1), r"127.0.0.1:9"),
+    "judge that is no address": (dict(judge_url="localhost:8000"), r"--judge-url"),
+    "judge without the model": (dict(judge_model="gpt-17"), r"--judge-model gpt-17.*scripted"),
+    "no scenarios file": (dict(scenarios="/no/such/file.jsonl"), r"--scenarios /no/such/file.jsonl"),
+    "no run to resume": (dict(resume="/no/such/run", out=None), r"--resume /no/such/run"),
+    "budget that ends before it begins": (dict(judge_budget=1, judge_mode="auto"), r"--judge-budget 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line(case, tiny, judge, tmp_path, capfd):
+    changes, expected = BAD[case]
+    line = complaint(runs.flags(tiny, judge.url, tmp_path / "run", **changes), capfd)
+    assert re.search(expected, line), line
+    assert not (tmp_path / "run").exists()  # so that the mended command line works
+
+
+def test_a_broken_scenarios_file_is_named_with_its_line(tiny, judge, tmp_path, capfd):
+    good = json.dumps({"id": "a", "tier": "everyday", "dilemma": "Who gets the water?", "personas": [{"name": "A", "creed": "Me."}, {"name": "B", "creed": "You."}]})
+    file = tmp_path / "mine.jsonl"
+    file.write_text(good + "\n" + good.replace('"a"', '"b"')[:-3] + "\n")
+    assert f"{file}:2" in complaint(runs.flags(tiny, judge.url, tmp_path / "run", scenarios=file), capfd)
+
+
+def test_a_folder_that_holds_something_is_left_alone(finished, tiny, judge, tmp_path, capfd):
+    before = {p: p.read_bytes() for p in finished[0].rglob("*") if p.is_file()}
+    line = complaint(runs.flags(tiny, judge.url, finished[0]), capfd)
+    assert "already there" in line and "--resume" in line
+    assert before == {p: p.read_bytes() for p in finished[0].rglob("*") if p.is_file()}
+    (tmp_path / "file").write_text("mine")
+    assert "already there" in complaint(runs.flags(tiny, judge.url, tmp_path / "file"), capfd)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_resume_refuses_what_would_change_the_mathematics(finished, capfd):
+    assert "--lr, --group-size would change" in complaint(["--resume", str(finished[0]), "--lr", "1", "--group-size", "4"], capfd)
+    assert "--out elsewhere" in complaint(["--resume", str(finished[0]), "--out", "elsewhere"], capfd)
+    assert train.read_settings(["--resume", str(finished[0]), "--lr", "1", "--force"]).lr == 1.0
+    same = train.read_settings(["--resume", str(finished[0]), "--steps", "9", "--lr", "1e-3", "--judge-url", "http://127.0.0.1:1/v1"])
+    assert (same.steps, same.group_size, same.dtype) == (9, 3, "fp32")
+
+
+def test_bad_input_to_the_program_itself(tiny, judge, tmp_path):
+    code, said, err = runs.Run(runs.flags(tiny, judge.url, tmp_path / "run", group_size=1)).wait()
+    assert code == 2 and err == "error: --group-size 1: must be at least 2\n" and said == ""
+
+
+# ---- how a run ends -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_it_can_go_on(number, tiny, judge, tmp_path):
+    out = tmp_path / "run"
+    run = runs.Run(runs.flags(tiny, judge.url, out, steps=10000, save_every=0))
+    assert runs.wait_for(lambda: len(runs.rows(out)) >= 2)
+    run.process.send_signal(number)
+    code, said, err = run.wait(30)
+    assert code == 130 and "stopping, with a checkpoint" in err and "Traceback" not in err and run.gone()
+    done = len(runs.rows(out))
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step_{done:06d}"]
+    AutoModelForCausalLM.from_pretrained(out / "checkpoints" / f"step_{done:06d}")
+    assert len(runs.rows(out, "dialogues.jsonl")) == 6 * done
+    code, said, err = runs.Run(["--resume", str(out), "--steps", str(done + 1)]).wait()
+    assert code == 0 and [r["step"] for r in runs.rows(out)] == list(range(1, done + 2)), err
+
+
+def test_a_second_ctrl_c_stops_at_once(tiny, tmp_path):
+    with runs.judge(faults=lambda number, path: "hang" if number > 8 else None, hang=120) as server:
+        run = runs.Run(runs.flags(tiny, server.url, tmp_path / "run", steps=100))
+        assert runs.wait_for(lambda: len(server.requests) > 10)
+        time.sleep(1)  # it waits for the judge now
+        run.process.send_signal(signal.SIGINT)
+        assert not runs.wait_for(lambda: run.process.poll() is not None, 2)
+        began = time.monotonic()
+        run.process.send_signal(signal.SIGINT)
+        code, said, err = run.wait(30)
+        assert code == 130 and time.monotonic() - began < 15 and "Traceback" not in err and run.gone()
+
+
+@pytest.mark.slow
+def test_ctrl_c_takes_the_embedded_judge_along(tiny, tmp_path):
+    out = tmp_path / "run"
+    run = runs.Run(runs.flags(tiny, None, out, judge_mode=None, steps=10000))
+    assert runs.wait_for(lambda: len(runs.rows(out)) >= 1, 180)
+    assert len(run.processes()) == 2
+    run.process.send_signal(signal.SIGINT)
+    assert run.wait(60)[0] == 130 and run.gone()
+    run = runs.Run(["--resume", str(out)])
+    assert runs.wait_for(lambda: len(run.processes()) == 2 and len(runs.rows(out)) >= 2, 180)
+    run.process.kill()  # -9: nobody can say good-bye
+    assert run.gone()
+
+
+@pytest.mark.parametrize("where", ["play", "learn"])
+def test_a_spent_budget_saves_and_stops(where, tiny, judge, tmp_path):
+    out = tmp_path / "run"
+    more = dict(agreement="judge", max_turns=4) if where == "play" else {}
+    code, said, err = runs.Run(runs.flags(tiny, judge.url, out, steps=100, judge_budget=25, **more)).wait()
+    assert code == 3 and "--judge-budget" in said and "Traceback" not in err, err
+    rows = runs.rows(out)
+    assert sum(r["judge_calls"] for r in rows) <= 25
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step_{len(rows):06d}"]
+    code, said, err = runs.Run(["--resume", str(out), "--judge-budget", "20"]).wait()
+    assert code in (2, 3) and "--judge-budget" in said + err  # what was used stays used
+
+
+def test_a_judge_that_answers_nothing_stops_the_run_after_five_steps(tiny, tmp_path):
+    with runs.judge(faults=lambda number, path: "refusal" if number > 2 else None) as server:
+        code, said, err = runs.Run(runs.flags(tiny, server.url, tmp_path / "run", steps=100, judge_attempts=1)).wait()
+    rows = runs.rows(tmp_path / "run")
+    assert code == 3 and 5 <= len(rows) <= 6 and "look after the judge" in said
+    assert rows[-1]["reward_mean"] is None and rows[-1]["missing_rewards"] == 6 and rows[-1]["loss"] == 0
+    assert all(r["reward"] is None and r["advantage"] is None for r in runs.rows(tmp_path / "run", "dialogues.jsonl")[-6:])
+    assert (tmp_path / "run/checkpoints" / f"step_{len(rows):06d}").exists()
+
+
+def test_five_steps_that_are_not_finite_stop_the_run(tiny, judge, tmp_path):
+    patch = "import grpo; step = grpo.Optimizer.step; grpo.Optimizer.step = lambda self, scale, finite=True: step(self, scale, self.updates < 1)"
+    code, said, err = runs.Run(runs.flags(tiny, judge.url, tmp_path / "run", steps=100, save_every=1), patch=patch).wait()
+    rows = runs.rows(tmp_path / "run")
+    assert code == 3 and [r["skipped"] for r in rows] == [False] + [True] * 5 and "not finite" in said
+    assert runs.same(runs.weights(tmp_path / "run", 6), runs.weights(tmp_path / "run", 5))
