@@ -23,7 +23,6 @@ import json
 import os
 import re
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -429,7 +428,7 @@ def main(argv=None):
         return print(__doc__)
     if not argv or argv[0] not in COMMANDS:
         raise UserError(f"say what: python eval.py {'|'.join(COMMANDS)}|report ...; each has a --help")
-    began, (sides, out) = time.time(), read_settings(argv[0], argv[1:])
+    sides, out = read_settings(argv[0], argv[1:])
     found = {"command": argv[0], "settings": {side: dataclasses.asdict(s) for side, s in sides.items()}, "judge": "no judge", "judge_counts": {}}
     items = Items(out.with_suffix(".items.jsonl"), sides["A"].batch)
     try:
@@ -439,7 +438,7 @@ def main(argv=None):
                 found.update(judge=f"{judge.model}, read by {judge.mode}", judge_counts=judge.take_stats())  # of this start alone
     except reward.BudgetSpent as spent:
         raise UserError(f"{spent}; start again with more: what is finished is kept")
-    report.write(out, json.dumps({**found, "seconds": time.time() - began, "rows": rows}, indent=1))
+    report.write(out, json.dumps({**found, "rows": rows}, indent=1))
     for row in rows:
         print("{:24} {:28} {:>9}  {:22} {}".format(*report.cells(row)))
     print(f"{out}: these rows; {items.file.name}: every finished item")

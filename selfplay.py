@@ -137,14 +137,14 @@ class ChatFormat:
 
     def __init__(self, tokenizer, model):
         self.tokenizer = tokenizer
-        if tokenizer.chat_template is None:
+        if not tokenizer.chat_template:
             if tokenizer.eos_token is None:
                 raise UserError("--model: the tokenizer has neither a chat template nor an end-of-text token; use an instruct model")
             tokenizer.chat_template = PLAIN_TEMPLATE
         self.has_system = True
         try:
             words = self._split(["Sysword", "Userone", "Botone", "Usertwo", "Bottwo", "Userthree"])
-        except (jinja2.TemplateError, UserError):  # Gemma, some Mistrals: no system role, or it is dropped
+        except UserError:  # Gemma, some Mistrals: no system role, or it is dropped
             self.has_system = False
             words = self._split(["Userone", "Botone", "Usertwo", "Bottwo", "Userthree"])
         self._before_system, self._before_user = (words[0], words[1]) if self.has_system else ("", words[0])
@@ -169,7 +169,10 @@ class ChatFormat:
         """Render the words as a conversation and return the pieces before, between and after them."""
         roles = (["system"] if self.has_system else []) + ["user", "assistant"] * 3
         messages = [{"role": r, "content": w} for r, w in zip(roles, words)]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        except jinja2.TemplateError as error:
+            raise UserError(f"--model: its chat template refuses a conversation ({' '.join(str(error).split())}); use another model")
         pieces = re.split("|".join(words), text)
         if re.findall("|".join(words), text) != words:
             raise UserError("--model: its chat template drops or reorders messages; use another model")
@@ -183,7 +186,7 @@ class ChatFormat:
         """Ids of untrusted text, in which a literal <|im_end|> stays a string of letters."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         control = self.tokenizer.added_tokens_decoder
-        return [i for i in ids if not (i in control and control[i].special)]
+        return [i for i in ids if i not in control or not (control[i].special or i in self.ends)]
 
     def head(self, system):
         """Ids of a stream up to where the content of its first user message begins."""
@@ -221,11 +224,11 @@ class View:
                                "marker": MARKER_RULE if marker else ""})
         self.head = chat.head(system)
 
-    def before(self, turns, closing=None, train=None):
+    def before(self, turns, closing=None, train=None, cut=False):
         """The Sample of `turns` as this agent sees them, up to the point where it speaks next.
 
         closing: one more user text at the end (the request for the final completion). train: the turns whose tokens get
-        mask 1 (None: all of this agent's).
+        mask 1 (None: all of this agent's). cut: `turns` is a window, earlier ones are not shown.
         """
         sample, heard, chat = Sample([], [], [], [], []), [], self.chat
         add_ids(sample, self.head)
@@ -233,7 +236,7 @@ class View:
             if turn.speaker != self.me:
                 heard.append(turn.text or SILENCE)
                 continue
-            add_ids(sample, chat.plain("\n\n".join(heard) or (OPENING if turn is turns[0] and len(sample.ids) == len(self.head) else EARLIER)))
+            add_ids(sample, chat.plain("\n\n".join(heard) or (EARLIER if cut else OPENING)))
             add_ids(sample, chat.past_opening)
             add_turn(sample, turn, train is None or any(turn is t for t in train))
             add_ids(sample, [chat.end] * turn.truncated + chat.after)
@@ -243,9 +246,9 @@ class View:
         add_ids(sample, chat.plain("\n\n".join(heard) or OPENING) + chat.opening)
         return sample
 
-    def until(self, turns, last, train=None, closing=None):
+    def until(self, turns, last, train=None, closing=None, cut=False):
         """The Sample of `turns` followed by this agent's own turn `last`."""
-        sample = self.before(turns, closing, train)
+        sample = self.before(turns, closing, train, cut)
         add_turn(sample, last, True)
         add_ids(sample, [self.chat.end] * last.truncated)
         return sample
@@ -299,7 +302,7 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
     dialogue.stop = "max_turns"
     for t in range(settings.max_turns):
         me, seen = t % 2, window()
-        before = views[me].before(seen).ids
+        before = views[me].before(seen, cut=len(seen) < len(turns)).ids
         if len(before) + settings.turn_tokens + reserve > limits[me]:
             dialogue.stop = "context"
             break
@@ -322,12 +325,12 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
     if check is not None and not dialogue.agreed:
         dialogue.agreed = bool(check.result().value) if check.done() else bool((yield check).value)
     dialogue.stop = "agreed" if dialogue.agreed else dialogue.stop
-    separate = settings.context_turns > 0 or not views[0].chat.stable
     for me in (0, 1):
+        separate = settings.context_turns > 0 or not views[me].chat.stable
         own = [i for i, t in enumerate(turns) if t.speaker == me and t.logprobs]
         seen = lambda i: turns[max(0, i - settings.context_turns) if settings.context_turns else 0:i]
         if separate:
-            dialogue.streams[me] = [views[me].until(seen(i), turns[i], train=[]) for i in own]
+            dialogue.streams[me] = [views[me].until(seen(i), turns[i], train=[], cut=len(seen(i)) < i) for i in own]
         elif own:
             dialogue.streams[me] = [views[me].until(turns[:own[-1]], turns[own[-1]])]
     if not dialogue.agreed and settings.max_turns and settings.on_impasse == "zero":
@@ -363,13 +366,13 @@ def sample(logits, temperature, top_p, uniform):
     rows = (top_p < 1).nonzero()[:, 0]
     if len(rows):
         for k in (min(256, logits.shape[1]), logits.shape[1]):  # the nucleus is nearly always small
-            top = weights[rows].topk(k).values  # (m, k) descending
-            if (top.sum(1) >= top_p[rows]).all():
+            top = logp[rows].topk(k).values  # (m, k) descending
+            inside = (top.exp().cumsum(1) - top.exp() < top_p[rows, None]).sum(1).clamp(min=1)  # (m,) size of the nucleus
+            if (inside < k).all():
                 break
-        inside = (top.cumsum(1) - top < top_p[rows, None]).sum(1).clamp(min=1)  # (m,) size of the nucleus
         least = top.gather(1, inside[:, None] - 1)[:, 0]
         beyond = top.gather(1, inside[:, None].clamp(max=k - 1))[:, 0]  # the likeliest token outside
-        cut[rows] = torch.where(inside < k, (least.log() + beyond.clamp(min=1e-38).log()) / 2, -math.inf)  # half-way: rounding cannot move a token over it
+        cut[rows] = torch.where(inside < k, (least + beyond) / 2, -math.inf)  # half-way: rounding cannot move a token over it
         weights[rows] = torch.where(logp[rows] >= cut[rows, None], weights[rows], 0.0)
         mass[rows] = weights[rows].sum(1).log()
     cdf = weights.cumsum(1)
@@ -414,6 +417,7 @@ def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token
     caches = {id(v.model): RaggedCache(2 * len(dialogues)) for v in voices}
     models = {id(caches[id(v.model)]): v for v in voices}
     read = {id(c): [[] for _ in c.lengths] for c in caches.values()}  # ids that each row's cache holds
+    first_row = {id(d): 2 * i for i, d in enumerate(dialogues)}
     heads, jobs, waiting = {}, [], []
 
     def advance(dialogue, script, answer):
@@ -428,10 +432,11 @@ def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token
             waiting.append((wish, dialogue, script))
             return
         cache = caches[id(voices[wish.speaker].model)]
-        job = Job(dialogue, script, wish, cache, 2 * dialogues.index(dialogue) + wish.speaker)
+        job = Job(dialogue, script, wish, cache, first_row[id(dialogue)] + wish.speaker)
         held = read[id(cache)][job.row]
         common = next((i for i, (a, b) in enumerate(zip(held, wish.ids)) if a != b), min(len(held), len(wish.ids)))
         cache.lengths[job.row] = min(common, len(wish.ids) - 1)  # crop: what differs is read again, the last id always
+        del held[cache.lengths[job.row]:]
         jobs.append(job)
 
     for dialogue in dialogues:

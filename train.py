@@ -17,7 +17,6 @@ import signal
 import statistics
 import sys
 import time
-import types
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,6 +33,8 @@ import grpo
 import model as lm
 import reward
 import selfplay
+from eval import heldout
+from measure import collapse, diversity
 from model import UserError, option
 
 # ---- settings -----------------------------------------------------------------------------------------------------------
@@ -70,7 +71,9 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks (FSDP2)")
     lora_rank: int = option(0, "train adapters of this rank instead of the whole model (0: the whole model)", low=0)
     save_every: int = option(0, "steps between checkpoints (0: only at the end)", low=0)
-    keep: int = option(2, "checkpoints to keep", low=1)
+    keep: int = option(2, "checkpoints to keep, beside the best one by held-out reward", low=1)
+    eval_every: int = option(0, "steps between evaluations on held-out scenarios, one before the first step too (0: none)", low=0)
+    eval_scenarios: int = option(8, "scenarios that --eval-every keeps out of training, two dialogues each", low=2)
 
 
 RECIPES = {
@@ -175,7 +178,7 @@ def build(settings, world, weights=None):
             fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
             part.set_gradient_divide_factor(1.0)  # sums over ranks, like the other path: D divides once
             part.set_force_sum_reduction_for_comms(True)
-        model.token_logprobs = types.MethodType(lm.token_logprobs, model)
+        model.token_logprobs = lambda *a: [x.clone() for x in lm.token_logprobs(model, *a)]  # FSDP warns of views
         register_fsdp_forward_method(model, "token_logprobs")
     if settings.beta > 0 and settings.lora_rank:
         reference = player  # with its adapters off
@@ -266,7 +269,6 @@ def summary(groups, world):
     facts = [fact for facts in world.gather([{
         "reward": d.reward, "agreed": d.agreed, "turns": len(d.turns), "failed": d.reward is None, "group": d.group,
         "truncated": [t.truncated for t in d.turns] + ([d.final_truncated] if d.final is not None else []),
-        "first": bool(d.agreed and len(d.turns) <= 2), "words": len((d.final or "").split()),
         "sampled": sum(len(t.logprobs) for t in d.turns) + (sum(d.final_sample.mask) if d.final_sample else 0),
     } for group in groups for d in group]) for fact in facts]
     rewards = [f["reward"] for f in facts if f["reward"] is not None]
@@ -279,7 +281,7 @@ def summary(groups, world):
     return {"reward_mean": mean(rewards), "reward_std": statistics.stdev(rewards) if len(rewards) > 1 else None,
             "reward_min": min(rewards, default=None), "reward_max": max(rewards, default=None), "agreed_rate": mean([f["agreed"] for f in facts]),
             "turns_mean": mean([f["turns"] for f in facts]), "missing_rewards": sum(f["failed"] for f in facts), "uniform_groups": mean(uniform),
-            "truncated_rate": mean(cut), "final_words_mean": mean([f["words"] for f in facts]), "sampled_tokens": sum(f["sampled"] for f in facts)}
+            "truncated_rate": mean(cut), "sampled_tokens": sum(f["sampled"] for f in facts)}
 
 
 def judge_totals(stats):
@@ -330,7 +332,7 @@ def open_run(settings):
     for leftover in out.glob(".*.tmp"):
         leftover.unlink()
     done = int(complete[-1].name[5:]) if complete else 0
-    for path in (out / "metrics.jsonl", out / "dialogues.jsonl"):
+    for path in (out / "metrics.jsonl", out / "dialogues.jsonl", out / "heldout.jsonl"):
         if path.exists():
             with open(path, "r+b") as file:
                 keep = 0
@@ -373,13 +375,15 @@ def save_checkpoint(out, step, settings, model, tokenizer, optimizer, world):
     def whole(t):  # FSDP: every rank takes part in gathering it, rank 0 keeps it in the machine's memory
         t = t.full_tensor() if isinstance(t, DTensor) else t
         return t.detach().cpu() if world.rank == 0 else None
+    names = {id(p): n for n, p in optimizer.params.items()}  # a tied weight has one master and two names
     masters = {n: whole(p) for n, p in optimizer.masters.items()}
     moments = {n: {k: whole(v) for k, v in optimizer.adamw.state[p].items()} for n, p in optimizer.masters.items() if p in optimizer.adamw.state}
-    frozen = {n: whole(p) for n, p in model.state_dict().items() if n not in masters}
+    trained = {n: masters[names[id(p)]] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in names}
+    frozen = {n: whole(p) for n, p in model.state_dict().items() if n not in trained}
     if world.rank != 0:
         return None
     folder, scratch = out / "checkpoints" / f"step_{step:06d}", out / "checkpoints" / f".writing-step_{step:06d}"
-    weights = lm.plain_state(model, {**frozen, **masters})
+    weights = lm.plain_state(model, {**frozen, **trained})
     adapters = masters if settings.lora_rank else {}
     needed = sum(t.numel() * t.element_size() for m in (weights, adapters, *moments.values()) for t in m.values())
     try:
@@ -398,7 +402,8 @@ def save_checkpoint(out, step, settings, model, tokenizer, optimizer, world):
         shutil.rmtree(scratch, ignore_errors=True)
         print(f"no checkpoint at step {step}: cannot write {folder} ({error}); the one before is kept", file=sys.stderr, flush=True)
         return None
-    for old in sorted((out / "checkpoints").glob("step_*"))[:-settings.keep]:
+    best = out / "checkpoints" / f"step_{best_step(out):06d}"
+    for old in [p for p in sorted((out / "checkpoints").glob("step_*")) if p != best][:-settings.keep]:
         (old / "COMPLETE").unlink(missing_ok=True)  # first, so that half a checkpoint never passes for a whole one
         shutil.rmtree(old)
     return folder
@@ -419,10 +424,30 @@ def load_trainer(checkpoint, optimizer):
     return state["step"]
 
 
+def best_step(out):
+    """The step with the highest held-out reward so far; -1 without an evaluation."""
+    file = out / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.open()] if file.exists() else []
+    scored = [(row["heldout"]["reward"], row["step"]) for row in rows if "heldout" in row and row["heldout"]["reward"] is not None]
+    return max(scored, default=(0.0, -1))[1]
+
+
+def evaluate(out, step, voice, scenarios, settings, judge, world, say):
+    """Play the held-out scenarios with the same seeds as ever; a line of its own in metrics.jsonl, the dialogues in heldout.jsonl."""
+    judge.start_batch()
+    held, records = heldout(voice, scenarios, settings, judge, 2, settings.seed, world)
+    if world.rank == 0:
+        append(out / "heldout.jsonl", [{**r, "step": step} for r in records])
+        append(out / "metrics.jsonl", [{"step": step, "heldout": held}])
+    if held["reward"] is not None:
+        say(f"    held-out reward after step {step}: {held['reward']:.3f} ({held['reward_low']:.2f} to {held['reward_high']:.2f}, {held['n']} dialogues, "
+            f"{held['missing']} missing)", flush=True)
+
+
 def calls_left(settings, out, world):
     """This rank's share of --judge-budget, less what the steps before a resume have used."""
     file = out / "metrics.jsonl"
-    used = sum(json.loads(line)["judge_calls"] for line in file.open()) if settings.judge_budget and file.exists() else 0
+    used = sum(json.loads(line).get("judge_calls", 0) for line in file.open()) if settings.judge_budget and file.exists() else 0
     return max(1, (settings.judge_budget - used) // world.size) if settings.judge_budget else 0
 
 
@@ -506,7 +531,11 @@ def run(settings, world, stack):
     """The whole run, from the settings to the last checkpoint."""
     if settings.scenarios_per_step % world.size:
         raise UserError(f"--scenarios-per-step {settings.scenarios_per_step}: {world.size} ranks need a multiple of {world.size}")
-    scenarios = data_gen.load_scenarios(settings.scenarios or None, settings.seed)
+    scenarios, held = data_gen.load_scenarios(settings.scenarios or None, settings.seed), []
+    if settings.eval_every:
+        if len(scenarios) <= settings.eval_scenarios:
+            raise UserError(f"--eval-scenarios {settings.eval_scenarios}: there are only {len(scenarios)} scenarios; keep some for training")
+        scenarios, held = scenarios[:-settings.eval_scenarios], scenarios[-settings.eval_scenarios:]
     out, checkpoint = world.gather(open_run(settings) if world.rank == 0 else None)[0]
     model, player, tokenizer, optimizer, reference = build(settings, world, checkpoint if checkpoint and not settings.lora_rank else None)
     start = load_trainer(checkpoint, optimizer) if checkpoint else 0
@@ -515,15 +544,20 @@ def run(settings, world, stack):
     learner = grpo.Learner(model, optimizer, settings, reference)
     asking = dataclasses.replace(settings, judge_budget=calls_left(settings, out, world))
     judge = stack.enter_context(reward.open_judge(asking, world.rank, lambda url: world.gather(url)[0]))
+    judge.take_stats()  # without the first question, so that a resumed run counts what an unbroken one counts
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.json", json.dumps(dataclasses.asdict(dataclasses.replace(settings, resume="", force=False)), indent=1))
     stop, began, bad_judge, bad_steps, code, reason = Stop(world), time.time(), 0, 0, 0, "done"
     done = saved = start if checkpoint else -1
-    save = lambda: save_checkpoint(out, done, settings, model, tokenizer, optimizer, world)
+    first = json.loads((out / "metrics.jsonl").open().readline()) if start else {}
+    first = {} if "heldout" in first else first
+    save = lambda: world.gather(save_checkpoint(out, done, settings, model, tokenizer, optimizer, world))[0]
     say = print if world.rank == 0 else lambda *a, **k: None
     say(f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}; {len(scenarios)} scenarios; results in {out}/",
         flush=True)
+    if held and not start:
+        evaluate(out, 0, voice, held, settings, judge, world, say)
     for step in range(start + 1, settings.steps + 1):
         clock = time.perf_counter()
         groups = deal(scenarios, settings, step, world)
@@ -541,14 +575,21 @@ def run(settings, world, stack):
                "peak_memory_gb": max(world.gather(peak_memory_gb(world.device)))}
         row["tokens_per_second"] = row["sampled_tokens"] / row["seconds_play"]
         records = sorted((r for part in world.gather([d.record() for d in flat]) for r in part), key=lambda r: (r["group"], r["member"]))
+        row.update(diversity(records))
+        first = first or row
         if world.rank == 0:
             append(out / "dialogues.jsonl", records)
             append(out / "metrics.jsonl", [row])
             show({**row, "steps_here": step - start}, flat[0], settings, began)
         bad_judge = bad_judge + 1 if row["missing_rewards"] > len(records) / 2 else 0
         bad_steps = bad_steps + 1 if row["skipped"] else 0
+        if signs := collapse(row, first):
+            say(f"    warning: possible collapse: {signs}", flush=True)
         code, reason = max(world.gather(max(alarm(row, records, bad_judge, bad_steps, say), stop.verdict)))
-        if settings.save_every and step % settings.save_every == 0 and save():
+        if held and (step % settings.eval_every == 0 or step == settings.steps) and not code:
+            evaluate(out, step, voice, held, settings, judge, world, say)
+        due = settings.save_every and step % settings.save_every == 0 or held and best_step(out) == step
+        if world.gather(due)[0] and world.gather(save() is not None)[0]:
             saved = step
         if code:
             break

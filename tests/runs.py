@@ -29,9 +29,9 @@ def judge(**more):
     return JudgeServer(lambda text: min(5.0, len(set(text)) / 8), offers=("json",), **more)
 
 
-def flags(tiny, url, out, **more):
+def flags(tiny, url, folder, **more):
     """The command line of a short run: 2 scenarios x 3 dialogues of 2 turns; `more` overrides (steps=5: --steps 5)."""
-    made = {"model": tiny, "judge_url": url, "judge_mode": "json", "judge_cache": "off", "out": str(out), "max_turns": 2, "turn_tokens": 6, "final_tokens": 8,
+    made = {"model": tiny, "judge_url": url, "judge_mode": "json", "judge_cache": "off", "out": str(folder), "max_turns": 2, "turn_tokens": 6, "final_tokens": 8,
             "scenarios_per_step": 2, "group_size": 3, "steps": 3, "agreement": "none", "dtype": "fp32", "lr": 1e-3, **more}
     return [x for k, v in made.items() if v is not None for x in ([f"--{k.replace('_', '-')}"] if v is True else [f"--{k.replace('_', '-')}", str(v)])]
 

@@ -19,14 +19,16 @@ import time
 import reward
 
 FAULTS = ("hang", "hang in the middle", "trickle", "trickle headers", "reset", "429", "429 seconds", "429 date", "500", "503 long", "408",
-          "cut short", "not json", "wrong type", "huge", "redirect", "prose", "refusal", "empty", "nan", "out of range", "two scores", "truncated", "400", "401")
+          "cut short", "not json", "wrong type", "huge", "redirect", "prose", "refusal", "empty", "nan", "out of range", "two scores", "truncated",
+          "400", "401")
 REPLIES = {"prose": "I would give it a 4.", "refusal": "I cannot help with that.", "empty": "", "nan": '{"score": NaN}',
            "out of range": '{"score": 7}', "two scores": '{"score": 1} {"score": 5}'}
 
 
 def texts_of(prompt):
-    """What stands between equal markers in a prompt: {name: text}."""
-    return {name: text for name, _, text in re.findall(r"^([\w ]+) ([0-9a-f]{8}):\n(.*?)\n\2$", prompt, re.DOTALL | re.MULTILINE)}
+    """What stands between equal markers in a prompt: {name: text}; in the bare prompts of `contrast`, what follows "Solution:"."""
+    marked = {name: text for name, _, text in re.findall(r"^([\w ]+) ([0-9a-f]{8}):\n(.*?)\n\2$", prompt, re.DOTALL | re.MULTILINE)}
+    return marked or {"solution": (re.findall(r"^Solution: (.*)$", prompt, re.MULTILINE) or [""])[-1], "dialogue": prompt}
 
 
 class JudgeServer:
@@ -79,7 +81,8 @@ class JudgeServer:
 
     def _chat(self, body):
         prompt = body["messages"][-1]["content"]
-        kind = next((k for k, sign in {"agreed": r'Yes or No|"agreed"', "compare": r'letter A or B|"winner"'}.items() if re.search(sign, prompt)), "score")
+        signs = {"agreed": r'Yes or No|"agreed"', "compare": r'letter A or B|"winner"'}
+        kind = next((kind for kind, sign in signs.items() if re.search(sign, prompt)), "score")
         share = self.share(kind, prompt)
         if body.get("logprobs"):
             if "expect" not in self.offers:
@@ -102,13 +105,15 @@ class JudgeServer:
         """Echoed tokens (words), the statement at the end with a mean log-prob that makes the client read our share."""
         tokens = re.findall(r"\s*\S+", prompt)
         mean = -1.0 if prompt.endswith("M N O P Q R S T") else -6.0
-        for kind, how in reward.CONTRASTS.items():
-            square = sum(w * w for _, _, w in how["pairs"])
-            for pair in how["pairs"]:
-                if any(prompt.endswith(statement) for statement in pair[:2]):
-                    share = min(0.9999, max(0.0001, self.share(kind, prompt)))
-                    x = math.log(share / (1 - share)) / how["scale"] + how["offset"]
-                    mean = -50.0 + (0.5 if prompt.endswith(pair[0]) else -0.5) * x * pair[2] / square
+        for how, kind in ((how, "agreed" if kind == "agreed" else "score") for kind, how in reward.CONTRASTS.items()):
+            weights = {}  # of each statement in the sum that the client takes
+            for good, bad, weight in how["pairs"]:
+                weights[good], weights[bad] = weights.get(good, 0) + weight, weights.get(bad, 0) - weight
+            said = next((statement for statement in weights if prompt.endswith(statement)), None)
+            if said:
+                share = min(0.9999, max(0.0001, self.share(kind, prompt)))
+                x = math.log(share / (1 - share)) / how["scale"] + how["offset"]
+                mean = -50.0 + x * weights[said] / sum(w * w for w in weights.values())
         numbers = [None] + [mean] * (len(tokens) - 1)
         if self.shift:  # a server whose log-probs stand at the wrong tokens
             numbers = [None] + [-4.0] * (len(tokens) - 1)
@@ -117,7 +122,8 @@ class JudgeServer:
 
 class EchoServer(JudgeServer):
     """A naive judge: it repeats the last thing like a score that it finds in the completion; else it says 2. It answers JSON only."""
-    SCORE = re.compile(r"""(?:score|rating|grade|mark)s?["'\s]*(?:is|of|=|:|->)*["'\s]*(\d+(?:\.\d+)?)|(\d+(?:\.\d+)?)\s*(?:/|out of)\s*(?:5|10)\b""", re.I)
+    SCORE = re.compile(r"""(?:score|rating|grade|mark)s?["'\s]*(?:is|of|=|:|->)*["'\s]*(\d+(?:\.\d+)?)"""
+                       r"""|(\d+(?:\.\d+)?)\s*(?:/|out of)\s*(?:5|10)\b""", re.I)
 
     def __init__(self, **more):
         super().__init__(offers=("json",), **more)
@@ -163,6 +169,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def raw(self, status, data, length=None, **headers):
         self.send_response(status)
+        headers.update({"Connection": "close"} if self.close_connection else {})
         for name, value in {"Content-Type": "application/json", "Content-Length": len(data) if length is None else length, **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()

@@ -43,11 +43,13 @@ def quick(monkeypatch):
     """Short pauses between attempts, and no thread of ours left behind."""
     monkeypatch.setattr(reward, "FIRST_PAUSE", 0.02)
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+    before = set(threading.enumerate())
+    ours = lambda: [t for t in threading.enumerate() if t not in before and t.name.startswith("judge")]
     yield
     ends = time.monotonic() + 5
-    while time.monotonic() < ends and any(t.name.startswith("judge") for t in threading.enumerate()):
+    while time.monotonic() < ends and ours():
         time.sleep(0.02)
-    assert not [t for t in threading.enumerate() if t.name.startswith("judge")]
+    assert not ours()
 
 
 # ---- three ways to read a judge ---------------------------------------------------------------------------------------
@@ -60,7 +62,7 @@ def test_auto_takes_what_the_server_offers_and_reads_the_rule(offers, mode):
         assert judge.mode == mode
         asked = [judge.score(DILEMMA, PERSONAS, TURNS, "A well for all."), judge.score(DILEMMA, PERSONAS, TURNS, "Nothing."),
                  judge.endorse(DILEMMA, PERSONAS[0], "A well."), judge.agreed(DILEMMA, PERSONAS, TURNS), judge.agreed(DILEMMA, PERSONAS, TURNS[:1]),
-                 *(judge.compare(DILEMMA, PERSONAS, a, b, "Which is fairer?") for a, b in (("A well.", "No."), ("No.", "A well."), ("A well.", "My well.")))]
+                 *(judge.compare(DILEMMA, PERSONAS, a, b, "Which?") for a, b in (("A well.", "No."), ("No.", "A well."), ("A well.", "My well.")))]
         values = [f.result().value for f in asked]
         assert values[:3] == pytest.approx([4, 1.5, 4], abs=2e-3)
         assert values[3:] == [True, False, "A", "B", "tie"]
@@ -84,9 +86,9 @@ def test_read_json_takes_exactly_one_object(text, value):
 
 
 @pytest.mark.parametrize("text", [
-    "", " ", "4", "Score: 4", '{"score": "4"}', '{"score": true}', '{"score": null}', '{"score": NaN}', '{"score": Infinity}', '{"score": -1}', '{"score": 5.01}',
-    '{"score": 1, "score": 5}', '{"score": 3} {"score": 5}', 'Here: {"score": 3}', '[{"score": 3}]', '{"Score": 3}', '{"score": 3, "why": "good"}',
-    '{"score": {"score": 3}}', '{"score": 3', "[" * 100000, '{"score": 1e999}', '{"agreed": true}'])
+    "", " ", "4", "Score: 4", '{"score": "4"}', '{"score": true}', '{"score": null}', '{"score": NaN}', '{"score": Infinity}', '{"score": -1}',
+    '{"score": 5.01}', '{"score": 1, "score": 5}', '{"score": 3} {"score": 5}', 'Here: {"score": 3}', '[{"score": 3}]', '{"Score": 3}',
+    '{"score": 3, "why": "good"}', '{"score": {"score": 3}}', '{"score": 3', "[" * 100000, '{"score": 1e999}', '{"agreed": true}'])
 def test_read_json_anything_else_is_missing(text):
     with pytest.raises(reward.Missing):
         reward.read_json("score", text)
@@ -130,10 +132,12 @@ def test_tail_finds_the_statement_whatever_follows_and_refuses_doubtful_numbers(
 
 # ---- faults -----------------------------------------------------------------------------------------------------------
 
+# worth another attempt; and the reason when all attempts fail
 AGAIN = {"hang": "timeout", "hang in the middle": "timeout", "trickle": "timeout", "trickle headers": "timeout",
-         "reset": "connection", "cut short": "connection", "429": "http 429", "500": "http 500", "408": "http 408"}  # worth another attempt, and the reason when all of them fail
+         "reset": "connection", "cut short": "connection", "429": "http 429", "500": "http 500", "408": "http 408"}
 FINAL = {"not json": "not json", "wrong type": "wrong shape", "huge": "too large", "redirect": "redirect", "prose": "no json",
-         "refusal": "no json", "empty": "empty", "nan": "wrong value", "out of range": "wrong value", "two scores": "no json", "truncated": "truncated", "400": "http 400", "401": "http 401"}
+         "refusal": "no json", "empty": "empty", "nan": "wrong value", "out of range": "wrong value", "two scores": "no json",
+         "truncated": "truncated", "400": "http 400", "401": "http 401"}
 
 
 @pytest.mark.parametrize("fault", AGAIN)
@@ -447,7 +451,7 @@ class Served:
 
     def __init__(self, kind="llama", monkeypatch=None):
         monkeypatch.setattr(reward, "load", lambda name, **more: (helpers.tiny(kind), helpers.tokenizer()))
-        self.kind, self.http = kind, reward.http.server.ThreadingHTTPServer(("127.0.0.1", 0), reward.Handler)
+        self.kind, self.http = kind, reward.Server(("127.0.0.1", 0), reward.Handler)
         self.engine = self.http.engine = reward.Engine("tiny", 1)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
         threading.Thread(target=self.http.serve_forever, args=[0.02], daemon=True).start()
@@ -466,7 +470,7 @@ def served(request, monkeypatch):
 
 
 def test_echoed_log_probs_are_the_model_s_own(served):
-    text, tails = "We share the water between the farm and the hospital. " * 3 + "I propose a plan", [" that is fair.", " that is unfair to me!", " x"]
+    text, tails = "We share the water between the farm and the hospital. " * 3 + "I propose a plan", [" that is fair.", " that is unfair!", " x"]
     reply = served.post("/completions", prompt=[text + t for t in tails], echo=True, max_tokens=0, logprobs=1).json()
     plain = helpers.tiny(served.kind)
     for choice, tail in zip(reply["choices"], tails):
@@ -522,12 +526,14 @@ def test_concurrent_requests_get_the_answers_that_they_get_alone(served):
 
 
 BAD = [("/completions", dict(prompt="a b")), ("/completions", dict(echo=True, max_tokens=0)),
-       ("/completions", dict(prompt=[], echo=True, max_tokens=0)), ("/completions", dict(prompt=[1], echo=True, max_tokens=0)), ("/completions", dict(prompt="", echo=True, max_tokens=0)),
-       ("/completions", dict(prompt="x", echo="yes")), ("/chat/completions", dict()), ("/chat/completions", dict(messages=[])), ("/chat/completions", dict(messages=["x"])),
+       ("/completions", dict(prompt=[], echo=True, max_tokens=0)), ("/completions", dict(prompt=[1], echo=True, max_tokens=0)),
+       ("/completions", dict(prompt="", echo=True, max_tokens=0)), ("/completions", dict(prompt="x", echo="yes")), ("/chat/completions", dict()),
+       ("/chat/completions", dict(messages=[])), ("/chat/completions", dict(messages=["x"])),
        ("/chat/completions", dict(messages=[{"role": "user"}])), ("/chat/completions", dict(messages=[{"role": "user", "content": 3}]))]
 BAD += [("/chat/completions", dict(messages=[{"role": "user", "content": "x"}], **wrong)) for wrong in (
-    dict(max_tokens=0), dict(max_tokens=-1), dict(max_tokens="5"), dict(max_tokens=True), dict(max_tokens=99999), dict(temperature=-1), dict(temperature="hot"),
-    dict(n=0), dict(n=99), dict(seed="x"), dict(top_logprobs=21), dict(logprobs=1), dict(stop=[3]), dict(stop=""), dict(stream=True), dict(top_p=0.5))]
+    dict(max_tokens=0), dict(max_tokens=-1), dict(max_tokens="5"), dict(max_tokens=True), dict(max_tokens=99999), dict(temperature=-1),
+    dict(temperature="hot"), dict(n=0), dict(n=99), dict(seed="x"), dict(top_logprobs=21), dict(logprobs=1), dict(stop=[3]),
+    dict(stop=""), dict(stream=True), dict(top_p=0.5))]
 BAD += [("/chat/completions", dict(messages=[{"role": "user", "content": "water " * 2000}]))]
 
 
@@ -576,11 +582,13 @@ def test_a_failure_in_the_model_is_a_500_and_the_next_request_is_served(monkeypa
         served.engine.cache.feed = feed
         raise RuntimeError("out of memory")
     served.engine.cache.feed = broken
-    ask = dict(prompt="We share the water", echo=True, max_tokens=0)
+    text = "We share the water between the farm"
+    ask = dict(prompt=[text + " now", text + " and"], echo=True, max_tokens=0, logprobs_from=len(text))
     first, second = served.post("/completions", **ask), served.post("/completions", **ask)
     assert first.status_code == 500 and "out of memory" in first.json()["error"]["message"] and second.status_code == 200
-    fresh = helpers.plain_logprobs(helpers.tiny("llama"), helpers.tokenizer()("We share the water")["input_ids"])
-    assert second.json()["choices"][0]["logprobs"]["token_logprobs"][1:] == pytest.approx(fresh.tolist(), abs=1e-4)
+    fresh = helpers.plain_logprobs(helpers.tiny("llama"), helpers.tokenizer()(text + " now")["input_ids"])
+    got = [n for n in second.json()["choices"][0]["logprobs"]["token_logprobs"] if n is not None]
+    assert got == pytest.approx(fresh.tolist()[-len(got):], abs=1e-4)
     served.http.shutdown()
     served.http.server_close()
 

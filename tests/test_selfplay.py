@@ -25,13 +25,15 @@ def settings(**more):
     return selfplay.PlaySettings(**{**dict(max_turns=4, turn_tokens=10, final_tokens=8, agreement="none", temperature=0.6, final_temperature=0.7), **more})
 
 
-def talker(kind="llama", template=helpers.CHATML, stop=4.5, seed=0, **more):
-    """A Voice whose model ends its turns now and then: the end of turn gets a bias in the vocabulary projection."""
+def talker(kind="llama", template=helpers.CHATML, stop=0.15, seed=0, ends=(2,), **more):
+    """A Voice whose model ends its turns now and then: a bias makes each end the likeliest token in a share `stop` of the places."""
     model, tokenizer = helpers.tiny(kind, seed), helpers.tokenizer(template, **more)
+    logits = model(torch.randint(4, len(tokenizer), (8, 40), generator=torch.Generator().manual_seed(0))).logits.detach().flatten(0, 1)
+    model.generation_config = GenerationConfig(eos_token_id=list(ends))
     model.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
-    speaker = selfplay.voice(model, tokenizer)
-    model.get_output_embeddings().bias.data[list(speaker.chat.ends)] = stop
-    return speaker
+    for end in ends:
+        model.get_output_embeddings().bias.data[end] = (logits.max(1).values - logits[:, end]).quantile(stop)
+    return selfplay.voice(model, tokenizer)
 
 
 class Script:
@@ -69,9 +71,9 @@ class Script:
 
 
 def sometimes(dilemma, turns):
-    """Agreed at a length that depends on the words: 2, 3, 4 turns or never; missing (None) now and then before that."""
+    """Agreed at a length that depends on the words, from 2 to 7 turns; missing (None) now and then before that."""
     draw = zlib.crc32((dilemma + turns[0].text).encode())
-    return len(turns) >= 2 + draw % 4 or (None if draw % 3 else False)
+    return len(turns) >= 2 + draw % 6 or (None if draw % 3 else False)
 
 
 def play(speaker, dialogues, cfg, judge=None, **more):
@@ -135,7 +137,7 @@ def test_masked_ids_decode_to_this_agents_utterances(template, context_turns):
         assert any(speaker.chat.plain(decode(t.ids[:-1])) != t.ids[:-1] for t in d.turns)  # ids are not the encoding of their own text
         for me in (0, 1):
             spoken = [t for t in d.turns if t.speaker == me]
-            said = "".join(decode(t.ids) for t in spoken)
+            said = decode([i for t in spoken for i in t.ids])
             assert said.count("<|im_end|>") == sum(not t.truncated for t in spoken)
             for shift in (-1, 0, 1):
                 masked = [i for s in d.streams[me] for i, m in zip(s.ids, s.mask[-shift:] + s.mask[:-shift]) if m]
@@ -160,7 +162,7 @@ def test_views_read_as_the_template_renders_them(template, me):
     words = ["We share the water.", "No, step by step.", "I propose a plan.", "It is fair.", "Agreed."]
     turns = [selfplay.Turn(i % 2, w, False, chat.plain(space + w) + [chat.end]) for i, w in enumerate(words)]
     messages = [{"role": "system", "content": system}]
-    for heard in [selfplay.OPENING] * (me == 0) + words[1 - me:4 - me]:
+    for heard in [selfplay.OPENING] * (me == 0) + words[:4 - me]:
         messages.append({"role": "user" if len(messages) % 2 else "assistant", "content": heard})
     if not chat.has_system:
         messages[:2] = [{"role": "user", "content": system + "\n\n" + messages[1]["content"]}]
@@ -368,7 +370,7 @@ def test_sampling_at_the_edges():
 
 
 def test_the_models_own_generation_defaults_do_not_count():
-    cfg, n = settings(max_turns=1, on_impasse="zero", temperature=1.3), 1500
+    cfg, n = settings(max_turns=1, on_impasse="zero", temperature=1.3), 400
     first = lambda speaker: [d.turns[0].ids[0] for d in play(speaker, helpers.dialogues(1, n), dataclasses.replace(cfg, turn_tokens=2))]
     greedy, speaker = talker(), talker()
     greedy.model.generation_config = GenerationConfig(do_sample=True, top_k=1, temperature=0.01, top_p=0.1, repetition_penalty=9.0, eos_token_id=2)
@@ -422,23 +424,19 @@ def test_what_a_template_is_found_to_be(template, has_system, stable):
 
 
 @pytest.mark.parametrize("template", ["{{ messages[-1]['content'] }}", "{% for m in messages[-2:] %}{{ m['content'] }}{% endfor %}", "{{ raise_exception('no') }}",
-                                      "{% for m in messages %}{{ loop.index }}{{ m['content'] }}{% endfor %}", "{{ messages[0].x.y.z }}", "{% for %}", ""])
+                                      "{% for m in messages %}{{ loop.index }}{{ m['content'] }}{% endfor %}", "{{ messages[0].x.y.z }}", "{% for %}"])
 def test_a_template_that_cannot_be_used_is_one_clear_error(template):
     with pytest.raises(lm.UserError, match=r"^--model: [^\n]* use (another|an instruct) model"):
         helpers.voice(template=template)
 
 
 def test_several_ends_and_pad_equal_to_eos():
-    tokenizer = helpers.tokenizer(pad_is_eos=True)
-    model = helpers.tiny()
-    model.generation_config = GenerationConfig(eos_token_id=[2, 0, 7])  # 7: an ordinary token that the model's maker calls an end
-    speaker = selfplay.voice(model, tokenizer)
-    assert speaker.chat.ends == {0, 2, 7} and speaker.chat.end == 2
-    model.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(len(tokenizer)).index_fill(0, torch.tensor([0, 2, 7]), 3.5))
+    speaker = talker(ends=(2, 0, 7), stop=0.05, pad_is_eos=True)  # 7: an ordinary token that the model's maker calls an end
+    assert speaker.chat.ends == {0, 2, 7} and speaker.chat.end == speaker.chat.tokenizer.pad_token_id == 2
     cfg, seen = settings(turn_tokens=6), set()
     for d in play(speaker, helpers.dialogues(2, 4), cfg):
         check_masks(d)
-        check_logprobs(model, d, cfg)
+        check_logprobs(speaker.model, d, cfg)
         for t in d.turns:
             ends = [i for i in t.ids if i in (0, 2, 7)]
             assert ends == t.ids[-1:] and not t.truncated or not ends and t.truncated and len(t.ids) == 6

@@ -107,7 +107,7 @@ BAD = {
     "group of one": (dict(group_size=1), r"--group-size 1: must be at least 2"),
     "temperature zero": (dict(temperature=0), r"--temperature 0.0: must be above 0"),
     "negative steps": (dict(steps=-1), r"--steps -1: must be at least 0"),
-    "negative rate": (dict(lr=-1e-5), r"--lr -1e-05: must be at least 0"),
+    "negative rate": (dict(lr=-0.5), r"--lr -0.5: must be at least 0"),
     "not a number": (dict(lr="nan"), r"--lr nan"),
     "no keeping": (dict(keep=0), r"--keep 0: must be at least 1"),
     "unknown flag": (dict(colour="red"), r"--colour"),
@@ -119,7 +119,7 @@ BAD = {
     "unreachable judge": (dict(judge_url="http://127.0.0.1:9/v1", judge_attempts=1), r"127.0.0.1:9"),
     "judge that is no address": (dict(judge_url="localhost:8000"), r"--judge-url"),
     "judge without the model": (dict(judge_model="gpt-17"), r"--judge-model gpt-17.*scripted"),
-    "no scenarios file": (dict(scenarios="/no/such/file.jsonl"), r"--scenarios /no/such/file.jsonl"),
+    "no scenarios file": (dict(scenarios="/no/such/file.jsonl"), r"/no/such/file.jsonl"),
     "no run to resume": (dict(resume="/no/such/run", out=None), r"--resume /no/such/run"),
     "budget that ends before it begins": (dict(judge_budget=1, judge_mode="auto"), r"--judge-budget 1"),
 }
@@ -224,7 +224,7 @@ def test_a_spent_budget_saves_and_stops(where, tiny, judge, tmp_path):
 
 def test_a_judge_that_answers_nothing_stops_the_run_after_five_steps(tiny, tmp_path):
     with runs.judge(faults=lambda number, path: "refusal" if number > 2 else None) as server:
-        code, said, err = runs.Run(runs.flags(tiny, server.url, tmp_path / "run", steps=100, judge_attempts=1)).wait()
+        code, said, err = runs.Run(runs.flags(tiny, server.url, tmp_path / "run", steps=100, judge_attempts=1, final_tokens=20)).wait()
     rows = runs.rows(tmp_path / "run")
     assert code == 3 and 5 <= len(rows) <= 6 and "look after the judge" in said
     assert rows[-1]["reward_mean"] is None and rows[-1]["missing_rewards"] == 6 and rows[-1]["loss"] == 0

@@ -1,0 +1,359 @@
+"""Runs on several ranks and runs that survive: the same numbers everywhere, and nothing lost to a kill, a full disk or a dead rank."""
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import grpo
+import helpers
+import model as lm
+import runs
+import train
+
+HARD = dict(updates_per_rollout=2, beta=0.05)  # losses that are not 0
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return runs.saved_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def judge():
+    with runs.judge(agree=lambda text: len(text) % 3 == 0) as server:
+        yield server
+
+
+def complete(tiny, judge, out, ranks=0, **more):
+    """Run to the end; returns the folder."""
+    code, said, err = runs.Run(runs.flags(tiny, judge.url, out, **more), ranks).wait()
+    assert code == 0, err[-3000:]
+    return out
+
+
+def close(a, b):
+    """Two runs have the same dialogues and, to rounding, the same numbers."""
+    ids = lambda out: [[s["ids"] for stream in r["streams"] for s in stream["samples"]] + r["final_ids"] for r in runs.rows(out, "dialogues.jsonl")]
+    assert ids(a) == ids(b) and len(ids(a)) > 0
+    mine, theirs = runs.rows(a), runs.rows(b)
+    assert len(mine) == len(theirs)
+    for x, y in zip(mine, theirs):
+        assert x["loss"] == pytest.approx(y["loss"], abs=1e-5)
+        for key in runs.steady(y):
+            assert x[key] == (pytest.approx(y[key], rel=1e-3, abs=1e-4) if isinstance(y[key], float) else y[key]), key
+
+
+# ---- several ranks are one ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_one_rank_two_ranks_and_shards_are_the_same_run(tiny, judge, tmp_path):
+    alone = complete(tiny, judge, tmp_path / "alone", steps=5, **HARD)
+    assert max(abs(r["loss"]) for r in runs.rows(alone)) > 1e-3
+    close(complete(tiny, judge, tmp_path / "one", 1, steps=5, **HARD), alone)
+    assert runs.same(runs.weights(tmp_path / "one", 5), runs.weights(alone, 5))
+    for name, more in (("two", {}), ("shards", {"fsdp": True})):
+        out = complete(tiny, judge, tmp_path / name, 2, steps=5, **HARD, **more)
+        close(out, alone)
+        mine, theirs = runs.weights(out, 5), runs.weights(alone, 5)
+        assert mine.keys() == theirs.keys()
+        start = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+        far = lambda ws: torch.cat([(ws[n] - start[n]).flatten() for n in start])
+        assert (far(mine) - far(theirs)).norm() < 0.02 * far(theirs).norm()  # Adam makes steps of one size, also of the smallest gradients
+        assert AutoModelForCausalLM.from_pretrained(out / "checkpoints/step_000005").dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{"fsdp": True}, {"fsdp": True, "lora_rank": 4, "beta": 0.05}, {"fsdp": True, "gradient_checkpointing": True}, {"lora_rank": 4}])
+def test_ranks_whose_dialogues_and_passes_differ_in_number_finish(more, tiny, judge, tmp_path):
+    uneven = dict(steps=3, agreement="judge", max_turns=6, micro_tokens=1, group_size=2)
+    out = complete(tiny, judge, tmp_path / "two", 2, **uneven, **more)
+    close(out, complete(tiny, judge, tmp_path / "alone", **uneven, **{k: v for k, v in more.items() if k != "fsdp"}))
+    turns = [[len(r["turns"]) for r in runs.rows(out, "dialogues.jsonl") if r["group"] == g] for g in (0, 1)]
+    assert turns[0] != turns[1]
+
+
+@pytest.mark.slow
+def test_tied_weights_in_bf16_on_two_ranks(judge, tmp_path):
+    model = runs.saved_model(tmp_path / "qwen", "qwen2")
+    for name, more in (("two", {}), ("shards", {"fsdp": True})):
+        out = complete(model, judge, tmp_path / name, 2, steps=2, dtype="bf16", **more)
+        loaded = lm.load(str(out / "checkpoints/step_000002"), "fp32")[0]
+        assert torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight) and loaded.lm_head.weight.dtype == torch.float32
+        assert any((p != p.bfloat16()).any() for p in loaded.parameters())  # the fp32 weights were saved, not those of the computation
+
+
+@pytest.mark.slow
+def test_one_hung_judge_call_does_not_hold_up_the_ranks(tiny, tmp_path):
+    with runs.judge(faults=lambda number, path: "hang" if number == 8 else None, hang=300) as server:
+        began = time.monotonic()
+        out = complete(tiny, server, tmp_path / "run", 2, steps=3, judge_deadline=5, judge_attempts=1)
+    assert sum(r["missing_rewards"] for r in runs.rows(out)) == 1 and time.monotonic() - began < 90
+
+
+def test_ranks_that_do_not_divide_the_scenarios_are_refused(tiny, judge, tmp_path):
+    code, said, err = runs.Run(runs.flags(tiny, judge.url, tmp_path / "run", scenarios_per_step=3), 2).wait()
+    assert code != 0 and "--scenarios-per-step 3: 2 ranks need a multiple of 2" in err and not (tmp_path / "run").exists()
+
+
+# ---- kill and resume ----------------------------------------------------------------------------------------------------------
+
+DIE = """
+import os, signal
+whole = {place}
+def die(*a, **k):
+    {when}
+    return whole(*a, **k)
+{place} = die
+"""
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks,more", [(0, {}), (2, {}), (0, {"lora_rank": 4, "dtype": "bf16"}), (2, {"fsdp": True}), (0, {"context_turns": 2, "dtype": "bf16"})])
+def test_a_killed_and_resumed_run_is_bitwise_the_whole_one(ranks, more, tiny, judge, tmp_path):
+    more = {**HARD, **more, "steps": 6, "save_every": 3, "warmup_steps": 5}
+    whole = complete(tiny, judge, tmp_path / "whole", ranks, **more)
+    out = tmp_path / "killed"
+    run = runs.Run(runs.flags(tiny, judge.url, out, **more), ranks, DIE.format(place="train.deal", when=f"if a[2] == 5: {KILL}"))
+    assert run.wait()[0] != 0 and run.gone(60)
+    assert len(runs.rows(out)) == 4
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "rew')  # a line cut short
+    (out / "checkpoints/.writing-step_000005").mkdir()
+    if ranks == 2 and not more.get("fsdp"):
+        shutil.copytree(out, tmp_path / "elsewhere")
+    code, said, err = runs.Run(["--resume", str(out)], ranks).wait()
+    assert code == 0, err[-3000:]
+    assert [runs.steady(r) for r in runs.rows(out)] == [runs.steady(r) for r in runs.rows(whole)]
+    assert runs.rows(out, "dialogues.jsonl") == runs.rows(whole, "dialogues.jsonl")
+    assert runs.same(runs.weights(out, 6), runs.weights(whole, 6))
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
+    if ranks == 2 and not more.get("fsdp"):  # the same run goes on with one rank
+        code, said, err = runs.Run(["--resume", str(tmp_path / "elsewhere")]).wait()
+        assert code == 0, err[-3000:]
+        close(tmp_path / "elsewhere", whole)
+
+
+SLOW_SAVES = """
+import time
+save, dump, rmtree = lm.save, train.torch.save, train.shutil.rmtree
+lm.save = lambda *a: (time.sleep(0.1), save(*a), time.sleep(0.1))
+train.torch.save = lambda *a: (dump(*a), time.sleep(0.1))
+train.shutil.rmtree = lambda *a, **k: (time.sleep(0.1), rmtree(*a, **k))
+"""
+
+
+@pytest.mark.slow
+def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
+    rng, out, more = random.Random(7), tmp_path / "run", dict(save_every=2, group_size=2)
+    writing = lambda: any(p.name.startswith(".writing") for p in (out / "checkpoints").glob("*"))
+    run = runs.Run(runs.flags(tiny, judge.url, out, steps=10000, **more), patch=SLOW_SAVES)
+    newest = 0
+    for kill in range(20):
+        assert runs.wait_for(lambda: (out / "config.json").exists())
+        seen = len(runs.rows(out)) if kill % 4 else 0
+        if kill % 2:
+            assert runs.wait_for(writing)
+            time.sleep(rng.uniform(0, 0.5))
+        elif kill % 4:
+            assert runs.wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > seen)
+            time.sleep(rng.uniform(0, 1))
+        else:  # perhaps before it has even begun
+            time.sleep(rng.uniform(0, 8))
+        run.kill()
+        text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""
+        steps = text.count("\n")
+        whole = [int(p.name[5:]) for p in (out / "checkpoints").glob("step_*") if (p / "COMPLETE").exists()]
+        newest, before = max(whole, default=0), newest
+        assert newest >= before and newest > steps - 2 - 1  # the save after the last line may have been under way
+        if whole:
+            AutoModelForCausalLM.from_pretrained(out / "checkpoints" / f"step_{newest:06d}")
+        run = runs.Run(["--resume", str(out)], patch=SLOW_SAVES)
+    assert runs.wait_for(lambda: len(list((out / "checkpoints").glob("step_*"))) == 2)
+    run.process.send_signal(signal.SIGINT)
+    assert run.wait(60)[0] == 130
+    done = len(runs.rows(out))
+    assert [r["step"] for r in runs.rows(out)] == list(range(1, done + 1)) and done >= 10
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoints", "config.json", "dialogues.jsonl", "metrics.jsonl"]
+    left = list((out / "checkpoints").iterdir())
+    assert len(left) == 2 and all((p / "COMPLETE").exists() for p in left)
+    whole = complete(tiny, judge, tmp_path / "whole", steps=done, **more)
+    assert [runs.steady(r) for r in runs.rows(out)] == [runs.steady(r) for r in runs.rows(whole)]
+    assert runs.same(runs.weights(out, done), runs.weights(whole, done))
+
+
+# ---- a rank dies ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["selfplay.play", "train.settle", "grpo.Learner.step"])
+@pytest.mark.parametrize("how", ["kill", "raise"])
+def test_when_a_rank_dies_the_other_ends_with_one_message(place, how, tiny, judge, tmp_path):
+    out = tmp_path / "run"
+    act = KILL if how == "kill" else "raise ValueError('out of luck')"
+    patch = "import grpo, selfplay, os; count = []" + DIE.format(place=place, when=f"count.append(1)\n    if os.environ['RANK'] == '1' and len(count) == 3: {act}")
+    run = runs.Run(runs.flags(tiny, judge.url, out, steps=10000, save_every=1), 2, patch)
+    assert runs.wait_for(lambda: len(runs.rows(out)) >= 2)
+    code, said, err = run.wait(60)
+    assert code != 0 and run.gone(5)
+    mine = [line for line in err.splitlines() if line.startswith("error:")]
+    assert mine == ["error: another rank has ended (see its own message); go on from the last checkpoint with --resume"], err[-3000:]
+    assert ("out of luck" in err) == (how == "raise")
+    code, said, err = runs.Run(["--resume", str(out), "--steps", "4"], 2).wait()
+    assert code == 0 and [r["step"] for r in runs.rows(out)] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun(tiny, judge, tmp_path):
+    out = tmp_path / "run"
+    run = runs.Run(runs.flags(tiny, judge.url, out, steps=10000, agreement="judge", max_turns=8), 2)
+    assert runs.wait_for(lambda: len(runs.rows(out)) >= 2)
+    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: torchrun and both ranks
+    code, said, err = run.wait(60)
+    done = len(runs.rows(out))
+    assert run.gone() and (out / "checkpoints" / f"step_{done:06d}" / "COMPLETE").exists(), err[-3000:]
+
+
+@pytest.mark.slow
+def test_a_spent_budget_stops_every_rank(tiny, judge, tmp_path):
+    for name, more in (("play", dict(agreement="judge", max_turns=6)), ("learn", {"fsdp": True})):
+        out = tmp_path / name
+        code, said, err = runs.Run(runs.flags(tiny, judge.url, out, steps=10000, judge_budget=30, **more), 2).wait()
+        assert code != 0 and "--judge-budget" in said and err.count("exitcode  : 3") == 2, err[-3000:]
+        assert sum(r["judge_calls"] for r in runs.rows(out)) <= 30
+        assert (out / "checkpoints" / f"step_{len(runs.rows(out)):06d}" / "COMPLETE").exists()
+
+
+# ---- a full disk -------------------------------------------------------------------------------------------------------------------
+
+
+def built(tiny, **more):
+    """(settings, model, tokenizer, optimizer, reference) after one optimizer step with made-up gradients."""
+    settings = train.read_settings(["--model", tiny, "--dtype", "fp32", *(x for k, v in more.items() for x in (f"--{k.replace('_', '-')}", str(v)))])
+    world = train.World(0, 1, torch.device("cpu"))
+    model, player, tokenizer, optimizer, reference = train.build(settings, world)
+    torch.manual_seed(3)
+    for _ in range(5):
+        for p in optimizer.masters.values():
+            p.grad = torch.randn_like(p)
+        optimizer.step(1.0)
+    return settings, model, tokenizer, optimizer, reference, world
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5])  # the disk is full in the weights, or in the trainer's state
+def test_a_save_that_fails_keeps_the_one_before(share, tiny, tmp_path, capfd):
+    settings, model, tokenizer, optimizer, _, world = built(tiny)
+    save = lambda step: train.save_checkpoint(tmp_path, step, settings, model, tokenizer, optimizer, world)
+    folder = save(1)
+    size = (folder / "model.safetensors").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), hard))
+        assert save(2) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "no checkpoint at step 2" in capfd.readouterr().err
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert save(3).name == "step_000003"
+
+
+def test_free_space_is_looked_at_before_writing(tiny, tmp_path, capfd, monkeypatch):
+    settings, model, tokenizer, optimizer, _, world = built(tiny)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(lm, "save", lambda *a: pytest.fail("it has begun to write"))
+    assert train.save_checkpoint(tmp_path, 1, settings, model, tokenizer, optimizer, world) is None
+    assert "are needed" in capfd.readouterr().err and not list((tmp_path / "checkpoints").iterdir())
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A tmpfs of `size` bytes mounted at `folder`; skips the test where that is not allowed."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_goes_on_and_its_checkpoint_stays(tiny, judge, tmp_path):
+    lie = "usage = train.shutil.disk_usage; train.shutil.disk_usage = lambda path: usage(path)._replace(free=1 << 40)"
+    with small_disk(tmp_path / "disk", 2_500_000) as disk:
+        for name, patch in (("checked", ""), ("unchecked", lie)):
+            out = disk / name
+            code, said, err = runs.Run(runs.flags(tiny, judge.url, out, steps=3, save_every=1, keep=5), patch=patch).wait()
+            steps = [p.name for p in (out / "checkpoints").iterdir()]
+            assert code == 0 and "step_000001" in steps and "step_000003" not in steps and "no checkpoint at step 3" in err, err
+            assert all((out / "checkpoints" / s / "COMPLETE").exists() for s in steps)
+            AutoModelForCausalLM.from_pretrained(out / "checkpoints" / steps[-1])
+            shutil.rmtree(out)
+        out = disk / "crammed"
+        fill = DIE.format(place="train.deal", when=f"if a[2] == 2: open('{disk}/filler', 'wb').truncate(0); os.system('dd if=/dev/zero of={disk}/filler 2>/dev/null')")
+        code, said, err = runs.Run(runs.flags(tiny, judge.url, out, steps=50, save_every=1), patch=fill).wait()
+        assert code == 2 and err.strip().splitlines()[-1].startswith("error: --out: cannot write") and "Traceback" not in err, err
+        (disk / "filler").unlink()
+        code, said, err = runs.Run(["--resume", str(out), "--steps", "2"]).wait()
+        assert code == 0 and [r["step"] for r in runs.rows(out)] == [1, 2], err
+
+
+# ---- LoRA --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_merged_checkpoint_computes_what_the_adapters_do(kind, tmp_path):
+    folder = runs.saved_model(tmp_path / "base", kind)
+    settings, model, tokenizer, optimizer, _, world = built(folder, lora_rank=4, lr=0.01)
+    assert set(optimizer.masters) == {n for n, _ in model.named_parameters() if n.endswith((".A", ".B"))}
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        adapted = model(ids).logits
+        with lm.adapters_off(model):
+            base = model(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(train.save_checkpoint(tmp_path, 1, settings, model, tokenizer, optimizer, world))(ids).logits
+        torch.testing.assert_close(base, AutoModelForCausalLM.from_pretrained(folder)(ids).logits, rtol=1e-5, atol=1e-5)
+    assert (adapted - base).abs().max() > 0.1
+    assert (merged - adapted).abs().max() < 1e-5 * adapted.abs().max()
+
+
+def test_the_reference_of_an_adapted_model_is_its_base(tiny):
+    group = []
+    for with_copy in (False, True):
+        settings, model, _, optimizer, reference, _ = built(tiny, lora_rank=4, lr=0.01, beta=0.1)
+        assert reference is model
+        learner = grpo.Learner(model, optimizer, settings, lm.load(tiny, "fp32")[0].requires_grad_(False) if with_copy else reference)
+        if not group:
+            group = helpers_group(model)
+        for tree, rows in grpo.pack(group, "dialogue", 10**6):
+            learner.backward(tree, rows)
+        group.append({n: p.grad.clone() for n, p in optimizer.masters.items()})
+        means = learner.step()
+        assert means["kl_ref"] > 0.01
+        group, kept = group[:-1], group[-1]
+        if with_copy:
+            assert all(torch.allclose(kept[n], before[n], rtol=1e-5, atol=1e-7) for n in kept)
+        before = kept
+
+
+def helpers_group(model):
+    """Four short dialogues of this model with advantages."""
+    import selfplay
+    play = selfplay.PlaySettings(max_turns=2, turn_tokens=6, final_tokens=6, agreement="none")
+    group = selfplay.play((selfplay.voice(model, helpers.tokenizer()),) * 2, helpers.dialogues(1, 4), play)
+    for d, a in zip(group, (1.0, -1.0, 0.5, -0.5)):
+        d.advantage = a
+    return group
