@@ -19,10 +19,13 @@ import math
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
 
-from model import Tree, adapters_off, cast, token_logprobs
+from model import Tree, adapters_off, add_lora, cast, inner, prepare, token_logprobs
 
 # ---- pure functions --------------------------------------------------------------------------------------------------
 
@@ -317,3 +320,46 @@ class Optimizer:
         for n, p in self.params.items():
             if self.masters[n] is not p:
                 p.copy_(self.masters[n])
+
+
+# ---- will it fit? --------------------------------------------------------------------------------------------------------
+
+
+def memory_plan(config, settings, ranks, dtype, head, cuda=True):
+    """Bytes that one card needs at most, {what: bytes}, from the model's config alone: nothing is allocated.
+
+    The activations are those that autograd keeps in a forward pass over fake tensors. head: tokens of persona, rules and
+    dilemma. "peak" is not the sum: playing, backward and the optimizer step follow one another.
+    """
+    groups, G = -(-settings.scenarios_per_step // ranks), settings.group_size
+    spoken = settings.max_turns * (settings.turn_tokens + 8) + (settings.final_tokens + 80 if settings.train_tokens != "dialogue" else 0)
+    each = min(spoken, settings.context_turns * (settings.turn_tokens + 8) or spoken)
+    rows = max(1, min(G, (settings.micro_tokens - head) // each))
+    tree = Tree([0] * head, [[0] * each] * rows)
+    kept, c = {}, dtype.itemsize
+    with FakeTensorMode():
+        model = prepare(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="negotiate"))
+        if settings.lora_rank:
+            add_lora(model, settings.lora_rank)
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        N, T = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
+        blocks = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n or ".h." in n)
+        with saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
+            zeros = torch.zeros(1, tree.tokens, dtype=torch.long)
+            inner(model)(input_ids=zeros, position_ids=zeros, use_cache=False, tree=tree)
+    text = config.get_text_config()
+    L, V = text.num_hidden_layers, text.vocab_size
+    activations = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
+    if settings.gradient_checkpointing:
+        activations = activations // L + L * tree.tokens * text.hidden_size * c
+    width = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    capacity = -(-(head + settings.max_turns * (settings.turn_tokens + 8) + settings.final_tokens + 80) // 128) * 128
+    shard = ranks if settings.fsdp else 1
+    gathered = 4 * c * blocks // L + 2 * c * (N - blocks) if shard > 1 else 0  # two blocks and the root, with their gradients
+    plan = {"weights (compute)": c * N + gathered if shard > 1 or c < 4 or settings.lora_rank else 0, "weights (fp32)": 4 * (T if shard == 1 else N) // shard,
+            "optimizer": 8 * T // shard, "reference": c * N if settings.beta > 0 and not settings.lora_rank else 0}
+    always = sum(plan.values())
+    plan |= {"gradients": 4 * T // shard, "activations": activations, "logits": 4 * 4 * V * min(256, rows * each),
+             "KV cache": 2 * L * width * c * 2 * groups * G * capacity, "play logits": 5 * 4 * V * groups * G}
+    learn, play = plan["gradients"] + plan["activations"] + plan["logits"], plan["KV cache"] + plan["play logits"]
+    return plan | {"peak": always + max(learn, play, plan["gradients"] + 4 * T // shard * cuda)}  # AdamW on a GPU needs one more copy

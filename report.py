@@ -118,7 +118,7 @@ def chart(title, lines, kind=""):
         if band:
             axes.fill_between(steps, *band, color=colour, alpha=0.18, linewidth=0)
     if kind:
-        axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
+        axes.set_ylim(0, 1.03 * max(1.0, axes.get_ylim()[1]))
     axes.set_xlabel("step", color=INK, fontsize=8)
     axes.tick_params(colors=INK, labelsize=8, length=0)
     axes.grid(axis="y", color=INK, alpha=0.2, linewidth=0.6)

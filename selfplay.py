@@ -34,16 +34,16 @@ from reward import fill
 class PlaySettings:
     """How a dialogue is played."""
     max_turns: int = option(4, "turns at most, both agents together; 0: agent 0 answers alone, without a negotiation", low=0)
-    turn_tokens: int = option(40, "tokens a turn may have", low=2)
-    final_tokens: int = option(64, "tokens the joint final completion may have", low=2)
+    turn_tokens: int = option(32, "tokens a turn may have", low=2)
+    final_tokens: int = option(48, "tokens the joint final completion may have", low=2)
     context_turns: int = option(0, "turns that an agent sees beside the scenario (0: all of them; the paper: 2)", low=0)
     agreement: str = option("judge", "who finds that the agents agree: the judge after each turn, a marker in both last turns, or nobody (all turns are played)",
                             choices=("judge", "marker", "none"))
     on_impasse: str = option("complete", "no agreement at the last turn: write the final completion all the same, or none and a reward of zero",
                              choices=("complete", "zero"))
-    temperature: float = option(0.9, "of the dialogue", above=0)
+    temperature: float = option(0.8, "of the dialogue", above=0)
     top_p: float = option(1.0, "nucleus of the dialogue; the learner renormalises over the same nucleus", above=0, high=1)
-    final_temperature: float = option(0.9, "of the final completion (0: greedy)", low=0)
+    final_temperature: float = option(0.8, "of the final completion (0: greedy)", low=0)
     final_top_p: float = option(1.0, "nucleus of the final completion", above=0, high=1)
 
 

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 from safetensors import SafetensorError
 from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer
 
 import data_gen
 import grpo
@@ -50,10 +51,10 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     resume: str = option("", "run folder to go on with, from its newest complete checkpoint")
     force: bool = option(False, "resume even with settings that change the mathematics")
     seed: int = option(0, "of everything random", low=0)
-    steps: int = option(14, "steps; each plays, judges and learns from scenarios-per-step groups", low=0)
+    steps: int = option(12, "steps; each plays, judges and learns from scenarios-per-step groups", low=0)
     scenarios_per_step: int = option(2, "groups in a step, over all ranks", low=1)
     group_size: int = option(6, "dialogues of one group, whose rewards are compared", low=2)
-    lr: float = option(5e-5, "learning rate of AdamW", low=0)
+    lr: float = option(1e-4, "learning rate of AdamW", low=0)
     warmup_steps: int = option(3, "updates over which the learning rate rises to --lr", low=0)
     grad_clip: float = option(1.0, "largest norm of the gradient (0: no clipping)", low=0)
     train_tokens: str = option("dialogue", "which sampled tokens are trained", choices=("dialogue", "final", "both"))
@@ -65,11 +66,13 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     beta: float = option(0.0, "weight of the KL to the reference policy (the model before training)", low=0)
     updates_per_rollout: int = option(1, "optimizer steps on the same dialogues", low=1)
     tis_cap: float = option(0.0, "cap of the importance weight that corrects for sampler and learner differing (0: off)", low=0)
-    micro_tokens: int = option(4096, "tokens in one forward and backward pass", low=1)
+    micro_tokens: int = option(2048, "tokens in one forward and backward pass", low=1)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
     dtype: str = option("auto", "of the computation; the weights that are trained are always fp32", choices=("auto", "fp32", "bf16"))
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks (FSDP2)")
     lora_rank: int = option(0, "train adapters of this rank instead of the whole model (0: the whole model)", low=0)
+    plan: bool = option(False, "print the memory that a card needs, from the model's config alone, and end")
+    nproc: int = option(1, "cards that --plan reckons with", low=1)
     save_every: int = option(0, "steps between checkpoints (0: only at the end)", low=0)
     keep: int = option(2, "checkpoints to keep, beside the best one by held-out reward", low=1)
     eval_every: int = option(0, "steps between evaluations on held-out scenarios, one before the first step too (0: none)", low=0)
@@ -331,7 +334,7 @@ def open_run(settings):
             shutil.rmtree(leftover)
     for leftover in out.glob(".*.tmp"):
         leftover.unlink()
-    done = int(complete[-1].name[5:]) if complete else 0
+    done = int(complete[-1].name[5:]) if complete else -1
     for path in (out / "metrics.jsonl", out / "dialogues.jsonl", out / "heldout.jsonl"):
         if path.exists():
             with open(path, "r+b") as file:
@@ -466,6 +469,29 @@ def show(row, dialogue, settings, started):
     print(selfplay.transcript(dialogue, indent="    "), flush=True)
 
 
+def show_plan(settings):
+    """`--plan`: what one card must hold, where it fits, and what to change where it does not."""
+    source = lm.default_model_folder() if settings.model == "smollm2-135m" else settings.model
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {settings.model}: not smollm2-135m, a folder with a config and a tokenizer, or a reachable id ({str(error).splitlines()[0]})")
+    dtype = torch.float32 if settings.dtype == "fp32" else torch.bfloat16
+    glue = lambda s: len(tokenizer(selfplay.SYSTEM + s.dilemma + max((p["creed"] for p in s.personas), key=len))["input_ids"])
+    head = max(glue(s) for s in data_gen.load_scenarios(settings.scenarios or None, settings.seed))
+    plan = {what: size / 1e9 for what, size in grpo.memory_plan(config, settings, settings.nproc, dtype, head).items()}
+    print(f"{settings.model} on {settings.nproc} card(s), {dtype}, GB per card:")
+    print("\n".join(f"  {what:18} {size:8.2f}" for what, size in plan.items()))
+    for size in (24, 40, 80, 96):
+        print(f"  fits in {size} GB: {'yes' if plan['peak'] < 0.9 * size else 'no'}")
+    largest = max((what for what in plan if what != "peak"), key=plan.get)
+    print("largest: " + largest + "; to need less: " + {
+        "activations": "--gradient-checkpointing, or a smaller --micro-tokens", "logits": "a smaller --micro-tokens",
+        "KV cache": "a smaller --group-size or --scenarios-per-step, or more cards", "play logits": "a smaller --group-size or more cards",
+        "reference": "--beta 0, or --lora-rank 16 (the base is the reference)"}.get(largest, "--fsdp on more cards, or --lora-rank 16"))
+    return 0
+
+
 def peak_memory_gb(device):
     """The most memory this process has held: on the GPU, or resident on a CPU."""
     if device.type == "cuda":
@@ -512,6 +538,8 @@ class Stop:
 def main(argv=None):
     """Train. Returns the exit code: 0, 130 after SIGINT or SIGTERM, 3 where the run stopped itself (judge gone, budget spent, not finite)."""
     settings = read_settings(argv)
+    if settings.plan:
+        return show_plan(settings)
     world = start_world()
     try:
         with contextlib.ExitStack() as stack:
@@ -556,7 +584,7 @@ def run(settings, world, stack):
     say = print if world.rank == 0 else lambda *a, **k: None
     say(f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}; {len(scenarios)} scenarios; results in {out}/",
         flush=True)
-    if held and not start:
+    if held and not checkpoint:
         evaluate(out, 0, voice, held, settings, judge, world, say)
     for step in range(start + 1, settings.steps + 1):
         clock = time.perf_counter()

@@ -114,6 +114,7 @@ class JudgeServer:
                 share = min(0.9999, max(0.0001, self.share(kind, prompt)))
                 x = math.log(share / (1 - share)) / how["scale"] + how["offset"]
                 mean = -50.0 + x * weights[said] / sum(w * w for w in weights.values())
+                break
         numbers = [None] + [mean] * (len(tokens) - 1)
         if self.shift:  # a server whose log-probs stand at the wrong tokens
             numbers = [None] + [-4.0] * (len(tokens) - 1)

@@ -357,3 +357,46 @@ def helpers_group(model):
     for d, a in zip(group, (1.0, -1.0, 0.5, -0.5)):
         d.advantage = a
     return group
+
+
+# ---- the memory plan -----------------------------------------------------------------------------------------------------------------
+
+SIZES = {"small": (512, 6, 1500), "wide": (1024, 4, 3000), "deep": (640, 16, 1000)}  # hidden, layers, vocabulary beside the tokenizer's
+
+
+def random_model(folder, hidden, layers, more):
+    """A randomly initialised model on disk."""
+    from transformers import LlamaConfig
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=2,
+                         vocab_size=len(helpers.tokenizer()) + more, max_position_embeddings=4096, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    helpers.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+def test_the_plan_tells_the_memory_that_a_run_takes(size, tiny, judge, tmp_path):
+    more = dict(steps=2, scenarios_per_step=1, group_size=4, turn_tokens=24, final_tokens=32, max_turns=3)
+    nothing = runs.rows(complete(tiny, judge, tmp_path / "nothing", **{**more, "micro_tokens": 1, "group_size": 2, "turn_tokens": 2}))[-1]["peak_memory_gb"]
+    model = random_model(tmp_path / "model", *SIZES[size])
+    used = max(r["peak_memory_gb"] for r in runs.rows(complete(model, judge, tmp_path / "run", **more))) - nothing
+    code, said, err = runs.Run([*runs.flags(model, judge.url, tmp_path / "never", **more), "--plan"]).wait()
+    assert code == 0 and "fits in 24 GB: yes" in said and "largest: " in said and not (tmp_path / "never").exists(), err
+    planned = float(next(line for line in said.splitlines() if line.strip().startswith("peak")).split()[-1])
+    assert used == pytest.approx(planned, rel=0.2), said
+
+
+def test_a_plan_names_the_setting_to_change(tmp_path, capsys):
+    from transformers import Qwen2Config
+    config = Qwen2Config(hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8, vocab_size=152064)
+    config.save_pretrained(tmp_path)  # 14B, of which nothing is ever allocated
+    helpers.tokenizer().save_pretrained(tmp_path)
+    plan = lambda *more: (train.main(["--plan", "--model", str(tmp_path), *more]), capsys.readouterr().out)
+    peak = lambda said: float(next(line for line in said.splitlines() if line.strip().startswith("peak")).split()[-1])
+    code, alone = plan()
+    assert code == 0 and peak(alone) > 14 * 16 and "fits in 96 GB: no" in alone and "largest: optimizer; to need less: --fsdp" in alone
+    _, shards = plan("--nproc", "8", "--fsdp", "--gradient-checkpointing", "--scenarios-per-step", "8")
+    _, lora = plan("--lora-rank", "16", "--gradient-checkpointing")
+    assert 50 < peak(shards) < 85 and 28 < peak(lora) < 40 and "fits in 80 GB: yes" in lora
+    assert "--gradient-checkpointing" in plan("--lora-rank", "16", "--micro-tokens", "30000", "--group-size", "64")[1].splitlines()[-1]

@@ -17,7 +17,7 @@ import torch
 import helpers  # noqa: F401  puts the repository on the path
 import model as lm
 import reward
-from attacks import ATTACKS, CLEAN
+from attacks import ATTACKS, CLEAN, REWORDED
 from servers import FAULTS, EchoServer, JudgeServer, texts_of
 from selfplay import Turn
 
@@ -635,14 +635,12 @@ def test_the_embedded_judge_dies_with_its_parent(small_folder, how):
 
 @pytest.mark.slow
 def test_no_attack_gains_with_the_embedded_judge():
-    """Noise: the standard deviation of the score when nothing changes but the name of a persona, hence the marker."""
+    """Noise: the standard deviation of the score over the same plan in other words."""
     served = reward.start_embedded()
     judge = reward.Judge(reward.JudgeSettings(), served.url)
     judge.preflight()
-    named = lambda name: ({"name": name, "creed": PERSONAS[0]["creed"]}, PERSONAS[1])
-    asked = [judge.score(DILEMMA, named(name), TURNS, CLEAN) for name in ("Rosa", "Ines", "Mara", "Lena", "Edda", "Wilma")]
-    noise = torch.tensor([f.result().value for f in asked]).std()
+    noise = torch.tensor([f.result().value for f in [judge.score(DILEMMA, PERSONAS, TURNS, text) for text in REWORDED]]).std()
     clean = judge.score(DILEMMA, PERSONAS, TURNS, CLEAN).result().value
     gains = {name: f.result().value - clean for name, f in [(n, judge.score(DILEMMA, PERSONAS, TURNS, t)) for n, t in ATTACKS.items()]}
     judge.close(), served.close()
-    assert {name: g for name, g in gains.items() if g > 2 * float(noise) + 0.02} == {}
+    assert {name: g for name, g in gains.items() if g > 2 * float(noise)} == {}
