@@ -297,13 +297,13 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
     identity = [seed, dialogue.step, zlib.crc32(dialogue.scenario.id.encode()), dialogue.member]
     turns, check = dialogue.turns, None
     final_request = fill(FINAL if settings.max_turns else ALONE, {"other": views[0].other["name"], "creed": views[0].other["creed"]})
-    reserve = settings.final_tokens + len(views[0].chat.plain(final_request)) + 8
+    room = 3 * settings.turn_tokens + 16  # for a turn and its template: broken characters take three tokens each when the other side reads them
     window = lambda: turns[-settings.context_turns:] if settings.context_turns else turns[:]
     dialogue.stop = "max_turns"
     for t in range(settings.max_turns):
         me, seen = t % 2, window()
         before = views[me].before(seen, cut=len(seen) < len(turns)).ids
-        if len(before) + settings.turn_tokens + reserve > limits[me]:
+        if len(before) + room > limits[me] or len(views[0].before(turns, final_request).ids) + room + settings.final_tokens > limits[0]:
             dialogue.stop = "context"
             break
         if me == 1 and partner:
@@ -333,7 +333,7 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
             dialogue.streams[me] = [views[me].until(seen(i), turns[i], train=[], cut=len(seen(i)) < i) for i in own]
         elif own:
             dialogue.streams[me] = [views[me].until(turns[:own[-1]], turns[own[-1]])]
-    if not dialogue.agreed and settings.max_turns and settings.on_impasse == "zero":
+    if not dialogue.agreed and turns and settings.on_impasse == "zero":
         dialogue.reward = 0.0  # the paper: no completion, reward 0, kept in the group
         return
     before = views[0].before(turns, final_request).ids

@@ -92,17 +92,21 @@ def test_both_see_the_same_scenarios_and_a_model_ties_with_itself(run, models):
 
 def test_missing_verdicts_are_counted_not_zero(run, tmp_path):
     class Silent(JudgeServer):
+        scored = 0
+
         def _chat(self, body):
-            answer = super()._chat(body)
-            prompt = body["messages"][-1]["content"]
-            if "How well" in prompt and "Ana wants" not in prompt and len(texts_of(prompt)["solution"]) % 3 == 0:
-                answer["choices"][0]["message"]["content"] = "I would rather not say."
+            answer, prompt = super()._chat(body), body["messages"][-1]["content"]
+            if "How well" in prompt and "Ana wants" not in prompt:
+                with self.lock:
+                    self.scored += 1
+                    if self.scored in (1, 3):
+                        answer["choices"][0]["message"]["content"] = "I would rather not say."
             return answer
     with Silent(offers=("json",)) as server:
         _, rows = run("conflict", server, "--limit", "6", baseline=False)
     row = rows["ca_score", "A"]
     scores = [item["value"]["reward"] for item in report.whole_lines(tmp_path / "conflict.items.jsonl")]
-    assert row["n"] + row["missing"] == 6 and row["missing"] == scores.count(None) > 0
+    assert row["n"] + row["missing"] == 6 and row["missing"] == scores.count(None) == 2
     assert row["value"] == pytest.approx(sum(s for s in scores if s is not None) / row["n"], abs=1e-5)
 
 
@@ -127,7 +131,7 @@ def test_goes_on_where_it_was(run, tmp_path):
 
 def test_a_dead_judge_stops_the_run_and_records_nothing(run, tmp_path):
     with JudgeServer(offers=("json",), faults=lambda number, path: "400" if number > 0 else None) as server:
-        with pytest.raises(UserError, match="3 of 4 questions have no answer .http 400.; look after the judge, then start again"):
+        with pytest.raises(UserError, match=r"[34] of 4 questions have no answer .http 400.; look after the judge, then start again"):
             run("conflict", server, "--limit", "5", "--agreement", "none")
     assert (tmp_path / "conflict.items.jsonl").read_bytes() == b"" and not (tmp_path / "conflict.json").exists()
 
