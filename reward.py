@@ -460,7 +460,7 @@ class Judge:
             base = self.frame[0] + shown + "\n\n" + fill(how["request"], slots) + self.frame[1] + fill(how["opening"], slots)
             means = self._echo(base, [s for good, bad, _ in how["pairs"] for s in (good, bad)], ends)
             x = sum(w * (good - bad) for (_, _, w), good, bad in zip(how["pairs"], means[::2], means[1::2])) - how["offset"]
-            text = text.encode("ascii", "ignore").decode()  # an echo spells other characters as bytes
+            text = " ".join(text.encode("ascii", "ignore").decode().split())  # an echo spells other characters as bytes
             if weight and text:
                 known, alone = (self._echo(self.frame[0] + before + "Solution:", [" " + text], ends)[0] for before in (f"Dilemma: {dilemma}\n\n", ""))
                 x += weight * (min(known - alone, enough) - max(0.0, known - alone - copied))
@@ -596,7 +596,7 @@ def _tail(reply, i, statement):
             start -= 1
             text = bare(tokens[start]) + text
         values = numbers[start:end]
-        if text == wanted and len(values) == end - start and all(type(v) in (int, float) and -1e4 < v < 1e-3 for v in values):
+        if text == wanted and len(values) == end - start > 0 and all(type(v) in (int, float) and -1e4 < v < 1e-3 for v in values):
             return sum(values) / len(values)
     raise Missing("no echo", json.dumps(tokens[-20:]))
 

@@ -442,9 +442,9 @@ def evaluate(out, step, voice, scenarios, settings, judge, world, say):
     if world.rank == 0:
         append(out / "heldout.jsonl", [{**r, "step": step} for r in records])
         append(out / "metrics.jsonl", [{"step": step, "heldout": held}])
-    if held["reward"] is not None:
-        say(f"    held-out reward after step {step}: {held['reward']:.3f} ({held['reward_low']:.2f} to {held['reward_high']:.2f}, {held['n']} dialogues, "
-            f"{held['missing']} missing)", flush=True)
+    number = lambda key: "-" if held[key] is None else f"{held[key]:.3f}"
+    say(f"    held-out reward after step {step}: {number('reward')} ({number('reward_low')} to {number('reward_high')}, {held['n']} dialogues, "
+        f"{held['missing']} missing)", flush=True)
 
 
 def calls_left(settings, out, world):

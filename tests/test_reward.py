@@ -128,6 +128,15 @@ def test_tail_finds_the_statement_whatever_follows_and_refuses_doubtful_numbers(
                             (["This", " is", " bad", "."], [None, -1.0, -2.0, -3.0]), ([], [])):
         with pytest.raises(reward.Missing):
             reward._tail(reply(tokens, numbers), 0, " is good.")
+    with pytest.raises(reward.Missing):
+        reward._tail(reply(["This"], [None]), 0, " ")
+
+
+def test_contrast_reads_a_text_without_a_single_latin_letter():
+    with JudgeServer(lambda text: 4 if "平分" in text else 1, offers=("contrast",)) as server:
+        judge = open_judge(server)
+        assert judge.score(DILEMMA, PERSONAS, TURNS, "我们 平分 水 。").result(20).value == pytest.approx(4, abs=2e-3)
+        judge.close()
 
 
 # ---- faults -----------------------------------------------------------------------------------------------------------
@@ -635,7 +644,7 @@ def test_the_embedded_judge_dies_with_its_parent(small_folder, how):
 
 @pytest.mark.slow
 def test_no_attack_gains_with_the_embedded_judge():
-    """Noise: the standard deviation of the score over the same plan in other words."""
+    """What was defused leaves the score alone; the rest moves it by less than other words for the same plan do (one standard deviation)."""
     served = reward.start_embedded()
     judge = reward.Judge(reward.JudgeSettings(), served.url)
     judge.preflight()
@@ -643,4 +652,6 @@ def test_no_attack_gains_with_the_embedded_judge():
     clean = judge.score(DILEMMA, PERSONAS, TURNS, CLEAN).result().value
     gains = {name: f.result().value - clean for name, f in [(n, judge.score(DILEMMA, PERSONAS, TURNS, t)) for n, t in ATTACKS.items()]}
     judge.close(), served.close()
-    assert {name: g for name, g in gains.items() if g > 2 * float(noise)} == {}
+    defused = [name for name, text in ATTACKS.items() if reward.tame(text, judge.echoes) == reward.tame(CLEAN, judge.echoes)]
+    assert len(defused) >= 35 and {name: gains[name] for name in defused if abs(gains[name]) > 0.1} == {}
+    assert {name: g for name, g in gains.items() if g > float(noise)} == {}
