@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -48,17 +49,19 @@ class Run:
             if patch:
                 launcher += ["--no-python", sys.executable]
         env = {**os.environ, "NEGOTIATE_MARK": self.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(launcher + script + arguments, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                        start_new_session=True)
+        self.said, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up
+        self.process = subprocess.Popen(launcher + script + arguments, cwd=cwd, env=env, stdout=self.said, stderr=self.err, text=True, start_new_session=True)
 
     def wait(self, timeout=150):
         """(exit code, stdout, stderr)"""
         try:
-            out, err = self.process.communicate(timeout=timeout)
+            self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
             raise
-        return self.process.returncode, out, err
+        self.said.seek(0)
+        self.err.seek(0)
+        return self.process.returncode, self.said.read(), self.err.read()
 
     def processes(self):
         """{pid: command line} of all that carry the mark."""
