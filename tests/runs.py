@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def saved_model(folder, kind="llama"):
     """A tiny model and its tokenizer as a Hugging Face folder."""
     model = helpers.tiny(kind)
+    model.config.max_position_embeddings = 4096  # the shipped dilemmas are long in tokens of the tiny tokenizer
     model.save_pretrained(folder)
     helpers.tokenizer().save_pretrained(folder)
     return str(folder)

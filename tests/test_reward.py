@@ -242,7 +242,7 @@ def test_close_ends_a_hanging_call_at_once():
         judge = open_judge(server, judge_timeout=50.0)
         server.faults = lambda number, path: "hang"
         future = judge.score(DILEMMA, PERSONAS, TURNS, "A well.")
-        while not server.in_flight:
+        while not (future.running() and server.in_flight):
             time.sleep(0.01)
         began = time.monotonic()
         judge.close()

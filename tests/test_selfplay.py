@@ -270,7 +270,7 @@ def test_two_models_each_keep_their_own_stream():
 
 @pytest.mark.parametrize("context_turns", [0, 1, 2])
 @pytest.mark.parametrize("template", ["chatml", "qwen3"])
-def test_when_a_verdict_arrives_changes_nothing(template, context_turns):
+def test_when_a_verdict_arrives_changes_nothing(monkeypatch, template, context_turns):
     cfg, speaker = settings(agreement="judge", max_turns=6, context_turns=context_turns), talker(template=TEMPLATES[template])
     expected = play(speaker, helpers.dialogues(3, 3), cfg, Script(sometimes))
     assert {d.stop for d in expected} == {"agreed", "max_turns"}
@@ -278,6 +278,15 @@ def test_when_a_verdict_arrives_changes_nothing(template, context_turns):
         check_logprobs(speaker.model, d, cfg)
         agreed_at = next((n for n in range(2, 7) if sometimes(d.scenario.dilemma, d.turns[:n])), None)
         assert (len(d.turns), d.agreed) == (agreed_at or 6, agreed_at is not None)
+    feed = lm.RaggedCache.feed
+
+    def poisoned(cache, model, rows, tokens):
+        """What lies beyond a row's length is lost, so that nobody can count on it."""
+        for stored in [x for pair in cache.store.values() for x in pair]:
+            for row, length in enumerate(cache.lengths):
+                stored[cache.place[row], :, length:] = 1e4
+        return feed(cache, model, rows, tokens)
+    monkeypatch.setattr(lm.RaggedCache, "feed", poisoned)
     for moment, seed in [("last", 0), ("last", 1), ("random", 0), ("random", 1), ("random", 2)]:
         for d, e in zip(play(speaker, helpers.dialogues(3, 3), cfg, Script(sometimes, moment, seed)), expected):
             plain = lambda x: ([(t.ids, t.text, t.truncated) for t in x.turns], [(s.ids, s.mask) for s in samples(x)], x.agreed, x.stop, x.final)
