@@ -326,7 +326,7 @@ class RaggedCache(Cache):
         slots = [self.place[t] for t in targets]
         for pair in self.store.values():
             for whole in pair:
-                whole[slots, :, :n] = whole[self.place[source], :, :n]
+                whole[slots, :, :n] = whole[self.place[source], :, :n].clone()  # a full row is one block, which torch will not write over itself
         for t in targets:
             self.lengths[t] = n
 

@@ -462,3 +462,13 @@ def test_smollm2_plays_scores_and_saves_exactly(tmp_path):
     lm.save(model.config, model.generation_config, tokenizer, lm.plain_state(model), tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32, attn_implementation="negotiate")
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
+
+
+@pytest.mark.parametrize("n", [127, 128, 129])
+def test_a_head_that_fills_the_cache_to_the_last_place_is_copied(n):
+    model, ids = helpers.tiny(), some_ids(n)
+    cache = lm.RaggedCache(3, capacity=128)
+    cache.feed(model, [0], [ids])
+    cache.copy(0, [1, 2], n)
+    said = cache.feed(model, [0, 1, 2], [[7]] * 3)
+    assert torch.equal(said[1], said[0]) and torch.equal(said[2], said[0]) and cache.lengths == [n + 1] * 3
