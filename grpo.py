@@ -256,7 +256,8 @@ class Learner:
         D, tokens = max(total.pop("units"), 1.0), max(total["tokens"], 1.0)
         grad_norm = self.optimizer.step(1.0 / D, finite=math.isfinite(total["loss"]))
         means = {k: v / tokens for k, v in total.items() if k not in ("loss", "tokens")}
-        return {"loss": total["loss"] / D, "grad_norm": grad_norm, "trained_tokens": int(total["tokens"]), **means, "skipped": not math.isfinite(grad_norm)}
+        return {"loss": total["loss"] / D, "grad_norm": grad_norm, "trained_tokens": int(total["tokens"]), **means,
+                "skipped": not math.isfinite(grad_norm)}
 
 
 class Optimizer:
@@ -352,11 +353,13 @@ def memory_plan(config, settings, ranks, dtype, head, cuda=True):
     activations = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
     if settings.gradient_checkpointing:
         activations = activations // L + L * tree.tokens * text.hidden_size * c
-    width = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    heads = text.num_attention_heads
+    width = (getattr(text, "head_dim", None) or text.hidden_size // heads) * (getattr(text, "num_key_value_heads", None) or heads)
     capacity = -(-(head + settings.max_turns * (settings.turn_tokens + 8) + settings.final_tokens + 80) // 128) * 128
     shard = ranks if settings.fsdp else 1
     gathered = 4 * c * blocks // L + 2 * c * (N - blocks) if shard > 1 else 0  # two blocks and the root, with their gradients
-    plan = {"weights (compute)": c * N + gathered if shard > 1 or c < 4 or settings.lora_rank else 0, "weights (fp32)": 4 * (T if shard == 1 else N) // shard,
+    plan = {"weights (compute)": c * N + gathered if shard > 1 or c < 4 or settings.lora_rank else 0,
+            "weights (fp32)": 4 * (T if shard == 1 else N) // shard,
             "optimizer": 8 * T // shard, "reference": c * N if settings.beta > 0 and not settings.lora_rank else 0}
     always = sum(plan.values())
     plan |= {"gradients": 4 * T // shard, "activations": activations, "logits": 4 * 4 * V * min(256, rows * each),

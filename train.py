@@ -475,7 +475,8 @@ def show_plan(settings):
     try:
         config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {settings.model}: not smollm2-135m, a folder with a config and a tokenizer, or a reachable id ({str(error).splitlines()[0]})")
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--model {settings.model}: not smollm2-135m, a folder with a config and a tokenizer, or a reachable id ({reason})")
     dtype = torch.float32 if settings.dtype == "fp32" else torch.bfloat16
     glue = lambda s: len(tokenizer(selfplay.SYSTEM + s.dilemma + max((p["creed"] for p in s.personas), key=len))["input_ids"])
     head = max(glue(s) for s in data_gen.load_scenarios(settings.scenarios or None, settings.seed))

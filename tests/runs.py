@@ -33,9 +33,9 @@ def judge(**more):
 
 def flags(tiny, url, folder, **more):
     """The command line of a short run: 2 scenarios x 3 dialogues of 2 turns; `more` overrides (steps=5: --steps 5)."""
-    made = {"model": tiny, "judge_url": url, "judge_mode": "json", "judge_cache": "off", "out": str(folder), "max_turns": 2, "turn_tokens": 6, "final_tokens": 8,
-            "scenarios_per_step": 2, "group_size": 3, "steps": 3, "agreement": "none", "dtype": "fp32", "lr": 1e-3, **more}
-    return [x for k, v in made.items() if v is not None for x in ([f"--{k.replace('_', '-')}"] if v is True else [f"--{k.replace('_', '-')}", str(v)])]
+    made = {"model": tiny, "judge_url": url, "judge_mode": "json", "judge_cache": "off", "out": str(folder), "max_turns": 2, "turn_tokens": 6,
+            "final_tokens": 8, "scenarios_per_step": 2, "group_size": 3, "steps": 3, "agreement": "none", "dtype": "fp32", "lr": 1e-3, **more}
+    return [x for k, v in made.items() if v is not None for x in ["--" + k.replace("_", "-"), str(v)][:1 if v is True else 2]]
 
 
 class Run:
@@ -43,15 +43,16 @@ class Run:
 
     def __init__(self, arguments, ranks=0, patch="", cwd=ROOT):
         self.mark, self.patch = f"run-{uuid.uuid4().hex}", patch
-        script = ["-c", f"import sys; sys.argv[0] = 'train.py'; import model as lm, train\n{patch}\nlm.run_cli(train.main)"] if patch else [str(ROOT / "train.py")]
+        script = ["-c", f"import model as lm, train\n{patch}\nlm.run_cli(train.main)"] if patch else [str(ROOT / "train.py")]
         launcher = [sys.executable]
         if ranks:
-            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
             if patch:
                 launcher += ["--no-python", sys.executable]
         env = {**os.environ, "NEGOTIATE_MARK": self.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         self.said, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up
-        self.process = subprocess.Popen(launcher + script + arguments, cwd=cwd, env=env, stdout=self.said, stderr=self.err, text=True, start_new_session=True)
+        self.process = subprocess.Popen(launcher + script + arguments, cwd=cwd, env=env, stdout=self.said, stderr=self.err, text=True,
+                                        start_new_session=True)
 
     def wait(self, timeout=150):
         """(exit code, stdout, stderr)"""

@@ -111,7 +111,8 @@ def example(seed=0, B=5, T=7):
     ref = old + 0.4 * torch.randn(B, T, generator=g, dtype=torch.float64)
     mask = (torch.rand(B, T, generator=g) < 0.6).double()
     mask[2] = 0
-    return dict(logp=logp, old_logp=old, advantages=torch.randn(B, generator=g, dtype=torch.float64), mask=mask), ref, torch.rand(B, T, generator=g).double()
+    return dict(logp=logp, old_logp=old, advantages=torch.randn(B, generator=g, dtype=torch.float64), mask=mask), \
+        ref, torch.rand(B, T, generator=g).double()
 
 
 @pytest.mark.parametrize("aggregate,denominator", [("token", None), ("token", 11.0), ("sequence", None), ("constant", 13.0)])
@@ -125,7 +126,8 @@ def test_loss_and_gradient_match_plain_loops(aggregate, denominator, ratio, beta
         for loops in (False, True):
             logp = args["logp"].clone().requires_grad_()
             if loops:
-                loss = loss_by_loops(logp, args["old_logp"], args["advantages"], args["mask"], 0.2, 0.28, ref, beta or 0.0, aggregate, ratio, denominator, weights)
+                loss = loss_by_loops(logp, args["old_logp"], args["advantages"], args["mask"], 0.2, 0.28, ref, beta or 0.0, aggregate, ratio,
+                                     denominator, weights)
             else:
                 loss, _ = grpo.policy_loss(**{**args, "logp": logp}, clip_high=0.28, ref_logp=ref, beta=beta or 0.0, aggregate=aggregate, ratio=ratio,
                                            denominator=denominator, weights=weights)
@@ -162,7 +164,8 @@ def test_at_ratio_one_the_gradient_is_that_of_reinforce(ratio):
 @pytest.mark.parametrize("gap", [100.0, -100.0, 1e4, -1e4])
 def test_huge_gaps_stay_finite(gap):
     logp = torch.full((2, 3), -1.0, requires_grad=True)
-    for other in ({"ref_logp": torch.full((2, 3), -1.0 + gap), "old_logp": logp.detach()}, {"ref_logp": logp.detach(), "old_logp": torch.full((2, 3), -1.0 + gap)}):
+    for other in ({"ref_logp": torch.full((2, 3), -1.0 + gap), "old_logp": logp.detach()},
+                  {"ref_logp": logp.detach(), "old_logp": torch.full((2, 3), -1.0 + gap)}):
         loss, stats = grpo.policy_loss(logp, advantages=torch.tensor([1.0, -1.0]), mask=torch.ones(2, 3), beta=0.1, **other)
         grad, = torch.autograd.grad(loss, logp)
         assert torch.isfinite(loss) and torch.isfinite(grad).all() and all(math.isfinite(v) for v in stats.values())
@@ -177,8 +180,8 @@ def test_what_stands_at_masked_positions_changes_nothing(aggregate, ratio):
     for junk in (0.0, NAN, INF, -INF, 1e30):
         dirty = lambda t: torch.where(args["mask"] > 0, t, junk)
         logp = dirty(args["logp"]).requires_grad_()
-        loss, stats = grpo.policy_loss(logp, dirty(args["old_logp"]), args["advantages"], args["mask"], ref_logp=dirty(ref), beta=0.2, aggregate=aggregate,
-                                       ratio=ratio, denominator=9.0 if aggregate == "constant" else None, weights=dirty(weights))
+        loss, stats = grpo.policy_loss(logp, dirty(args["old_logp"]), args["advantages"], args["mask"], ref_logp=dirty(ref), beta=0.2,
+                                       aggregate=aggregate, ratio=ratio, denominator=9.0 if aggregate == "constant" else None, weights=dirty(weights))
         grad, = torch.autograd.grad(loss, logp)
         assert (grad[args["mask"] == 0] == 0).all()
         results.append((loss.item(), grad.tolist(), stats))
@@ -206,8 +209,8 @@ def test_truncated_weights():
 
 def settings(**more):
     """Settings of short dialogues without a judge."""
-    return train.Settings(**{**dict(max_turns=3, turn_tokens=8, final_tokens=8, agreement="none", temperature=1.0, final_temperature=1.0, dtype="fp32",
-                                    lr=1e-3, warmup_steps=0, grad_clip=0.0), **more})
+    return train.Settings(**{**dict(max_turns=3, turn_tokens=8, final_tokens=8, agreement="none", temperature=1.0, final_temperature=1.0,
+                                    dtype="fp32", lr=1e-3, warmup_steps=0, grad_clip=0.0), **more})
 
 
 def played(cfg, groups=2, members=4, kind="llama"):
@@ -506,8 +509,8 @@ def parrots():
     """A tiny model that has learnt to play the game: what agent 0 says first, of six words, comes back in the final completion."""
     from transformers import AutoModelForCausalLM, LlamaConfig
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-                         vocab_size=len(helpers.tokenizer()), eos_token_id=helpers.tokenizer().eos_token_id)
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=1024, vocab_size=len(helpers.tokenizer()), eos_token_id=helpers.tokenizer().eos_token_id)
     model = lm.prepare(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     voice = selfplay.voice(model, helpers.tokenizer())
     group, say = [], lambda speaker, word: selfplay.Turn(speaker, "x", False, [word] * 3 + [voice.chat.end], [-1.0] * 4)

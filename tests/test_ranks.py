@@ -2,6 +2,7 @@
 import contextlib
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -178,7 +179,7 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
         if whole:
             AutoModelForCausalLM.from_pretrained(out / "checkpoints" / f"step_{newest:06d}")
         run = runs.Run(["--resume", str(out)], patch=SLOW_SAVES)
-    assert runs.wait_for(lambda: len(list((out / "checkpoints").glob("step_*"))) == 2)
+    assert runs.wait_for(lambda: (out / f"checkpoints/step_{newest + 2:06d}").exists())
     run.process.send_signal(signal.SIGINT)
     assert run.wait(60)[0] == 130
     done = len(runs.rows(out))
@@ -200,7 +201,8 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
 def test_when_a_rank_dies_the_other_ends_with_one_message(place, how, tiny, judge, tmp_path):
     out = tmp_path / "run"
     act = KILL if how == "kill" else "raise ValueError('out of luck')"
-    patch = "import grpo, selfplay, os; count = []" + DIE.format(place=place, when=f"count.append(1)\n    if os.environ['RANK'] == '1' and len(count) == 3: {act}")
+    when = f"count.append(1)\n    if os.environ['RANK'] == '1' and len(count) == 3: {act}"
+    patch = "import grpo, selfplay, os; count = []" + DIE.format(place=place, when=when)
     run = runs.Run(runs.flags(tiny, judge.url, out, steps=10000, save_every=1), 2, patch)
     assert runs.wait_for(lambda: len(runs.rows(out)) >= 2)
     code, said, err = run.wait(60)
@@ -228,7 +230,8 @@ def test_a_spent_budget_stops_every_rank(tiny, judge, tmp_path):
     for name, more in (("play", dict(agreement="judge", max_turns=6)), ("learn", {"fsdp": True})):
         out = tmp_path / name
         code, said, err = runs.Run(runs.flags(tiny, judge.url, out, steps=10000, judge_budget=30, **more), 2).wait()
-        assert code != 0 and "--judge-budget" in said and err.count("exitcode  : 3") == 2, err[-3000:]
+        codes = re.findall(r"exitcode +: (-?\d+)", err)  # torchrun ends a rank (-15) that is a moment later than the other
+        assert code != 0 and "--judge-budget" in said and "3" in codes and set(codes) <= {"3", "-15"}, err[-3000:]
         assert sum(r["judge_calls"] for r in runs.rows(out)) <= 30
         assert (out / "checkpoints" / f"step_{len(runs.rows(out)):06d}" / "COMPLETE").exists()
 
@@ -303,7 +306,7 @@ def test_a_run_on_a_full_disk_goes_on_and_its_checkpoint_stays(tiny, judge, tmp_
             AutoModelForCausalLM.from_pretrained(out / "checkpoints" / steps[-1])
             shutil.rmtree(out)
         out = disk / "crammed"
-        fill = DIE.format(place="train.deal", when=f"if a[2] == 2: open('{disk}/filler', 'wb').truncate(0); os.system('dd if=/dev/zero of={disk}/filler 2>/dev/null')")
+        fill = DIE.format(place="train.deal", when=f"if a[2] == 2: os.system('dd if=/dev/zero of={disk}/filler 2>/dev/null')")
         code, said, err = runs.Run(runs.flags(tiny, judge.url, out, steps=50, save_every=1), patch=fill).wait()
         assert code == 2 and err.strip().splitlines()[-1].startswith("error: --out: cannot write") and "Traceback" not in err, err
         (disk / "filler").unlink()
@@ -367,8 +370,8 @@ SIZES = {"small": (512, 6, 1500), "wide": (1024, 4, 3000), "deep": (640, 16, 100
 def random_model(folder, hidden, layers, more):
     """A randomly initialised model on disk."""
     from transformers import LlamaConfig
-    config = LlamaConfig(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=2,
-                         vocab_size=len(helpers.tokenizer()) + more, max_position_embeddings=4096, tie_word_embeddings=False)
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64,
+                         num_key_value_heads=2, vocab_size=len(helpers.tokenizer()) + more, max_position_embeddings=4096, tie_word_embeddings=False)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     helpers.tokenizer().save_pretrained(folder)
     return str(folder)
@@ -378,7 +381,8 @@ def random_model(folder, hidden, layers, more):
 @pytest.mark.parametrize("size", SIZES)
 def test_the_plan_tells_the_memory_that_a_run_takes(size, tiny, judge, tmp_path):
     more = dict(steps=2, scenarios_per_step=1, group_size=4, turn_tokens=24, final_tokens=32, max_turns=3)
-    nothing = runs.rows(complete(tiny, judge, tmp_path / "nothing", **{**more, "micro_tokens": 1, "group_size": 2, "turn_tokens": 2}))[-1]["peak_memory_gb"]
+    least = {**more, "micro_tokens": 1, "group_size": 2, "turn_tokens": 2}
+    nothing = runs.rows(complete(tiny, judge, tmp_path / "nothing", **least))[-1]["peak_memory_gb"]
     model = random_model(tmp_path / "model", *SIZES[size])
     used = max(r["peak_memory_gb"] for r in runs.rows(complete(model, judge, tmp_path / "run", **more))) - nothing
     code, said, err = runs.Run([*runs.flags(model, judge.url, tmp_path / "never", **more), "--plan"]).wait()
@@ -389,7 +393,8 @@ def test_the_plan_tells_the_memory_that_a_run_takes(size, tiny, judge, tmp_path)
 
 def test_a_plan_names_the_setting_to_change(tmp_path, capsys):
     from transformers import Qwen2Config
-    config = Qwen2Config(hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8, vocab_size=152064)
+    config = Qwen2Config(hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8,
+                         vocab_size=152064)
     config.save_pretrained(tmp_path)  # 14B, of which nothing is ever allocated
     helpers.tokenizer().save_pretrained(tmp_path)
     plan = lambda *more: (train.main(["--plan", "--model", str(tmp_path), *more]), capsys.readouterr().out)

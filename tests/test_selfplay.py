@@ -2,6 +2,7 @@
 import concurrent.futures
 import dataclasses
 import math
+import random
 import re
 import types
 import zlib
@@ -22,7 +23,8 @@ TEMPLATES = {"chatml": helpers.CHATML, "gemma": helpers.GEMMA, "mistral": helper
 
 def settings(**more):
     """Short dialogues; temperatures away from 1, so that a forgotten one shows."""
-    return selfplay.PlaySettings(**{**dict(max_turns=4, turn_tokens=10, final_tokens=8, agreement="none", temperature=0.6, final_temperature=0.7), **more})
+    short = dict(max_turns=4, turn_tokens=10, final_tokens=8, agreement="none", temperature=0.6, final_temperature=0.7)
+    return selfplay.PlaySettings(**{**short, **more})
 
 
 def talker(kind="llama", template=helpers.CHATML, stop=0.15, seed=0, ends=(2,), **more):
@@ -131,7 +133,8 @@ def test_recorded_logprobs_are_those_of_a_plain_forward(kind, context_turns):
 def test_masked_ids_decode_to_this_agents_utterances(template, context_turns):
     speaker, cfg = talker(template=TEMPLATES[template]), settings(max_turns=5, context_turns=context_turns)
     decode, played = speaker.chat.tokenizer.decode, play(speaker, helpers.dialogues(1, 4), cfg)
-    assert any(speaker.chat.plain(decode(t.ids)) != t.ids[:len(t.ids) - (not t.truncated)] for d in played for t in d.turns)  # not the encoding of its own text
+    words = [t.ids if t.truncated else t.ids[:-1] for d in played for t in d.turns]
+    assert any(speaker.chat.plain(decode(ids)) != ids for ids in words)  # what was sampled is not the encoding of its own text
     for d in played:
         check_masks(d)
         check_logprobs(speaker.model, d, cfg)
@@ -148,7 +151,8 @@ def test_masked_ids_decode_to_this_agents_utterances(template, context_turns):
         else:
             assert [len(s) for s in d.streams] == [3, 2]
             assert [sum(s.mask) for s in d.streams[0]] == [len(t.ids) for t in d.turns[::2]]
-        assert [i for i, m in zip(d.final_sample.ids, d.final_sample.mask) if m] == d.record()["final_ids"] and d.final == speaker.chat.text(d.record()["final_ids"])
+        final = [i for i, m in zip(d.final_sample.ids, d.final_sample.mask) if m]
+        assert final == d.record()["final_ids"] and d.final == speaker.chat.text(final)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -190,7 +194,8 @@ def by_generate(scenario, cfg):
     encode = lambda text: tok(text, add_special_tokens=False)["input_ids"]
     streams, turns, a, b = [], [], *scenario.personas
     for me, other in ((a, b), (b, a)):
-        system = selfplay.fill(selfplay.SYSTEM, {"me": me["name"], "other": other["name"], "creed": me["creed"], "dilemma": scenario.dilemma, "marker": ""})
+        slots = {"me": me["name"], "other": other["name"], "creed": me["creed"], "dilemma": scenario.dilemma, "marker": ""}
+        system = selfplay.fill(selfplay.SYSTEM, slots)
         streams.append(encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"))
 
     def speak(me, heard, limit):
@@ -233,11 +238,12 @@ def test_each_token_is_computed_once_per_stream(monkeypatch, context_turns, chec
     heads = sum(len(v.head) for v in views[0] + views[4])  # one for each group and agent, read once
     assert sum(fed.count(v.head) for v in views[0] + views[4]) == 4
     if context_turns == 0:  # all of each stream but its head and its last token, which nobody needs to read
-        ends = [d.final_sample.ids[:-1] if me == 0 else v[1].before(d.turns[:3]).ids + d.turns[3].ids[:-1] for d, v in zip(played, views) for me in (0, 1)]
-        ends = [e[:len(e) - (me == 0 and d.final_truncated)] for e, (d, me) in zip(ends, [(d, me) for d in played for me in (0, 1)])]
-        assert sum(map(len, fed)) == heads + sum(len(e) - len(v[i % 2].head) for i, (e, v) in enumerate(zip(ends, [v for v in views for _ in (0, 1)])))
+        own = [(len(d.final_sample.ids) - d.final_truncated - 1 - len(a.head), len(d.streams[1][0].ids) - d.turns[3].truncated - 1 - len(b.head))
+               for d, (a, b) in zip(played, views)]
+        assert sum(map(len, fed)) == heads + sum(map(sum, own))
     else:  # all behind the head, once per turn
-        most = sum(len(s.ids) - 1 - len(v[0].head if s in d.streams[0] + [d.final_sample] else v[1].head) for d, v in zip(played, views) for s in samples(d))
+        most = sum(len(s.ids) - 1 - len(view.head) for d, (a, b) in zip(played, views)
+                   for view, some in ((a, d.streams[0] + [d.final_sample]), (b, d.streams[1])) for s in some)
         assert heads < sum(map(len, fed)) <= heads + most
 
 
@@ -268,8 +274,7 @@ def test_two_models_each_keep_their_own_stream():
 # ---- verdicts at any time -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("context_turns", [0, 1, 2])
-@pytest.mark.parametrize("template", ["chatml", "qwen3"])
+@pytest.mark.parametrize("template, context_turns", [("chatml", 0), ("chatml", 2), ("qwen3", 0), ("qwen3", 1)])
 def test_when_a_verdict_arrives_changes_nothing(monkeypatch, template, context_turns):
     cfg, speaker = settings(agreement="judge", max_turns=6, context_turns=context_turns), talker(template=TEMPLATES[template])
     expected = play(speaker, helpers.dialogues(3, 3), cfg, Script(sometimes))
@@ -287,7 +292,10 @@ def test_when_a_verdict_arrives_changes_nothing(monkeypatch, template, context_t
                 stored[cache.place[row], :, length:] = 1e4
         return feed(cache, model, rows, tokens)
     monkeypatch.setattr(lm.RaggedCache, "feed", poisoned)
-    for moment, seed in [("last", 0), ("last", 1), ("random", 0), ("random", 1), ("random", 2)]:
+    for moment, seed in [("last", 0), ("random", 0), ("random", 1), ("random", 2)]:
+        if seed:  # and neither does who is served first
+            order = random.Random(seed)
+            monkeypatch.setattr(selfplay, "choose_batch", lambda jobs: order.sample(live := [j for j in jobs if not j.spoken], (len(live) + 1) // 2))
         for d, e in zip(play(speaker, helpers.dialogues(3, 3), cfg, Script(sometimes, moment, seed)), expected):
             plain = lambda x: ([(t.ids, t.text, t.truncated) for t in x.turns], [(s.ids, s.mask) for s in samples(x)], x.agreed, x.stop, x.final)
             assert plain(d) == plain(e)
@@ -311,7 +319,8 @@ def test_the_last_turn_is_judged_too(moment, on_impasse):
     no, = play(talker(), helpers.dialogues(1, 1), cfg, Script(lambda *_: False, moment))
     assert (len(no.turns), no.stop, no.agreed) == (3, "max_turns", False)
     if on_impasse == "zero":
-        assert (no.reward, no.final, no.final_sample, no.verdict) == (0.0, None, None, None) and [sum(s.mask) > 0 for s in samples(no)] == [True, True]
+        assert (no.reward, no.final, no.final_sample, no.verdict) == (0.0, None, None, None)
+        check_masks(no)  # and is trained all the same
     else:
         assert no.reward is None and no.final is not None
 
@@ -336,7 +345,8 @@ def test_without_turns_agent_0_answers_alone():
     speaker = talker()
     for on_impasse in ("zero", "complete"):
         d, = play(speaker, helpers.dialogues(1, 1), settings(max_turns=0, on_impasse=on_impasse, agreement="judge"), Script(sometimes))
-        assert d.streams == [[], []] and d.turns == [] and d.reward is None and "is not here to talk" in speaker.chat.tokenizer.decode(d.final_sample.ids)
+        assert (d.streams, d.turns, d.reward) == ([[], []], [], None)
+        assert "is not here to talk" in speaker.chat.tokenizer.decode(d.final_sample.ids)
         check_logprobs(speaker.model, d, settings())
 
 
@@ -370,12 +380,14 @@ def test_frequencies_are_those_of_the_softmax(temperature, top_p):
 
 def test_sampling_at_the_edges():
     one = lambda logits, u, t=1.0, p=1.0: [x.item() for x in selfplay.sample(torch.tensor([logits]), *(torch.tensor([v]) for v in (t, p, u)))]
-    assert one([0.0, 5.0, 1.0], 0.999999, t=0.0)[0] == 1 and one([0.0, 5.0, 1.0], 0.0, p=1e-9)[:2] == [1, pytest.approx(-math.log1p(math.exp(-5) + math.exp(-4)), abs=1e-6)]
+    assert one([0.0, 5.0, 1.0], 0.999999, t=0.0)[0] == 1
+    assert one([0.0, 5.0, 1.0], 0.0, p=1e-9)[:2] == [1, pytest.approx(-math.log1p(math.exp(-5) + math.exp(-4)), abs=1e-6)]
     assert one([-math.inf, 0.0, -math.inf], 0.0)[0] == one([-math.inf, 0.0, -math.inf], 1.0)[0] == 1  # never a token of probability 0
     for size in (255, 256, 257):  # a nucleus of exactly as many tokens as the quick look takes
         probabilities = torch.cat([torch.full((size,), 0.999 / size), torch.full((744,), 0.001 / 744)])
         ids, logp, cut, mass = selfplay.sample(probabilities.log()[None], torch.ones(1), torch.tensor([0.9985]), torch.tensor([0.99999]))
-        assert ids.item() < size and probabilities[size].log() < cut.item() < probabilities[0].log() and mass.item() == pytest.approx(math.log(0.999), abs=1e-4)
+        assert ids.item() < size and probabilities[size].log() < cut.item() < probabilities[0].log()
+        assert mass.item() == pytest.approx(math.log(0.999), abs=1e-4)
     tied = torch.zeros(1, 8).scatter_(1, torch.tensor([[0]]), 1.0)  # equals stay together, whatever rounding does
     assert selfplay.sample(tied, torch.ones(1), torch.tensor([0.5]), torch.tensor([0.999]))[3].item() == pytest.approx(0.0, abs=1e-6)
 
@@ -426,16 +438,17 @@ def test_the_learners_ratio_is_one(kind):
 # ---- chat formats ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("template, has_system, stable", [("chatml", True, True), ("gemma", False, True), ("mistral", False, True), ("qwen3", True, False),
-                                                          ("none", True, True)])
+@pytest.mark.parametrize("template, has_system, stable", [
+    ("chatml", True, True), ("gemma", False, True), ("mistral", False, True), ("qwen3", True, False), ("none", True, True)])
 def test_what_a_template_is_found_to_be(template, has_system, stable):
     chat = helpers.voice(template=TEMPLATES[template]).chat
     assert (chat.has_system, chat.stable, chat.end, chat.ends) == (has_system, stable, 2, {2})
     assert (chat.tokenizer.decode(chat.opening) != chat.tokenizer.decode(chat.past_opening)) == (not stable)
 
 
-@pytest.mark.parametrize("template", ["{{ messages[-1]['content'] }}", "{% for m in messages[-2:] %}{{ m['content'] }}{% endfor %}", "{{ raise_exception('no') }}",
-                                      "{% for m in messages %}{{ loop.index }}{{ m['content'] }}{% endfor %}", "{{ messages[0].x.y.z }}", "{% for %}"])
+@pytest.mark.parametrize("template", [
+    "{{ messages[-1]['content'] }}", "{% for m in messages[-2:] %}{{ m['content'] }}{% endfor %}", "{{ raise_exception('no') }}",
+    "{% for m in messages %}{{ loop.index }}{{ m['content'] }}{% endfor %}", "{{ messages[0].x.y.z }}", "{% for %}"])
 def test_a_template_that_cannot_be_used_is_one_clear_error(template):
     with pytest.raises(lm.UserError, match=r"^--model: [^\n]* use (another|an instruct) model"):
         helpers.voice(template=template)
@@ -483,11 +496,12 @@ def test_a_partner_can_take_a_side():
     check_logprobs(speaker.model, d, settings())
 
 
-def test_an_end_token_that_is_not_special_cannot_be_spoken():
-    tokenizer = helpers.tokenizer.__wrapped__(helpers.CHATML.replace("<|im_end|>", "</turn>"), ends="</turn>")
+def test_an_end_token_that_nobody_declared_is_found_and_cannot_be_spoken():
+    tokenizer = helpers.tokenizer.__wrapped__(helpers.CHATML.replace("<|im_end|>", "</turn>"))
     tokenizer.add_tokens([AddedToken("</turn>", special=False)])
-    chat = selfplay.ChatFormat(tokenizer, helpers.tiny(vocabulary=len(tokenizer)))
-    assert chat.end == tokenizer.convert_tokens_to_ids("</turn>") and chat.end not in chat.plain("stop</turn>now") and chat.end in chat.glue("stop</turn>now")
+    chat, end = selfplay.ChatFormat(tokenizer, helpers.tiny(vocabulary=len(tokenizer))), tokenizer.convert_tokens_to_ids("</turn>")
+    assert chat.end == end and chat.ends == {2, end}
+    assert end not in chat.plain("stop</turn>now") and end in chat.glue("stop</turn>now")
 
 
 # ---- ends -----------------------------------------------------------------------------------------------------------
@@ -497,7 +511,8 @@ def test_an_end_token_that_is_not_special_cannot_be_spoken():
 @pytest.mark.parametrize("room", [520, 700])
 def test_a_full_context_ends_the_dialogue_and_cuts_no_persona(monkeypatch, room, context_turns):
     fed, feed, speaker = [], lm.RaggedCache.feed, talker(stop=0.0)
-    monkeypatch.setattr(lm.RaggedCache, "feed", lambda cache, model, rows, tokens: (feed(cache, model, rows, tokens), fed.append(max(cache.lengths)))[0])
+    watched = lambda cache, model, rows, tokens: (feed(cache, model, rows, tokens), fed.append(max(cache.lengths)))[0]
+    monkeypatch.setattr(lm.RaggedCache, "feed", watched)
     monkeypatch.setattr(speaker.model.config, "max_position_embeddings", room)
     cfg = settings(max_turns=30, context_turns=context_turns, turn_tokens=24)
     for d in play(speaker, helpers.dialogues(2, 2), cfg):
@@ -520,8 +535,10 @@ def test_a_context_too_small_for_anything_gives_no_reward(monkeypatch):
 
 def test_what_a_person_sees():
     d = selfplay.Dialogue(helpers.scenario(), 1, 0, 0, turns=[selfplay.Turn(0, "Hi\x1b[2J\nyou\u202e", True)], stop="context")
-    assert selfplay.transcript(d) == ("dilemma: One reservoir is left. Who gets the water?\nRosa: Hi [2J you [cut off]\njoint solution (context, no score): (none)")
-    ask = lambda **more: selfplay.watched_scenario(types.SimpleNamespace(**{**dict(seed=0, persona_a="", persona_b="", dilemma="D?", human=""), **more}))
+    assert selfplay.transcript(d).splitlines() == ["dilemma: One reservoir is left. Who gets the water?", "Rosa: Hi [2J you [cut off]",
+                                                   "joint solution (context, no score): (none)"]
+    flags = dict(seed=0, persona_a="", persona_b="", dilemma="D?", human="")
+    ask = lambda **more: selfplay.watched_scenario(types.SimpleNamespace(**{**flags, **more}))
     assert [p["name"] for p in ask(persona_a="Ann: farms", persona_b="Bo: heals", human="a").personas] == ["Bo", "Ann"] and ask().dilemma == "D?"
     with pytest.raises(lm.UserError, match=re.escape("--persona-b 'Bo': write it as 'Name: creed'")):
         ask(persona_b="Bo")

@@ -13,8 +13,8 @@ import model as lm
 import runs
 import train
 
-METRICS = set("""step reward_mean reward_std reward_min reward_max agreed_rate turns_mean judge_failures uniform_groups truncated_rate loss grad_norm clip_frac
-kl_ref entropy logprob_gap sampled_tokens trained_tokens seconds_play seconds_judge seconds_learn seconds_step peak_memory_gb""".split())
+METRICS = set("""step reward_mean reward_std reward_min reward_max agreed_rate turns_mean judge_failures uniform_groups truncated_rate loss grad_norm
+clip_frac kl_ref entropy logprob_gap sampled_tokens trained_tokens seconds_play seconds_judge seconds_learn seconds_step peak_memory_gb""".split())
 DIALOGUE = set("step scenario_id group member personas dilemma streams turns agreed stop final final_ids reward advantage judge".split())
 
 
@@ -79,7 +79,8 @@ def test_checkpoints_load_like_any_model(finished, tiny):
         assert torch.isfinite(logits).all() and not torch.equal(logits, AutoModelForCausalLM.from_pretrained(tiny)(torch.tensor([[5, 6, 7]])).logits)
         assert lm.load(str(folder))[0].config.model_type == "llama"
     config = json.loads((finished[0] / "config.json").read_text())
-    assert config["group_size"] == 3 and config["lr"] == 1e-3 and config["recipe"] == "debug" and set(config) == {f for f in train.Settings.__dataclass_fields__}
+    assert config["group_size"] == 3 and config["lr"] == 1e-3 and config["recipe"] == "debug"
+    assert set(config) == {f for f in train.Settings.__dataclass_fields__}
 
 
 def test_the_terminal_shows_each_step_and_a_transcript(finished):
@@ -134,7 +135,8 @@ def test_bad_input_gets_one_line(case, tiny, judge, tmp_path, capfd):
 
 
 def test_a_broken_scenarios_file_is_named_with_its_line(tiny, judge, tmp_path, capfd):
-    good = json.dumps({"id": "a", "tier": "everyday", "dilemma": "Who gets the water?", "personas": [{"name": "A", "creed": "Me."}, {"name": "B", "creed": "You."}]})
+    good = json.dumps({"id": "a", "tier": "everyday", "dilemma": "Who gets the water?",
+                       "personas": [{"name": "A", "creed": "Me."}, {"name": "B", "creed": "You."}]})
     file = tmp_path / "mine.jsonl"
     file.write_text(good + "\n" + good.replace('"a"', '"b"')[:-3] + "\n")
     assert f"{file}:2" in complaint(runs.flags(tiny, judge.url, tmp_path / "run", scenarios=file), capfd)
