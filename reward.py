@@ -38,7 +38,7 @@ import torch
 import urllib3
 from torch.nn import functional as F
 
-from model import RaggedCache, UserError, cache_folder, command_line, context_limit, inner, load, option, project, run_cli
+from model import RaggedCache, UserError, cache_folder, command_line, context_limit, inner, load, option, packed, project, run_cli
 
 # ---- the rubric: data, easy to edit; --rubric FILE replaces it (JSON with the same keys) -----------------------------
 
@@ -704,6 +704,7 @@ class Engine:
     @torch.inference_mode()
     def _serve(self):
         torch.set_num_threads(self.threads)
+        packed(self.model).__enter__()  # for good: these weights never change
         while True:
             batch = [self.queue.get()]
             while len(batch) < self.SCRATCH and not self.queue.empty():

@@ -26,7 +26,7 @@ import torch
 
 import data_gen
 import reward
-from model import RaggedCache, UserError, command_line, context_limit, load, option, run_cli
+from model import RaggedCache, UserError, command_line, context_limit, load, option, packed, run_cli
 from reward import fill
 
 
@@ -443,19 +443,19 @@ def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token
         views = [View(v.chat, me, dialogue.scenario, settings.agreement == "marker") for me, v in enumerate(voices)]
         limits = [context_limit(v.model) for v in voices]
         advance(dialogue, negotiate(dialogue, views, settings, judge, seed, limits, partner), None)
-    while jobs or waiting:
-        for job in [j for j in jobs if j.void or (j.spoken and not j.held)]:
-            jobs.remove(job)
-            advance(job.dialogue, job.script, None if job.void else job.turn)
-        for item in [w for w in waiting if w[0].done()]:
-            waiting.remove(item)
-            advance(item[1], item[2], item[0].result())
-        batch = choose_batch(jobs)
-        if batch:
-            speak(batch, models[id(batch[0].cache)], heads, read[id(batch[0].cache)], on_token)
-        elif jobs or waiting:
+    with packed(*{v.model for v in voices}):
+        while jobs or waiting:
+            for job in [j for j in jobs if j.void or (j.spoken and not j.held)]:
+                jobs.remove(job)
+                advance(job.dialogue, job.script, None if job.void else job.turn)
+            for item in [w for w in waiting if w[0].done()]:
+                waiting.remove(item)
+                advance(item[1], item[2], item[0].result())
+            batch = choose_batch(jobs)
             pending = [j.say.unless for j in jobs if j.held] + [w[0] for w in waiting]
-            if pending:
+            if batch:
+                speak(batch, models[id(batch[0].cache)], heads, read[id(batch[0].cache)], on_token)
+            elif pending:
                 concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
     return dialogues
 

@@ -10,12 +10,15 @@ would take at this machine's own matrix rate and read bandwidth, both measured h
 """
 import concurrent.futures
 import dataclasses
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")  # no embedded judge is beside us: as in a run with --judge-url, see model.py
+
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
