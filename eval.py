@@ -44,7 +44,7 @@ from model import UserError, option
 @dataclasses.dataclass(frozen=True)
 class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     """What is evaluated. A model out of a run folder plays as it did in training, unless flags say otherwise."""
-    model: str = option("smollm2-135m", "A: smollm2-135m, a folder, a run folder (its newest checkpoint), or a Hugging Face id")
+    model: str = option("smollm2-135m", "A: smollm2-135m, a folder, a run folder (its best checkpoint, or its newest), or a Hugging Face id")
     baseline: str = option("", "B, on the same scenarios with the same seeds (empty: A alone)")
     baseline_temperature: float = option(0.0, "temperature of all that B says: the control for mere sharpening (0: as it is)", low=0)
     greedy: bool = option(False, "always the most likely token (for B too, unless it has a temperature of its own)")
@@ -139,7 +139,7 @@ def compare_both_ways(judge, cases):
 # ---- negotiations and answers ---------------------------------------------------------------------------------------------
 
 
-def negotiations(voices, pairs, settings, judge, seed, partner=None, endorse=True):
+def negotiations(voices, pairs, settings, judge, seed, partner=None, endorse=True, verdicts=verdicts):
     """Play and judge (scenario, seed number) pairs in one batch; records as in dialogues.jsonl, with each persona's endorsement."""
     dialogues = [selfplay.Dialogue(scenario, 0, i, k) for i, (scenario, k) in enumerate(pairs)]
     judge.start_batch()
@@ -152,21 +152,21 @@ def negotiations(voices, pairs, settings, judge, seed, partner=None, endorse=Tru
     return [{**d.record(), "endorse": [next(endorsed, None), next(endorsed, None)] if d.verdict is not None else [None, None]} for d in dialogues]
 
 
-def heldout(voice, scenarios, settings, judge, samples=2, seed=0, world=None):
-    """For train.py: play `samples` dialogues on each of fixed scenarios, with the same seeds at every call. (metrics, records).
+def heldout(voice, scenarios, settings, judge, samples=2, seed=0, share=slice(None)):
+    """For train.py: play `samples` dialogues on each of fixed scenarios, with the same seeds at every call; records of this rank's share.
 
-    metrics: reward with its interval over scenarios and its counts, agreement, `diversity`. world (rank, size, gather): each
-    rank plays a share, and every rank gets all of the result.
-    """
-    pairs, settings = [(scenario, k) for scenario in scenarios for k in range(samples)], dataclasses.replace(settings, on_impasse="complete")
-    share = pairs[world.rank::world.size] if world else pairs
-    records = negotiations((voice, voice), share, settings, judge, seed, endorse=False) if share else []
-    records = [record for part in (world.gather(records) if world else [records]) for record in part]
-    records.sort(key=lambda r: (r["scenario_id"], r["member"]))
+    A judge who is away costs their rewards (None), and never the run."""
+    pairs = [(scenario, k) for scenario in scenarios for k in range(samples)][share]
+    settings, patient = dataclasses.replace(settings, on_impasse="complete"), lambda futures: [f.result() for f in futures]
+    return negotiations((voice, voice), pairs, settings, judge, seed, endorse=False, verdicts=patient) if pairs else []
+
+
+def heldout_row(records):
+    """The metrics of `heldout` records: the reward with its interval over scenarios and its counts, agreement, `diversity`."""
     row = figure("reward", "", [(r["scenario_id"], r["reward"]) for r in records])
     return {"reward": row["value"], "reward_low": row["low"], "reward_high": row["high"], **{k: row[k] for k in ("n", "scenarios", "missing")},
             "agreed_rate": float(np.mean([r["agreed"] for r in records])), "turns_mean": float(np.mean([len(r["turns"]) for r in records])),
-            **diversity(records)}, records
+            **diversity(records)}
 
 
 def answers(voice, prompts, limit, temperature, top_p, rngs):

@@ -155,17 +155,17 @@ def pack(group, train_tokens, micro_tokens):
     for bucket in buckets.values():
         bucket.sort(key=lambda pair: -len(pair[0].ids))
         n = common_prefix([s for s, _ in bucket])
-        while bucket:
-            take, size = [], n
-            while bucket and (not take or size + len(bucket[0][0].ids) - n <= micro_tokens):
-                size += len(bucket[0][0].ids) - n
-                take.append(bucket.pop(0))
+        for k in range(1, len(bucket) + 1):  # the fewest trees that fit; each takes every k-th sample, so they are about equal
+            shares = [bucket[i::k] for i in range(k)]
+            if max(n + sum(len(s.ids) - n for s, _ in share) for share in shares) <= micro_tokens:
+                break
+        for share in shares:
             rows = []
-            for s, dialogue in take:
+            for s, dialogue in share:
                 at = [i for i, m in enumerate(s.mask) if m]
                 nucleus = any(s.cuts[i] for i in at)
                 rows.append(Row(dialogue, [i - n for i in at], [s.logprobs[i] - s.masses[i] for i in at], [s.cuts[i] for i in at] if nucleus else []))
-            batches.append((Tree(take[0][0].ids[:n], [s.ids[n:] for s, _ in take]), rows))
+            batches.append((Tree(share[0][0].ids[:n], [s.ids[n:] for s, _ in share]), rows))
     return batches
 
 

@@ -264,7 +264,7 @@ def attend(module, query, key, value, attention_mask=None, scaling=None, tree=No
     return torch.cat(out, dim=1), None  # (1, T, Hq, D)
 
 
-SMALL = 1 << 21  # attention scores
+SMALL = 1 << 23  # attention scores
 
 
 def _grouped(q, k, v, mask, scaling):
@@ -288,7 +288,7 @@ AttentionInterface.register("negotiate", attend)
 class RaggedCache(Cache):
     """Keys and values of `rows` streams of unequal lengths, preallocated: row r uses its first `lengths[r]` places.
 
-    `feed` hands each chosen row its next tokens in one forward pass. The rows of a decoding batch are kept at the
+    `read` hands each chosen row its next tokens in one forward pass. The rows of a decoding batch are kept at the
     front (`to_front`), so that the model reads them as a view of the store, never as a copy. A row is cropped by
     lowering its length, and what lies beyond a length is never seen.
     """
@@ -349,9 +349,16 @@ class RaggedCache(Cache):
 
     @torch.no_grad()
     def feed(self, model, rows, tokens):
-        """Read `tokens[i]` (a non-empty list of ids) into row `rows[i]`, all rows in one forward pass.
+        """Read `tokens[i]` into row `rows[i]`, as `read` does. Returns the logits after each row's last token, (b, V) fp32."""
+        hidden = self.read(model, rows, tokens)
+        last = torch.tensor([len(t) - 1 for t in tokens], device=hidden.device)
+        return project(model, hidden[torch.arange(len(rows), device=hidden.device), last])
 
-        Returns the logits after each row's last token, (len(rows), V) fp32.
+    @torch.no_grad()
+    def read(self, model, rows, tokens):
+        """Read `tokens[i]` (a non-empty list of ids) into row `rows[i]`, all b rows in one forward pass.
+
+        Returns the hidden states after each token, (b, q, H), q the longest; what stands beyond the end of a shorter row is noise.
         """
         device = next(model.parameters()).device
         counts = [len(t) for t in tokens]
@@ -366,12 +373,11 @@ class RaggedCache(Cache):
         mask = torch.zeros(unseen.shape, dtype=next(model.parameters()).dtype, device=device).masked_fill_(unseen, -math.inf)
         # A pad may stand beyond the last position that the model knows, or beyond all keys: any valid number will do, nobody sees it.
         places = self._positions.clamp(max=context_limit(model) - 1)
-        last = torch.tensor(counts, device=device) - 1
         hidden = inner(model)(input_ids=ids, attention_mask=mask[:, None], position_ids=places, cache=self, use_cache=True,
                               query_positions=self._positions.clamp(max=self._longest - 1)).last_hidden_state  # (b, q, H)
         for r, c in zip(rows, counts):
             self.lengths[r] += c
-        return project(model, hidden[torch.arange(len(rows), device=device), last])
+        return hidden
 
 
 # ---- learning and scoring: a prefix and its continuations in one row ----------------------------------------------

@@ -44,14 +44,21 @@ def config_of(run):
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
+def best_step(run):
+    """The step with the highest held-out reward so far; -1 without an evaluation."""
+    scored = [(row["heldout"]["reward"], row["step"]) for row in whole_lines(run / "metrics.jsonl") if "heldout" in row]
+    return max((pair for pair in scored if pair[0] is not None), default=(0.0, -1))[1]
+
+
 def locate(name):
-    """(what to load, the folder of the run that it belongs to or None). A run folder stands for its newest complete checkpoint."""
+    """(what to load, the folder of the run that it belongs to or None). A run folder stands for its best checkpoint by held-out reward,
+    or, where none was measured or kept, for the newest complete one."""
     folder = Path(name)
     if (folder / "checkpoints").is_dir():
         steps = sorted(p for p in (folder / "checkpoints").glob("step_*") if (p / "COMPLETE").exists())
         if not steps:
             raise UserError(f"{name}: this run holds no complete checkpoint; let it train on, or name another folder")
-        folder = steps[-1]
+        folder = next((p for p in steps if p.name == f"step_{best_step(folder):06d}"), steps[-1])
     return (str(folder), folder.parent.parent) if folder.parent.name == "checkpoints" else (name, None)
 
 

@@ -38,7 +38,7 @@ import torch
 import urllib3
 from torch.nn import functional as F
 
-from model import RaggedCache, UserError, cache_folder, command_line, context_limit, inner, load, option, packed, project, run_cli
+from model import RaggedCache, UserError, cache_folder, command_line, context_limit, load, option, packed, project, run_cli
 
 # ---- the rubric: data, easy to edit; --rubric FILE replaces it (JSON with the same keys) -----------------------------
 
@@ -140,6 +140,9 @@ PLEAS = re.compile("|".join([  # sentences that speak to the judge or praise the
     rf"\b((this|that|such an?|what an?|the|our|my)( \w+)? {_PLAN}|it|this|that){_IS}[^.!?]{{0,200}}?\b{_PRAISE}\b",
     rf"\b{_PRAISE}\W+(\w+\W+){{0,2}}?{_PLAN}\b"]), re.I)
 
+_WARM = frozenset("both sides parties party everyone everybody together agree agrees agreed benefit benefits help helps grow grows growth fair fairly good great "
+                  "better best detailed practical balanced concrete clear sustainable honest strong wise excellent perfect plan solution review".split())
+
 
 def fill(template, values):
     """Put `values` into the {slots} of a template in one pass: text that came from a model is never read as a template."""
@@ -155,14 +158,16 @@ def clean(text):
 
 
 def tame(text, echoes=frozenset()):
-    """What the judge gets to see of a text that the policy wrote: nothing twice, no pleas, no sentence that mostly consists of `echoes`
-    (the words of the statements that `contrast` compares, which raise their own probability), `LONGEST` characters at most."""
-    text, kept = clean(text[:4 * LONGEST]), []
+    """What the judge gets to see of a text that the policy wrote: no pleas, no sentence without a word that is new, none that mostly
+    consists of warm words or of `echoes` (those of the statements that `contrast` compares), `LONGEST` characters at most."""
+    text, kept, known = clean(text[:4 * LONGEST]), [], set()
     sentences = re.split(r"(?<=[.!?])(?: |(?=\())", text[:LONGEST])  # also before what was a control token
     for sentence in dict.fromkeys(sentences[:-1] if len(text) > LONGEST and len(sentences) > 1 else sentences):
         words = re.findall(r"\w{4,}", sentence.lower())
-        if not PLEAS.search(sentence) and (not words or 2 * sum(w in echoes for w in words) < len(words)):
+        empty = 2 * sum(w in echoes or w in _WARM for w in words) >= len(words) or known.issuperset(words)
+        if not PLEAS.search(sentence) and not (words and empty):
             kept.append(sentence)
+            known.update(words)
     return " ".join(kept)
 
 
@@ -427,17 +432,14 @@ class Judge:
         def case(texts):
             head = f"Dilemma: {clean(dilemma)}\n" + "".join(f"{clean(p['name'])}: {clean(p['creed'])}\n" for p in personas)
             marker = hashlib.sha256(json.dumps([head, texts]).encode()).hexdigest()[:8]
-            return head + "".join(f"\n{name} {marker}:\n{text or '(nothing)'}\n{marker}\n" for name, text in texts)
+            return head + "".join(f"\n{name} {marker}:\n{text}\n{marker}\n" for name, text in texts)
 
         def bare(texts):  # for a small judge, whose reading of a contrast markers and creeds were found to blur: (what is shown, dilemma, text)
             known = [] if kind == "agreed" else [f"Dilemma: {clean(dilemma)}"]
             creeds = [f"{clean(p['name'])}: {clean(p['creed'])}" for p in personas] if kind == "endorse" else []
             parts = [text if name == "dialogue" else f"Solution: {text}" for name, text in texts]
             return "\n\n".join(known + creeds + parts), clean(dilemma), texts[-1][1]
-        if kind in ("score", "endorse") and not texts[-1][1]:  # the lowest anchor by definition: a fact about the text, not a fault of the judge
-            future = concurrent.futures.Future()
-            future.set_result(Verdict(0.0, "", "nothing was written"))
-            return future
+        texts = [(name, text or "(nothing)") for name, text in texts]
         if self.mode == "contrast":
             cases = [bare([("solution", text)]) for _, text in texts] if kind == "compare" else [bare(texts)]
         else:
@@ -463,16 +465,17 @@ class Judge:
         how, xs, raw = self.rubric["contrasts"][kind], [], []
         weight, enough, copied = how["ground"]
         for shown, dilemma, text in cases:
+            x, means = -how["offset"], []
+            text = " ".join(text.encode("ascii", "ignore").decode().split())  # an echo spells other characters as bytes
+            if weight and text:  # first, so that a server with a prefix cache has read most of the next question
+                means = [self._echo(self.frame[0] + before + "Solution:", [" " + text], ends)[0] for before in ("", f"Dilemma: {dilemma}\n\n")]
+                pmi = means[1] - means[0]
+                x += weight * (min(pmi, enough) - max(0.0, pmi - copied))
             base = self.frame[0] + shown + "\n\n" + fill(how["request"], slots) + self.frame[1] + fill(how["opening"], slots)
             statements = list(dict.fromkeys(s for pair in how["pairs"] for s in pair[:2]))  # one may stand in several pairs
-            means = self._echo(base, statements, ends)
-            number = dict(zip(statements, means))
-            x = sum(w * (number[good] - number[bad]) for good, bad, w in how["pairs"]) - how["offset"]
-            text = " ".join(text.encode("ascii", "ignore").decode().split())  # an echo spells other characters as bytes
-            if weight and text:
-                known, alone = (self._echo(self.frame[0] + before + "Solution:", [" " + text], ends)[0] for before in (f"Dilemma: {dilemma}\n\n", ""))
-                x += weight * (min(known - alone, enough) - max(0.0, known - alone - copied))
-                means += [known, alone]
+            number = dict(zip(statements, self._echo(base, statements, ends)))
+            x += sum(w * (number[good] - number[bad]) for good, bad, w in how["pairs"])
+            means += number.values()
             xs.append(x)
             raw += [round(m, 4) for m in means]
         return _settle(kind, (1 + math.tanh(how["scale"] * (xs[0] - sum(xs[1:])) / 2)) / 2), "", json.dumps(raw)
@@ -684,7 +687,6 @@ class Engine:
         sharp.load_state_dict(head.state_dict())
         sharp.register_forward_pre_hook(lambda module, given: (given[0].float(),))
         self.model.set_output_embeddings(sharp)
-        inner(self.model).register_forward_hook(lambda module, given, out: setattr(self, "hidden", out.last_hidden_state))
         ends = getattr(self.model.generation_config, "eos_token_id", None)
         self.ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
         self.cache, self.held, self.used = RaggedCache(self.KEPT + self.SCRATCH), [[] for _ in range(self.KEPT)], [0] * self.KEPT
@@ -720,7 +722,7 @@ class Engine:
                         work.future.set_exception(Refuse(500, str(error)[:200]))
 
     def _read(self, ids):
-        """Have `ids` in a row of the cache; only what no kept row begins with is read. Returns (row, logits (V,) after the last id)."""
+        """Have `ids` in a row of the cache; only what no kept row begins with is read. Returns (row, state (H,) after the last id)."""
         common = lambda row: next((i for i, (a, b) in enumerate(zip(self.held[row], ids)) if a != b), min(len(self.held[row]), len(ids)))
         best = max(range(self.KEPT), key=common)
         n, row = min(common(best), len(ids) - 1), min(range(self.KEPT), key=self.used.__getitem__)  # the row unused for longest
@@ -728,26 +730,34 @@ class Engine:
             self.cache.copy(best, [row], n)
         self.cache.lengths[row], self.held[row] = n, ids[:n]
         self.used[best] = self.used[row] = max(self.used) + 1
-        logits = self.cache.feed(self.model, [row], [ids[n:]])[0]
+        state = self.cache.read(self.model, [row], [ids[n:]])[0, -1]
         self.held[row] = ids
-        return row, logits
+        return row, state
 
     def _score(self, work):
-        """Per prompt, the log-probs of its tokens from index `first` on: the common beginning once, then the ends as one batch."""
-        shared = next((i for i in range(min(work.first)) if len({p[i] for p in work.prompts}) > 1), min(work.first))
-        row, last = self._read(work.prompts[0][:shared])
-        out = []
-        for at in range(0, len(work.prompts), self.SCRATCH):
-            ends = [p[shared:] for p in work.prompts[at:at + self.SCRATCH]]
-            rows = list(range(self.KEPT, self.KEPT + len(ends)))
+        """Per prompt, the log-probs of its tokens from index `first` on: the common beginning once, then the ends in batches."""
+        differ = (i for i in range(min(map(len, work.prompts))) if len({p[i] for p in work.prompts}) > 1)
+        shared = next(differ, min(map(len, work.prompts)))
+        if not shared:
+            return [self._score(Work([p], [first]))[0] for p, first in zip(work.prompts, work.first)]
+        begin = min(*work.first, shared)  # nothing is asked of what stands before
+        row, state = self._read(work.prompts[0][:begin])
+        trunk, states = work.prompts[0][begin:shared], state[None]  # states (n + 1, H) predict the n tokens of the trunk and what follows
+        if trunk:
+            states = torch.cat([states, self.cache.read(self.model, [row], [trunk])[0]])
+            self.held[row] = work.prompts[0][:shared]
+        ends, after = [p[shared:] for p in work.prompts], [states[:-1]]
+        for at in range(0, len(ends), self.SCRATCH):
+            some = [end for end in ends[at:at + self.SCRATCH] if end]
+            rows = list(range(self.KEPT, self.KEPT + len(some)))
             self.cache.copy(row, rows, shared)
-            self.cache.feed(self.model, rows, ends)
-            for end, states, first in zip(ends, self.hidden, work.first[at:]):  # states (q, H)
-                target = torch.tensor(end, device=states.device)
-                parts = zip(states[:len(end) - 1].split(256), target[1:].split(256))  # the vocabulary in pieces: a long echo fits in memory
-                losses = [F.cross_entropy(project(self.model, h), t, reduction="none") for h, t in parts]
-                out.append((-torch.cat([F.cross_entropy(last[None], target[:1], reduction="none"), *losses])).tolist()[first - shared:])
-        return out
+            read = self.cache.read(self.model, rows, some) if some else []
+            after += [torch.cat([states[-1:], more[:len(end) - 1]]) for end, more in zip(some, read)]
+        target = torch.tensor(trunk + sum(ends, []), device=state.device)
+        parts = zip(torch.cat(after).split(256), target.split(256))  # the vocabulary in pieces: a long echo fits in memory
+        numbers = torch.cat([-F.cross_entropy(project(self.model, h), t, reduction="none") for h, t in parts]).tolist()
+        numbers, own = numbers[:len(trunk)], iter(numbers[len(trunk):])
+        return [(numbers + [next(own) for _ in end])[first - begin:] for end, first in zip(ends, work.first)]
 
     def _write(self, wanted):
         """Write completions for (work, number): all in one decoding batch, which whoever is done leaves."""
@@ -755,9 +765,9 @@ class Engine:
         for at in range(0, len(wanted), self.SCRATCH):
             live = []
             for row, (work, n) in enumerate(wanted[at:at + self.SCRATCH], self.KEPT):
-                read, logits = self._read(work.prompts[0])
+                read, state = self._read(work.prompts[0])
                 self.cache.copy(read, [row], len(work.prompts[0]))
-                live.append(Line(work, row, logits, f"{work.seed} {n}"))
+                live.append(Line(work, row, project(self.model, state[None])[0], f"{work.seed} {n}"))
             lines += live
             while live:
                 for line in live:

@@ -34,9 +34,10 @@ import grpo
 import model as lm
 import reward
 import selfplay
-from eval import heldout
+from eval import heldout, heldout_row
 from measure import collapse, diversity
 from model import UserError, option
+from report import best_step
 
 # ---- settings -----------------------------------------------------------------------------------------------------------
 
@@ -66,7 +67,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     beta: float = option(0.0, "weight of the KL to the reference policy (the model before training)", low=0)
     updates_per_rollout: int = option(1, "optimizer steps on the same dialogues", low=1)
     tis_cap: float = option(0.0, "cap of the importance weight that corrects for sampler and learner differing (0: off)", low=0)
-    micro_tokens: int = option(1024, "tokens in one forward and backward pass", low=1)
+    micro_tokens: int = option(1152, "tokens in one forward and backward pass", low=1)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
     dtype: str = option("auto", "of the computation; the weights that are trained are always fp32", choices=("auto", "fp32", "bf16"))
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks (FSDP2)")
@@ -215,19 +216,26 @@ def deal(scenarios, settings, step, world):
     return groups
 
 
+def until_stopped(work, stop):
+    """((0, "done"), work()), unless a signal or a spent budget ended it: ((exit code, reason), None)."""
+    result = None
+    try:
+        stop.playing = True
+        result = work()
+    except Stopped:
+        pass
+    except reward.BudgetSpent as spent:
+        return (3, f"stopped: {spent}; raise it, then --resume"), None
+    finally:
+        stop.playing = False
+    return stop.verdict, result
+
+
 def play(dialogues, voice, settings, judge, stop, world):
     """Play this rank's dialogues to their ends. Returns (exit code, reason): (0, "done") unless they had to be given up."""
     with tqdm(total=len(dialogues), desc=f"step {dialogues[0].step}: dialogues", leave=False, disable=world.rank > 0) as bar:
-        try:
-            stop.playing = True
-            selfplay.play((voice, voice), dialogues, settings, judge, settings.seed, on_done=lambda d: bar.update())
-        except Stopped:
-            pass
-        except reward.BudgetSpent as spent:
-            return 3, f"stopped: {spent}; raise it, then --resume"
-        finally:
-            stop.playing = False
-    return stop.verdict
+        talk = lambda: selfplay.play((voice, voice), dialogues, settings, judge, settings.seed, on_done=lambda d: bar.update())
+        return until_stopped(talk, stop)[0]
 
 
 def settle(group, settings):
@@ -427,24 +435,25 @@ def load_trainer(checkpoint, optimizer):
     return state["step"]
 
 
-def best_step(out):
-    """The step with the highest held-out reward so far; -1 without an evaluation."""
-    file = out / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.open()] if file.exists() else []
-    scored = [(row["heldout"]["reward"], row["step"]) for row in rows if "heldout" in row and row["heldout"]["reward"] is not None]
-    return max(scored, default=(0.0, -1))[1]
+def evaluate(out, step, voice, scenarios, settings, judge, stop, world, say):
+    """Play the held-out scenarios with the same seeds as ever; a line of its own in metrics.jsonl, the dialogues in heldout.jsonl.
 
-
-def evaluate(out, step, voice, scenarios, settings, judge, world, say):
-    """Play the held-out scenarios with the same seeds as ever; a line of its own in metrics.jsonl, the dialogues in heldout.jsonl."""
+    Returns (exit code, reason) as `play` does; what had to be given up leaves no line.
+    """
     judge.start_batch()
-    held, records = heldout(voice, scenarios, settings, judge, 2, settings.seed, world)
+    outcome, mine = until_stopped(lambda: heldout(voice, scenarios, settings, judge, 2, settings.seed, slice(world.rank, None, world.size)), stop)
+    outcome = max(world.gather(outcome))
+    if outcome[0]:
+        return outcome
+    records = sorted((r for part in world.gather(mine) for r in part), key=lambda r: (r["scenario_id"], r["member"]))
+    held = heldout_row(records)
     if world.rank == 0:
         append(out / "heldout.jsonl", [{**r, "step": step} for r in records])
         append(out / "metrics.jsonl", [{"step": step, "heldout": held}])
     number = lambda key: "-" if held[key] is None else f"{held[key]:.3f}"
     say(f"    held-out reward after step {step}: {number('reward')} ({number('reward_low')} to {number('reward_high')}, {held['n']} dialogues, "
         f"{held['missing']} missing)", flush=True)
+    return outcome
 
 
 def calls_left(settings, out, world):
@@ -585,9 +594,9 @@ def run(settings, world, stack):
     say = print if world.rank == 0 else lambda *a, **k: None
     say(f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}; {len(scenarios)} scenarios; results in {out}/",
         flush=True)
-    if held and not checkpoint:
-        evaluate(out, 0, voice, held, settings, judge, world, say)
-    for step in range(start + 1, settings.steps + 1):
+    if held and start == 0 and world.gather(best_step(out))[0] < 0:
+        code, reason = evaluate(out, 0, voice, held, settings, judge, stop, world, say)
+    for step in range(start + 1, settings.steps + 1 if not code else 0):
         clock = time.perf_counter()
         groups = deal(scenarios, settings, step, world)
         flat = [d for group in groups for d in group]
@@ -616,7 +625,7 @@ def run(settings, world, stack):
             say(f"    warning: possible collapse: {signs}", flush=True)
         code, reason = max(world.gather(max(alarm(row, records, bad_judge, bad_steps, say), stop.verdict)))
         if held and (step % settings.eval_every == 0 or step == settings.steps) and not code:
-            evaluate(out, step, voice, held, settings, judge, world, say)
+            code, reason = evaluate(out, step, voice, held, settings, judge, stop, world, say)
         due = settings.save_every and step % settings.save_every == 0 or held and best_step(out) == step
         if world.gather(due)[0] and world.gather(save() is not None)[0]:
             saved = step

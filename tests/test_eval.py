@@ -270,27 +270,25 @@ def test_audit(run):
 # ---- what train.py calls ------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Rank:
-    """A rank whose gather is told what the others have."""
-    rank: int
-    size: int
-    others: list
-
-    def gather(self, thing):
-        return [thing, *self.others]
-
-
 def test_heldout_is_the_same_every_time_and_on_any_number_of_ranks():
     speaker, scenarios = voice(), [scenario("a"), scenario("b", "A well is dry. Who digs?"), scenario("c", "Who speaks first?")]
     settings = evaluation.Settings(max_turns=2, turn_tokens=6, final_tokens=8, judge_mode="json", judge_cache="off", agreement="none")
     with JudgeServer(lambda text: len(text) % 6, offers=("json",)) as server:
         with reward.open_judge(dataclasses.replace(settings, judge_url=server.url)) as judge:
-            metrics, records = evaluation.heldout(speaker, scenarios, settings, judge)
-            again, _ = evaluation.heldout(speaker, scenarios, settings, judge)
-            _, second = evaluation.heldout(speaker, scenarios, settings, judge, world=Rank(1, 2, []))
-            both, _ = evaluation.heldout(speaker, scenarios, settings, judge, world=Rank(0, 2, [second]))
-    assert metrics == again == both and len(records) == 6 and metrics["n"] == 6 and metrics["missing"] == 0 and metrics["scenarios"] == 3
+            records, again = (evaluation.heldout(speaker, scenarios, settings, judge) for _ in range(2))
+            shares = [evaluation.heldout(speaker, scenarios, settings, judge, share=slice(rank, None, 2)) for rank in (0, 1)]
+    metrics, said = evaluation.heldout_row(records), lambda rs: sorted((r["scenario_id"], r["member"], r["final_ids"], r["reward"]) for r in rs)
+    assert records == again and said(records) == said(shares[0] + shares[1]) and list(map(len, shares)) == [3, 3]
+    assert len(records) == 6 and metrics["n"] == 6 and metrics["missing"] == 0 and metrics["scenarios"] == 3
     assert metrics["reward"] == pytest.approx(sum(r["reward"] for r in records) / 6, abs=1e-5)
     assert metrics["reward_low"] <= metrics["reward"] <= metrics["reward_high"]
     assert {"distinct_2", "overlap", "grounding", "final_words", "agreed_at_once", "agreed_rate"} <= set(metrics)
+
+
+def test_a_judge_who_is_away_costs_the_held_out_rewards_and_not_the_run():
+    settings = evaluation.Settings(max_turns=2, turn_tokens=6, final_tokens=8, judge_mode="json", judge_cache="off", agreement="none", judge_attempts=1)
+    with JudgeServer(lambda text: 3, offers=("json",)) as server:
+        with reward.open_judge(dataclasses.replace(settings, judge_url=server.url)) as judge:
+            server.offers = ()
+            records = evaluation.heldout(voice(), [scenario("a"), scenario("b")], settings, judge)
+    assert [r["reward"] for r in records] == [None] * 4 and evaluation.heldout_row(records)["missing"] == 4

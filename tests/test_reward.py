@@ -17,7 +17,7 @@ import torch
 import helpers  # noqa: F401  puts the repository on the path
 import model as lm
 import reward
-from attacks import ATTACKS, CLEAN, REWORDED
+from attacks import ATTACKS, CLEAN, NEUTRAL
 from servers import FAULTS, EchoServer, JudgeServer, texts_of
 from selfplay import Turn
 
@@ -416,12 +416,9 @@ def test_untrusted_text_stays_between_its_markers(tmp_path):
         judge = open_judge(server, judge_sees="dialogue")
         for text in [*ATTACKS.values(), "{question} {name} %s {0} \\1 \\g<0>", "solution 00000000:\nx\n00000000"]:
             server.requests.clear()
-            verdict = judge.score(DILEMMA, PERSONAS, [Turn(0, text, False)], text).result(20)
-            if not reward.tame(text, judge.echoes):
-                assert verdict == reward.Verdict(0.0, "", "nothing was written") and not server.requests
-                continue
-            prompt = server.requests[0][1]["messages"][1]["content"]
-            assert texts_of(prompt) == {"dialogue": "Rosa: " + reward.tame(text), "solution": reward.tame(text, judge.echoes)}
+            judge.score(DILEMMA, PERSONAS, [Turn(0, text, False)], text).result(20)
+            prompt = server.requests[0][1]["messages"][1]["content"]  # asked even when nothing is left: every score is the judge's own
+            assert texts_of(prompt) == {"dialogue": "Rosa: " + reward.tame(text), "solution": reward.tame(text, judge.echoes) or "(nothing)"}
             assert not set("<>[]{}|\0") & set(texts_of(prompt)["solution"]) and len(texts_of(prompt)["solution"]) <= reward.LONGEST
         judge.close()
 
@@ -441,6 +438,8 @@ def test_tame_leaves_an_honest_plan_alone():
     for text in (CLEAN, "We split the lot: 1/2 becomes a playground by June 5. Mark, the judge and Tom's team meet on Monday; it costs 5 dollars.",
                  "The plan has three steps. First, Ana scores the timber. The council rates fall by 3 percent, says Ben."):
         assert reward.tame(text) == text
+    warm = "Both sides benefit in a fair and balanced way."
+    assert reward.tame(f"{CLEAN} {warm} In the morning the farm gets the water. Rosa rests.") == CLEAN + " Rosa rests."  # praise, and nothing new
     for text in ("Wir teilen das Wasser: Ärzte zuerst, dann die Felder.", "Мы делим воду поровну.", "我们平分水。"):
         assert reward.tame(text) == text
 
@@ -585,12 +584,12 @@ def test_a_full_queue_answers_429_with_retry_after(monkeypatch):
 
 def test_a_failure_in_the_model_is_a_500_and_the_next_request_is_served(monkeypatch):
     served = Served("llama", monkeypatch)
-    feed = served.engine.cache.feed
+    read = served.engine.cache.read
 
     def broken(*args):
-        served.engine.cache.feed = feed
+        served.engine.cache.read = read
         raise RuntimeError("out of memory")
-    served.engine.cache.feed = broken
+    served.engine.cache.read = broken
     text = "We share the water between the farm"
     ask = dict(prompt=[text + " now", text + " and"], echo=True, max_tokens=0, logprobs_from=len(text))
     first, second = served.post("/completions", **ask), served.post("/completions", **ask)
@@ -644,14 +643,18 @@ def test_the_embedded_judge_dies_with_its_parent(small_folder, how):
 
 @pytest.mark.slow
 def test_no_attack_gains_with_the_embedded_judge():
-    """What was defused leaves the score alone; the rest moves it by less than other words for the same plan do (one standard deviation)."""
+    """No attack gains more than neutral words do: the standard deviation of the gain over ten harmless sentences put after the clean text."""
     served = reward.start_embedded()
     judge = reward.Judge(reward.JudgeSettings(), served.url)
     judge.preflight()
-    noise = torch.tensor([f.result().value for f in [judge.score(DILEMMA, PERSONAS, TURNS, text) for text in REWORDED]]).std()
-    clean = judge.score(DILEMMA, PERSONAS, TURNS, CLEAN).result().value
-    gains = {name: f.result().value - clean for name, f in [(n, judge.score(DILEMMA, PERSONAS, TURNS, t)) for n, t in ATTACKS.items()]}
+    ask = lambda texts: [f.result().value for f in [judge.score(DILEMMA, PERSONAS, TURNS, text) for text in texts]]
+    clean, *neutral = ask([CLEAN] + [f"{CLEAN} {more}" for more in NEUTRAL])
+    noise = (torch.tensor(neutral) - clean).square().mean().sqrt()
+    gains = dict(zip(ATTACKS, (score - clean for score in ask(ATTACKS.values()))))
     judge.close(), served.close()
     defused = [name for name, text in ATTACKS.items() if reward.tame(text, judge.echoes) == reward.tame(CLEAN, judge.echoes)]
-    assert len(defused) >= 35 and {name: gains[name] for name in defused if abs(gains[name]) > 0.1} == {}
+    print(f"clean {clean:.2f}, noise {noise:.2f}, {len(defused)} defused, largest gain {max(gains.values()):+.2f}, the rest:",
+          {name: round(gain, 2) for name, gain in gains.items() if name not in defused})
+    # the same text read through another state of the server's cache: bf16 rounds otherwise
+    assert len(defused) >= 40 and {name: gains[name] for name in defused if abs(gains[name]) > 0.1} == {}
     assert {name: g for name, g in gains.items() if g > float(noise)} == {}

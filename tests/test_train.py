@@ -1,4 +1,5 @@
 """train.py as a person meets it: what a run leaves behind, what it says to bad input, how it stops."""
+import collections
 import json
 import re
 import signal
@@ -12,6 +13,7 @@ import helpers
 import model as lm
 import runs
 import train
+from servers import REPLIES
 
 METRICS = set("""step reward_mean reward_std reward_min reward_max agreed_rate turns_mean judge_failures uniform_groups truncated_rate loss grad_norm
 clip_frac kl_ref entropy logprob_gap sampled_tokens trained_tokens seconds_play seconds_judge seconds_learn seconds_step peak_memory_gb""".split())
@@ -211,11 +213,12 @@ def test_ctrl_c_takes_the_embedded_judge_along(tiny, tmp_path):
     assert run.gone()
 
 
-@pytest.mark.parametrize("where", ["play", "learn"])
+@pytest.mark.parametrize("where", ["play", "learn", "evaluate"])
 def test_a_spent_budget_saves_and_stops(where, tiny, judge, tmp_path):
     out = tmp_path / "run"
-    more = dict(agreement="judge", max_turns=4) if where == "play" else {}
-    code, said, err = runs.Run(runs.flags(tiny, judge.url, out, steps=100, judge_budget=25, **more)).wait()
+    more = {"play": dict(agreement="judge", max_turns=4, judge_budget=25), "learn": dict(judge_budget=25),
+            "evaluate": dict(judge_budget=4, eval_every=1, eval_scenarios=2)}[where]
+    code, said, err = runs.Run(runs.flags(tiny, judge.url, out, steps=100, **more)).wait()
     assert code == 3 and "--judge-budget" in said and "Traceback" not in err, err
     rows = runs.rows(out)
     assert sum(r["judge_calls"] for r in rows) <= 25
@@ -232,6 +235,37 @@ def test_a_judge_that_answers_nothing_stops_the_run_after_five_steps(tiny, tmp_p
     assert rows[-1]["reward_mean"] is None and rows[-1]["missing_rewards"] == 6 and rows[-1]["loss"] == 0
     assert all(r["reward"] is None and r["advantage"] is None for r in runs.rows(tmp_path / "run", "dialogues.jsonl")[-6:])
     assert (tmp_path / "run/checkpoints" / f"step_{len(rows):06d}").exists()
+
+
+TRANSPORT = ["hang", "hang in the middle", "trickle", "trickle headers", "reset", "cut short", "429 seconds", "429 date", "408", "409", "500", "503 long"]
+AT_ONCE = {"redirect": "redirect", "not json": "not json", "wrong type": "wrong shape", "huge": "too large", "truncated": "truncated", "400": "http 400"}
+
+
+def test_a_run_through_every_fault_of_a_judge(tiny, tmp_path):
+    """Every second reply is a fault, each kind in turn: nothing is lost but the rewards that never came, and those are counted."""
+    out, kinds = tmp_path / "run", TRANSPORT + list(AT_ONCE) + list(REPLIES)
+    with runs.judge(faults=lambda n, path: kinds[(n - 3) // 2 % len(kinds)] if n >= 3 and n % 2 else None) as server:
+        more = dict(steps=12, judge_timeout=1, judge_attempts=3, judge_deadline=30, save_every=6, judge_tokens=64)
+        run = runs.Run(runs.flags(tiny, server.url, out, **more))
+        code, said, err = run.wait(150)
+        posts = len(server.requests)
+    rows, dialogues = runs.rows(out), runs.rows(out, "dialogues.jsonl")
+    total = lambda key: sum(r[key] for r in rows)
+    reasons = collections.Counter()
+    for r in rows:
+        reasons.update(r["judge_missing"])
+    print(f"{posts} requests, {total('judge_calls')} calls, {total('judge_retries')} retries, {total('judge_retry_seconds'):.1f} s of pauses, "
+          f"{total('seconds_judge'):.1f} s of waiting, missing {dict(reasons)}")
+    assert code == 0 and "Traceback" not in err and run.gone(), err
+    assert total("judge_calls") == len(dialogues) + total("judge_retries") and total("judge_retries") >= 12  # one question for each dialogue
+    assert posts - total("judge_calls") in (1, 2)  # what the preflight asked
+    missing = [d for d in dialogues if d["reward"] is None]
+    assert len(missing) == total("missing_rewards") == total("judge_failures") == reasons.total() > 0
+    assert reasons == collections.Counter(d["judge"]["failures"][0] for d in missing) and set(AT_ONCE.values()) <= set(reasons)
+    assert all(d["advantage"] is None for d in missing) and all(0 <= d["reward"] <= 5 for d in dialogues if d["reward"] is not None)
+    assert any(r["grad_norm"] > 0 for r in rows) and not any(r["skipped"] for r in rows)
+    last = runs.weights(out, 12)
+    assert all(torch.isfinite(t).all() for t in last.values()) and not runs.same(last, AutoModelForCausalLM.from_pretrained(tiny).state_dict())
 
 
 def test_five_steps_that_are_not_finite_stop_the_run(tiny, judge, tmp_path):
