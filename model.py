@@ -12,6 +12,7 @@ Left out on purpose: quantisation, tensor parallelism, paged caches, encoder mod
 """
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import math
@@ -207,6 +208,12 @@ def cast(model, dtype):
     return model
 
 
+def release_memory():
+    """Give what is free back to the system, where the C library can (glibc): tensors of ever other sizes leave gaps that add up to gigabytes."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextlib.contextmanager
 def packed(*models):
     """Inside this block, without gradients, linear layers multiply by a copy of their weights in the order that oneDNN reads.
@@ -254,7 +261,9 @@ def attend(module, query, key, value, attention_mask=None, scaling=None, tree=No
     for start, end in [(0, P)] + (tree.spans if tree else []):
         if start == end:
             continue
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        q, k, v = query[:, :, start:end], key, value
+        if tree:
+            k, v = key[:, :, start:end], value[:, :, start:end]
         if start and P:  # the prefix's keys are shared by all continuations, so its gradient is the sum over them
             k, v = torch.cat([key[:, :, :P], k], dim=2), torch.cat([value[:, :, :P], v], dim=2)
         hidden = torch.full((q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device)

@@ -98,7 +98,9 @@ def read_settings(argv=None):
     """Settings from the command line, over those of the recipe, or over those of the run that `--resume` names."""
     def base(given):
         if not given.get("resume"):
-            return RECIPES[given.get("recipe", "debug")]
+            recipe = given.get("recipe", "debug")
+            own = {"judge_model": given.get("model", Settings.model)} if recipe == "paper-single" and not given.get("judge_url") else {}
+            return {**RECIPES[recipe], **own}  # the paper's baseline is its own judge: the embedded server serves the policy as it was at first
         try:
             saved = json.loads(Path(given["resume"], "config.json").read_text())
         except (OSError, ValueError) as error:
@@ -255,6 +257,7 @@ def learn(groups, learner, settings, world):
 
     Returns (means of the last update, seconds spent waiting for the judge).
     """
+    lm.release_memory()
     packed = [grpo.pack(group, settings.train_tokens, settings.micro_tokens) for group in groups]
     most = max(world.gather(sum(len(trees) for trees in packed)))
     waited, skipped = 0.0, False
@@ -272,6 +275,7 @@ def learn(groups, learner, settings, world):
             learner.idle()
         means = learner.step()
         skipped |= means["skipped"]
+    lm.release_memory()
     return {**means, "skipped": skipped}, waited
 
 

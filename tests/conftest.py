@@ -2,4 +2,5 @@
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds; run by default, left out with -m 'not slow'")
+    config.addinivalue_line("markers", "slow: killed processes, the real model in full, a browser; left out unless asked for with -m slow")
+    config.option.markexpr = config.option.markexpr or "not slow"

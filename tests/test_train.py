@@ -1,5 +1,6 @@
 """train.py as a person meets it: what a run leaves behind, what it says to bad input, how it stops."""
 import collections
+import dataclasses
 import json
 import re
 import signal
@@ -134,6 +135,27 @@ def test_bad_input_gets_one_line(case, tiny, judge, tmp_path, capfd):
     line = complaint(runs.flags(tiny, judge.url, tmp_path / "run", **changes), capfd)
     assert re.search(expected, line), line
     assert not (tmp_path / "run").exists()  # so that the mended command line works
+
+
+def test_the_recipes_are_the_papers(tmp_path):
+    """The tables of arXiv 2603.10476 (and of its single-agent baseline), as readers' notes give them; what they leave open is ours."""
+    paper, single = (train.read_settings(["--recipe", name, "--model", "M"]) for name in ("paper", "paper-single"))
+    assert (paper.max_turns, paper.context_turns, paper.agreement, paper.on_impasse) == (7, 2, "judge", "zero")
+    assert (paper.group_size, paper.lr, paper.beta, paper.steps) == (8, 5e-6, 0.0, 1900)
+    assert paper.group_size * paper.scenarios_per_step == 16 and (paper.advantage_scale, paper.aggregate) == ("std", "token")
+    assert (paper.temperature, paper.top_p, paper.final_temperature, paper.final_top_p) == (0.7, 0.95, 0.1, 0.95)
+    assert paper.train_tokens == "dialogue" and paper.updates_per_rollout == 1 and paper.judge_sees == "final"
+    assert (single.max_turns, single.train_tokens, single.beta, single.steps) == (0, "final", 0.04, 2150)
+    assert single.group_size * single.scenarios_per_step == 32 and (single.final_temperature, single.final_top_p) == (1.0, 1.0)
+    assert single.judge_model == "M"  # self-rewarded
+    elsewhere = train.read_settings(["--recipe", "paper-single", "--judge-url", "http://127.0.0.1:1/v1"])
+    assert elsewhere.judge_model == "" and elsewhere.model == "smollm2-135m"
+
+
+def test_the_single_recipe_differs_from_the_debug_recipe_in_one_thing():
+    debug, single = (dataclasses.asdict(train.read_settings(["--recipe", name])) for name in ("debug", "single"))
+    differ = {key: single[key] for key in single if single[key] != debug[key]}
+    assert differ == {"recipe": "single", "max_turns": 0, "train_tokens": "final", "agreement": "none"}  # an answer instead of a negotiation
 
 
 def test_a_broken_scenarios_file_is_named_with_its_line(tiny, judge, tmp_path, capfd):
