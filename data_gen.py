@@ -210,6 +210,7 @@ def load_scenarios(path=None, seed=0, personas=None):
     shape, ids = {"id": str, "tier": str, "dilemma": str}, set()
 
     def fault_of(row):
+        """What is wrong with a line, or None."""
         if not ids and type(row) is dict and "personas" in row:
             shape["personas"] = list  # the first line decides for all
         fault = shape_fault(row, shape)

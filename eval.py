@@ -139,16 +139,19 @@ def compare_both_ways(judge, cases):
 # ---- negotiations and answers ---------------------------------------------------------------------------------------------
 
 
-def negotiations(voices, pairs, settings, judge, seed, partner=None, endorse=True, verdicts=verdicts):
-    """Play and judge (scenario, seed number) pairs in one batch; records as in dialogues.jsonl, with each persona's endorsement."""
+def negotiations(voices, pairs, settings, judge, seed, partner=None, endorse=True, wait=verdicts):
+    """Play and judge (scenario, seed number) pairs in one batch; records as in dialogues.jsonl, with each persona's endorsement.
+
+    wait: futures -> Verdicts; `verdicts` gives up where most are missing.
+    """
     dialogues = [selfplay.Dialogue(scenario, 0, i, k) for i, (scenario, k) in enumerate(pairs)]
     judge.start_batch()
     selfplay.play(voices, dialogues, settings, judge, seed, partner)
     done = [d for d in dialogues if d.verdict is not None]
     asked = [judge.endorse(d.scenario.dilemma, persona, d.final) for d in done for persona in d.scenario.personas] if endorse else []
-    for d, verdict in zip(done, verdicts([d.verdict for d in done])):
+    for d, verdict in zip(done, wait([d.verdict for d in done])):
         d.reward, d.judge = verdict.value, {"raw": verdict.raw, "failures": [verdict.reason] if verdict.reason else []}
-    endorsed = iter([v.value for v in verdicts(asked)])
+    endorsed = iter([v.value for v in wait(asked)])
     return [{**d.record(), "endorse": [next(endorsed, None), next(endorsed, None)] if d.verdict is not None else [None, None]} for d in dialogues]
 
 
@@ -158,7 +161,7 @@ def heldout(voice, scenarios, settings, judge, samples=2, seed=0, share=slice(No
     A judge who is away costs their rewards (None), and never the run."""
     pairs = [(scenario, k) for scenario in scenarios for k in range(samples)][share]
     settings, patient = dataclasses.replace(settings, on_impasse="complete"), lambda futures: [f.result() for f in futures]
-    return negotiations((voice, voice), pairs, settings, judge, seed, endorse=False, verdicts=patient) if pairs else []
+    return negotiations((voice, voice), pairs, settings, judge, seed, endorse=False, wait=patient) if pairs else []
 
 
 def heldout_row(records):

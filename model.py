@@ -252,25 +252,29 @@ def attend(module, query, key, value, attention_mask=None, scaling=None, tree=No
     """
     if kwargs.get("s_aux") is not None:
         raise UserError("--model: attention sinks are not supported; use another model")
-    if attention_mask is not None:
-        if sliding_window is not None and key.shape[2] > sliding_window:
+    if tree is None:
+        if attention_mask is None:
+            attention_mask = _causal(query, key, sliding_window)
+        elif sliding_window is not None and key.shape[2] > sliding_window:
             seen_from = query_positions[:, None, :, None] - sliding_window  # (B, 1, Q, 1) keys at or before this are out
             attention_mask = attention_mask.masked_fill(torch.arange(key.shape[2], device=query.device) <= seen_from, -math.inf)
         return _grouped(query, key, value, attention_mask, scaling), None
-    out, P = [], tree.prefix_length if tree else query.shape[2]
-    for start, end in [(0, P)] + (tree.spans if tree else []):
-        if start == end:
-            continue
-        q, k, v = query[:, :, start:end], key, value
-        if tree:
-            k, v = key[:, :, start:end], value[:, :, start:end]
+    out, P = [], tree.prefix_length
+    for start, end in [(0, P), *tree.spans]:
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
         if start and P:  # the prefix's keys are shared by all continuations, so its gradient is the sum over them
             k, v = torch.cat([key[:, :, :P], k], dim=2), torch.cat([value[:, :, :P], v], dim=2)
-        hidden = torch.full((q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device)
-        before = k.shape[2] - q.shape[2]
-        mask = hidden.triu(before + 1) if sliding_window is None else hidden.triu(before + 1) + hidden.tril(before - sliding_window)
-        out.append(_grouped(q, k, v, mask[None, None], scaling))
+        if start < end:
+            out.append(_grouped(q, k, v, _causal(q, k, sliding_window), scaling))
     return torch.cat(out, dim=1), None  # (1, T, Hq, D)
+
+
+def _causal(q, k, sliding_window):
+    """(1, 1, Q, K) to add to the scores where the queries are the last Q of the K positions."""
+    unseen = torch.full((q.shape[2], k.shape[2]), -math.inf, dtype=q.dtype, device=q.device)
+    before = k.shape[2] - q.shape[2]
+    mask = unseen.triu(before + 1)
+    return (mask if sliding_window is None else mask + unseen.tril(before - sliding_window))[None, None]
 
 
 SMALL = 1 << 23  # attention scores

@@ -95,6 +95,7 @@ FRAMES = {"plain": ["", "\n\n"], "chatml": ["<|im_start|>user\n", "<|im_end|>\n<
 def load_rubric(path):
     """The rubric of `--rubric FILE`, or the built-in one for "". Raises UserError that names the file and the key at fault."""
     def check(got, like, key):
+        """`got`, which stands at `key`, must have the shape of `like`."""
         number = isinstance(like, float) and type(got) in (int, float) and math.isfinite(got)
         if not number and type(got) is not type(like):
             raise UserError(f"--rubric {path}: {key or 'the file'} must be a {type(like).__name__}, like RUBRIC in reward.py")
@@ -500,6 +501,7 @@ class Judge:
 
     def _expect(self, kind, cases, slots, ends):
         def parse(reply):
+            """The expectation over the answer words among the likeliest first tokens."""
             likely, words = {}, WORDS[kind]
             for entry in dig(reply, "choices", 0, "logprobs", "content", 0, "top_logprobs", kind=list):
                 word, number = dig(entry, "token", kind=str).strip().lower(), dig(entry, "logprob", kind=(int, float))
@@ -513,6 +515,7 @@ class Judge:
 
     def _json(self, kind, cases, slots, ends):
         def parse(reply):
+            """The value in one JSON object."""
             text = dig(reply, "choices", 0, "message", "content", kind=str)
             if dig(reply, "choices", 0).get("finish_reason") == "length":
                 raise Missing("truncated", text)

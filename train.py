@@ -97,6 +97,7 @@ FREE_ON_RESUME = {"resume", "force", "out", "steps", "save_every", "keep", "micr
 def read_settings(argv=None):
     """Settings from the command line, over those of the recipe, or over those of the run that `--resume` names."""
     def base(given):
+        """What the flags that were `given` are laid over."""
         if not given.get("resume"):
             recipe = given.get("recipe", "debug")
             own = {"judge_model": given.get("model", Settings.model)} if recipe == "paper-single" and not given.get("judge_url") else {}
@@ -205,6 +206,14 @@ def publish(model, player):
 # ---- a step ---------------------------------------------------------------------------------------------------------------
 
 
+def divide(settings):
+    """(scenarios to train on, scenarios that --eval-every holds out). Raises UserError when none would be left to train on."""
+    scenarios, n = data_gen.load_scenarios(settings.scenarios or None, settings.seed), settings.eval_scenarios if settings.eval_every else 0
+    if n and len(scenarios) <= n:
+        raise UserError(f"--eval-scenarios {n}: there are only {len(scenarios)} scenarios; keep some for training")
+    return scenarios[:len(scenarios) - n], scenarios[len(scenarios) - n:]
+
+
 def deal(scenarios, settings, step, world):
     """This rank's groups of a step: lists of empty Dialogues, whole groups only.
 
@@ -297,6 +306,15 @@ def summary(groups, world):
             "reward_min": min(rewards, default=None), "reward_max": max(rewards, default=None), "agreed_rate": mean([f["agreed"] for f in facts]),
             "turns_mean": mean([f["turns"] for f in facts]), "missing_rewards": sum(f["failed"] for f in facts), "uniform_groups": mean(uniform),
             "truncated_rate": mean(cut), "sampled_tokens": sum(f["sampled"] for f in facts)}
+
+
+def account(step, groups, means, seconds, judge, world):
+    """(the step's line of metrics.jsonl, its lines of dialogues.jsonl), over all ranks. seconds: {phase: seconds}."""
+    row = {"step": step, **summary(groups, world), **means, **judge_totals(world.gather(judge.take_stats())),
+           **{f"seconds_{phase}": n for phase, n in seconds.items()}, "peak_memory_gb": max(world.gather(peak_memory_gb(world.device)))}
+    mine = [d.record() for group in groups for d in group]
+    records = sorted((r for part in world.gather(mine) for r in part), key=lambda r: (r["group"], r["member"]))
+    return {**row, "tokens_per_second": row["sampled_tokens"] / seconds["play"], **diversity(records)}, records
 
 
 def judge_totals(stats):
@@ -513,7 +531,7 @@ def peak_memory_gb(device):
     status = Path("/proc/self/status")  # getrusage would also count what the process that started us had held
     if status.exists() and "VmHWM:" in (text := status.read_text()):
         return int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts in bytes
 
 
 class Stopped(KeyboardInterrupt):
@@ -576,11 +594,7 @@ def run(settings, world, stack):
     """The whole run, from the settings to the last checkpoint."""
     if settings.scenarios_per_step % world.size:
         raise UserError(f"--scenarios-per-step {settings.scenarios_per_step}: {world.size} ranks need a multiple of {world.size}")
-    scenarios, held = data_gen.load_scenarios(settings.scenarios or None, settings.seed), []
-    if settings.eval_every:
-        if len(scenarios) <= settings.eval_scenarios:
-            raise UserError(f"--eval-scenarios {settings.eval_scenarios}: there are only {len(scenarios)} scenarios; keep some for training")
-        scenarios, held = scenarios[:-settings.eval_scenarios], scenarios[-settings.eval_scenarios:]
+    scenarios, held = divide(settings)
     out, checkpoint = world.gather(open_run(settings) if world.rank == 0 else None)[0]
     model, player, tokenizer, optimizer, reference = build(settings, world, checkpoint if checkpoint and not settings.lora_rank else None)
     start = load_trainer(checkpoint, optimizer) if checkpoint else 0
@@ -615,12 +629,8 @@ def run(settings, world, stack):
         means, waited = learn(groups, learner, settings, world)
         publish(model, player)
         done, now = step, time.perf_counter()
-        row = {"step": step, **summary(groups, world), **means, **judge_totals(world.gather(judge.take_stats())), "seconds_play": played - clock,
-               "seconds_judge": waited, "seconds_learn": now - played - waited, "seconds_step": now - clock,
-               "peak_memory_gb": max(world.gather(peak_memory_gb(world.device)))}
-        row["tokens_per_second"] = row["sampled_tokens"] / row["seconds_play"]
-        records = sorted((r for part in world.gather([d.record() for d in flat]) for r in part), key=lambda r: (r["group"], r["member"]))
-        row.update(diversity(records))
+        seconds = {"play": played - clock, "judge": waited, "learn": now - played - waited, "step": now - clock}
+        row, records = account(step, groups, means, seconds, judge, world)
         first = first or row
         if world.rank == 0:
             append(out / "dialogues.jsonl", records)

@@ -537,23 +537,31 @@ def parrots():
     return model
 
 
-def score(d, word=2):
+def score(d, word):
     """The transparent judge: the share of the final completion that is one certain word."""
     ids = [i for i, m in zip(d.final_sample.ids, d.final_sample.mask) if m]
     return sum(i == word_ids()[word] for i in ids) / 3
 
 
 def train_parrots(model, how):
-    """Twenty-five steps with gradients on the dialogue alone; returns the scores of 60 fresh dialogues before and after."""
-    model, cfg = copy.deepcopy(model), settings(max_turns=2, turn_tokens=4, final_tokens=4, lr=1e-3, grad_clip=1.0)
+    """Thirty-two steps with gradients on the dialogue alone, for the word that is rarest at first, so that there is room to rise.
+
+    By plain gradient descent: to Adam an update of pure noise is as long as any other, and a few of them settle on some word.
+
+    Returns the scores of 60 fresh dialogues before and after.
+    """
+    model, cfg = copy.deepcopy(model), settings(max_turns=2, turn_tokens=4, final_tokens=4, grad_clip=0.0)
     voice, rng = selfplay.voice(model, helpers.tokenizer()), random.Random(5)
-    learner = grpo.Learner(model, grpo.Optimizer(model, cfg.lr, clip=1.0), cfg)
-    fresh = lambda: [score(d) for d in selfplay.play((voice,) * 2, helpers.dialogues(1, 60, step=1000), cfg)]
-    before = fresh()
-    for step in range(25):
-        group = selfplay.play((voice,) * 2, helpers.dialogues(1, 16, step), cfg)
+    optimizer = grpo.Optimizer(model, cfg.lr, clip=cfg.grad_clip)
+    optimizer.adamw = torch.optim.SGD(optimizer.masters.values())
+    optimizer.lr, learner = 5e-3, grpo.Learner(model, optimizer, cfg)
+    fresh = lambda: selfplay.play((voice,) * 2, helpers.dialogues(1, 60, step=1000), cfg)
+    by_word = [[score(d, word) for d in fresh()] for word in range(len(WORDS))]
+    word, before = min(((w, scores) for w, scores in enumerate(by_word) if any(scores)), key=lambda pair: sum(pair[1]))
+    for step in range(32):
+        group = selfplay.play((voice,) * 2, helpers.dialogues(1, 64, step), cfg)
         for d in group:
-            d.reward = score(d)
+            d.reward = score(d, word)
         train.settle(group, cfg)
         if how == "shuffled":
             for d, a in zip(group, rng.sample([d.advantage for d in group], len(group))):
@@ -568,18 +576,17 @@ def train_parrots(model, how):
                         row.sampler_logp = values[:len(row.wanted)].tolist()
             learner.backward(tree, rows)
         learner.step()
-    return before, fresh()
+    return before, [score(d, word) for d in fresh()]
 
 
 @pytest.mark.slow
 def test_the_score_rises_with_gradients_on_the_dialogue_alone(parrots):
-    """By nearly two standard deviations, about the most that scores up to 1 allow here (1.94 and 1.98 were seen after 25 and 32 steps); and
-    not at all when the mask is inverted or the advantages are dealt to others (-0.6)."""
+    """By more than two standard deviations; and not at all when the mask is inverted or the advantages are dealt to others."""
     rise = {}
     for how in ("proper", "inverted", "shuffled"):
         before, after = train_parrots(parrots, how)
         rise[how] = (statistics.fmean(after) - statistics.fmean(before)) / statistics.stdev(before)
-    assert rise["proper"] > 1.8 and rise["inverted"] < 0.7 and rise["shuffled"] < 0.7, rise
+    assert rise["proper"] > 2 and rise["inverted"] < 0.7 and rise["shuffled"] < 0.7, rise
 
 
 # ---- a committed run ----------------------------------------------------------------------------------------------------

@@ -141,6 +141,15 @@ def test_pads_beyond_the_last_position_are_harmless():
     assert logits[0].log_softmax(0)[long[62]].item() == pytest.approx(helpers.plain_logprobs(model, long)[-1].item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", helpers.KINDS)
+def test_transformers_own_generate_still_works(kind):
+    """On a prepared model, one sequence at a time and past the sliding window; in batches of uneven length we do not promise it."""
+    model, ids = helpers.tiny(kind), torch.tensor([some_ids(30)])
+    got = model.generate(ids, max_new_tokens=12, do_sample=False)
+    model.set_attn_implementation("eager")
+    assert got.tolist() == model.generate(ids, max_new_tokens=12, do_sample=False).tolist() and got.shape[1] > 31
+
+
 # ---- log-probs and gradients ----------------------------------------------------------------------------------------
 
 

@@ -643,7 +643,7 @@ def test_the_embedded_judge_dies_with_its_parent(small_folder, how):
 
 @pytest.mark.slow
 def test_no_attack_gains_with_the_embedded_judge():
-    """No attack gains more than neutral words do: the standard deviation of the gain over ten harmless sentences put after the clean text."""
+    """No attack gains more than bf16 rounds in another state of the server's cache. Ten harmless sentences after the clean text move it further."""
     served = reward.start_embedded()
     judge = reward.Judge(reward.JudgeSettings(), served.url)
     judge.preflight()
@@ -655,6 +655,5 @@ def test_no_attack_gains_with_the_embedded_judge():
     defused = [name for name, text in ATTACKS.items() if reward.tame(text, judge.echoes) == reward.tame(CLEAN, judge.echoes)]
     print(f"clean {clean:.2f}, noise {noise:.2f}, {len(defused)} defused, largest gain {max(gains.values()):+.2f}, the rest:",
           {name: round(gain, 2) for name, gain in gains.items() if name not in defused})
-    # the same text read through another state of the server's cache: bf16 rounds otherwise
+    assert noise > 0.1 and {name: gain for name, gain in gains.items() if gain > 0.1} == {}
     assert len(defused) >= 40 and {name: gains[name] for name in defused if abs(gains[name]) > 0.1} == {}
-    assert {name: g for name, g in gains.items() if g > float(noise)} == {}
