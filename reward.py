@@ -396,6 +396,12 @@ class Verdict:
     raw: str = ""
 
 
+def _marked(head, texts):
+    """The untrusted texts stand between markers made of a hash of the whole case, and no text can contain its own hash."""
+    marker = hashlib.sha256(json.dumps([head, texts]).encode()).hexdigest()[:8]
+    return head + "".join(f"\n{name} {marker}:\n{text}\n{marker}\n" for name, text in texts)
+
+
 class Judge:
     """Asks a server about dialogues. `preflight` first; then each question returns a Future of a Verdict."""
 
@@ -429,22 +435,16 @@ class Judge:
         return self._ask("compare", dilemma, personas, texts, question=question)
 
     def _ask(self, kind, dilemma, personas, texts, **slots):
-        """The untrusted texts stand between markers made of a hash of the whole case, and no text can contain its own hash."""
-        def case(texts):
-            head = f"Dilemma: {clean(dilemma)}\n" + "".join(f"{clean(p['name'])}: {clean(p['creed'])}\n" for p in personas)
-            marker = hashlib.sha256(json.dumps([head, texts]).encode()).hexdigest()[:8]
-            return head + "".join(f"\n{name} {marker}:\n{text}\n{marker}\n" for name, text in texts)
-
-        def bare(texts):  # for a small judge, whose reading of a contrast markers and creeds were found to blur: (what is shown, dilemma, text)
-            known = [] if kind == "agreed" else [f"Dilemma: {clean(dilemma)}"]
-            creeds = [f"{clean(p['name'])}: {clean(p['creed'])}" for p in personas] if kind == "endorse" else []
-            parts = [text if name == "dialogue" else f"Solution: {text}" for name, text in texts]
-            return "\n\n".join(known + creeds + parts), clean(dilemma), texts[-1][1]
-        texts = [(name, text or "(nothing)") for name, text in texts]
-        if self.mode == "contrast":
-            cases = [bare([("solution", text)]) for _, text in texts] if kind == "compare" else [bare(texts)]
+        """A small judge, read by contrast, is shown only what its statements speak of: whole cases were found to blur its reading."""
+        creeds = "".join(f"{clean(p['name'])}: {clean(p['creed'])}\n" for p in personas)
+        head, texts = f"Dilemma: {clean(dilemma)}\n", [(name, text or "(nothing)") for name, text in texts]
+        if self.mode != "contrast":
+            cases = [_marked(head + creeds, texts)]
+        elif kind == "compare":
+            cases = [(_marked(head, [("solution", text)]), clean(dilemma), text) for _, text in texts]
         else:
-            cases = [case(texts)]
+            head = {"agreed": "", "endorse": head + creeds}.get(kind, head)
+            cases = [(_marked(head, texts), clean(dilemma), texts[-1][1])]
         return self.client.submit(self._answer, self.mode, kind, cases, slots)
 
     def _answer(self, mode, kind, cases, slots, ends):
@@ -472,7 +472,7 @@ class Judge:
                 means = [self._echo(self.frame[0] + before + "Solution:", [" " + text], ends)[0] for before in ("", f"Dilemma: {dilemma}\n\n")]
                 pmi = means[1] - means[0]
                 x += weight * (min(pmi, enough) - max(0.0, pmi - copied))
-            base = self.frame[0] + shown + "\n\n" + fill(how["request"], slots) + self.frame[1] + fill(how["opening"], slots)
+            base = self.frame[0] + shown + "\n" + fill(how["request"], slots) + self.frame[1] + fill(how["opening"], slots)
             statements = list(dict.fromkeys(s for pair in how["pairs"] for s in pair[:2]))  # one may stand in several pairs
             number = dict(zip(statements, self._echo(base, statements, ends)))
             x += sum(w * (number[good] - number[bad]) for good, bad, w in how["pairs"])
@@ -529,7 +529,7 @@ class Judge:
         self._find_model()
         text = "They open it for ten minutes before bed, and Ben gets the thicker blanket. After a week they talk again."
         dilemma = "Ana wants the window open at night, Ben wants it shut."
-        case = f"Dilemma: {dilemma}\n\nSolution: {text}"
+        case = _marked(f"Dilemma: {dilemma}\n", [("solution", text)])
         for mode in ("contrast", "expect", "json") if self.settings.judge_mode == "auto" else (self.settings.judge_mode,):
             try:
                 if mode == "contrast":
