@@ -298,6 +298,9 @@ AttentionInterface.register("negotiate", attend)
 # ---- sampling: a ragged key-value cache --------------------------------------------------------------------------
 
 
+AT_ONCE = 1024  # tokens, pads included, of one forward pass that reads turns
+
+
 class RaggedCache(Cache):
     """Keys and values of `rows` streams of unequal lengths, preallocated: row r uses its first `lengths[r]` places.
 
@@ -313,29 +316,27 @@ class RaggedCache(Cache):
         self.store = {}  # layer -> (keys, values), each (slots, Hkv, capacity, D)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Called by each layer of the model: write the new keys and values (b, Hkv, q, D), return all that is visible."""
+        """Called by each layer of the model: write the new keys and values (b, Hkv, q, D), return those of all places, (b, Hkv, K, D)."""
         if layer_idx not in self.store:
-            slots, (_, heads, _, D) = len(self.place), key_states.shape
-            self.store[layer_idx] = (key_states.new_zeros(slots, heads, D, self.capacity).transpose(2, 3),  # the order that decoding reads
-                                     value_states.new_zeros(slots, heads, self.capacity, value_states.shape[3]))
+            self.store[layer_idx] = tuple(x.new_zeros(len(self.place), x.shape[1], self.capacity, x.shape[3]) for x in (key_states, value_states))
         views = []
         for whole, new in zip(self.store[layer_idx], (key_states, value_states)):
             if self._span is None:  # scattered slots (reading an opponent's turn): gather them
                 whole[self._slots[:, None], :, self._positions] = new.transpose(1, 2)  # (b, q, Hkv, D)
-                views.append(whole[self._slots, :, :self._longest])
-            else:  # slots 0..b-1 (decoding): a view
+                views.append(whole[self._slots, :, :self._visible])
+            else:  # slots 0..b-1 (decoding): a view, of the whole capacity, because a matrix product would copy anything less
                 front = whole[:self._span]
                 front[self._slots[:, None], :, self._positions] = new.transpose(1, 2)
-                views.append(front[:, :, :self._longest])
+                views.append(front)
         return tuple(views)
 
     def _grow(self, needed):
         if needed <= self.capacity:
             return
-        more = -(-needed // 128) * 128 - self.capacity
+        more = -(-needed // 64) * 64 - self.capacity
         self.capacity += more
-        for layer, (keys, values) in self.store.items():
-            self.store[layer] = (F.pad(keys.transpose(2, 3), (0, more)).transpose(2, 3), F.pad(values, (0, 0, 0, more)))
+        for layer, pair in self.store.items():
+            self.store[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in pair)
 
     def to_front(self, rows):
         """Swap slots until `rows` occupy slots 0..len(rows)-1 in some order; return them in slot order."""
@@ -363,6 +364,11 @@ class RaggedCache(Cache):
     @torch.no_grad()
     def feed(self, model, rows, tokens):
         """Read `tokens[i]` into row `rows[i]`, as `read` does. Returns the logits after each row's last token, (b, V) fp32."""
+        at_once = max(1, AT_ONCE // max(map(len, tokens)))
+        if len(rows) > at_once:  # in pieces, the longest first: so there is little padding, and a CPU's caches hold a piece
+            order = sorted(range(len(rows)), key=lambda i: -len(tokens[i]))
+            pieces = [self.feed(model, [rows[i] for i in some], [tokens[i] for i in some]) for some in (order[:at_once], order[at_once:])]
+            return torch.cat(pieces)[torch.tensor(order).argsort().to(pieces[0].device)]
         hidden = self.read(model, rows, tokens)
         last = torch.tensor([len(t) - 1 for t in tokens], device=hidden.device)
         return project(model, hidden[torch.arange(len(rows), device=hidden.device), last])
@@ -376,18 +382,19 @@ class RaggedCache(Cache):
         device = next(model.parameters()).device
         counts = [len(t) for t in tokens]
         width, lengths = max(counts), [self.lengths[r] for r in rows]
-        self._longest = max(n + c for n, c in zip(lengths, counts))
         self._grow(max(lengths) + width)
         ids = torch.tensor([t + [t[-1]] * (width - len(t)) for t in tokens], device=device)  # (b, q) padded on the right
         self._slots = torch.tensor([self.place[r] for r in rows], device=device)
         self._positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(width, device=device)  # (b, q)
         self._span = len(rows) if [self.place[r] for r in rows] == list(range(len(rows))) else None
-        unseen = torch.arange(self._longest, device=device) > self._positions[:, :, None]  # (b, q, K)
+        longest = max(n + c for n, c in zip(lengths, counts))
+        self._visible = longest if self._span is None else self.capacity
+        unseen = torch.arange(self._visible, device=device) > self._positions[:, :, None]  # (b, q, K)
         mask = torch.zeros(unseen.shape, dtype=next(model.parameters()).dtype, device=device).masked_fill_(unseen, -math.inf)
         # A pad may stand beyond the last position that the model knows, or beyond all keys: any valid number will do, nobody sees it.
         places = self._positions.clamp(max=context_limit(model) - 1)
         hidden = inner(model)(input_ids=ids, attention_mask=mask[:, None], position_ids=places, cache=self, use_cache=True,
-                              query_positions=self._positions.clamp(max=self._longest - 1)).last_hidden_state  # (b, q, H)
+                              query_positions=self._positions.clamp(max=longest - 1)).last_hidden_state  # (b, q, H)
         for r, c in zip(rows, counts):
             self.lengths[r] += c
         return hidden

@@ -82,9 +82,10 @@ def test_help_shows_every_doc_and_exit_codes_are_kept(capsys):
 # ---- the ragged cache -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", helpers.KINDS)
-def test_rows_of_the_cache_keep_apart(kind):
+@pytest.mark.parametrize("kind, at_once", [*((kind, 1024) for kind in helpers.KINDS), ("llama", 20), ("gemma3", 1)])
+def test_rows_of_the_cache_keep_apart(kind, at_once, monkeypatch):
     """Random feeds, crops, copies and swaps; every row's logits are those of a plain forward of that row's own tokens."""
+    monkeypatch.setattr(lm, "AT_ONCE", at_once)
     rng, model, n = random.Random(kind), helpers.tiny(kind), 6
     cache, rows, fed = lm.RaggedCache(n, capacity=8), [[] for _ in range(n)], 0
     for _ in range(60):

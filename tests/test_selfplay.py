@@ -226,8 +226,8 @@ def test_a_greedy_dialogue_is_that_of_generate(max_turns):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("context_turns", [0, 2])
 def test_each_token_is_computed_once_per_stream(monkeypatch, context_turns, checkpointing):
-    fed, feed, speaker = [], lm.RaggedCache.feed, talker()
-    monkeypatch.setattr(lm.RaggedCache, "feed", lambda cache, model, rows, tokens: fed.extend(tokens) or feed(cache, model, rows, tokens))
+    fed, read, speaker = [], lm.RaggedCache.read, talker()
+    monkeypatch.setattr(lm.RaggedCache, "read", lambda cache, model, rows, tokens: fed.extend(tokens) or read(cache, model, rows, tokens))
     cfg, plain = settings(context_turns=context_turns), play(talker(), helpers.dialogues(2, 4), settings(context_turns=context_turns))
     fed.clear()
     if checkpointing:
