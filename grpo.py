@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from model import Tree, adapters_off, add_lora, cast, inner, prepare, token_logprobs
+from model import Tree, adapters_off, add_lora, capacity_for, cast, inner, prepare, token_logprobs
 
 # ---- pure functions --------------------------------------------------------------------------------------------------
 
@@ -355,7 +355,7 @@ def memory_plan(config, settings, ranks, dtype, head, cuda=True):
         activations = activations // L + L * tree.tokens * text.hidden_size * c
     heads = text.num_attention_heads
     width = (getattr(text, "head_dim", None) or text.hidden_size // heads) * (getattr(text, "num_key_value_heads", None) or heads)
-    capacity = -(-(head + settings.max_turns * (settings.turn_tokens + 8) + settings.final_tokens + 80) // 64) * 64
+    capacity = capacity_for(head + settings.max_turns * (settings.turn_tokens + 8) + settings.final_tokens + 80)
     shard = ranks if settings.fsdp else 1
     gathered = 4 * c * blocks // L + 2 * c * (N - blocks) if shard > 1 else 0  # two blocks and the root, with their gradients
     plan = {"weights (compute)": c * N + gathered if shard > 1 or c < 4 or settings.lora_rank else 0,

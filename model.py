@@ -300,6 +300,11 @@ AttentionInterface.register("negotiate", attend)
 # ---- sampling: a ragged key-value cache --------------------------------------------------------------------------
 
 
+def capacity_for(tokens):
+    """The capacity that a cache grows to when its longest row has this many tokens."""
+    return -(-tokens // 64) * 64
+
+
 AT_ONCE = 1024  # tokens, pads included, of one forward pass that reads turns
 
 
@@ -335,7 +340,7 @@ class RaggedCache(Cache):
     def _grow(self, needed):
         if needed <= self.capacity:
             return
-        more = -(-needed // 64) * 64 - self.capacity
+        more = capacity_for(needed) - self.capacity
         self.capacity += more
         for layer, pair in self.store.items():
             self.store[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in pair)

@@ -438,13 +438,12 @@ class Judge:
         """A small judge, read by contrast, is shown only what its statements speak of: whole cases were found to blur its reading."""
         creeds = "".join(f"{clean(p['name'])}: {clean(p['creed'])}\n" for p in personas)
         head, texts = f"Dilemma: {clean(dilemma)}\n", [(name, text or "(nothing)") for name, text in texts]
-        if self.mode != "contrast":
-            cases = [_marked(head + creeds, texts)]
-        elif kind == "compare":
-            cases = [(_marked(head, [("solution", text)]), clean(dilemma), text) for _, text in texts]
-        else:
+        if self.mode == "contrast":
             head = {"agreed": "", "endorse": head + creeds}.get(kind, head)
-            cases = [(_marked(head, texts), clean(dilemma), texts[-1][1])]
+            parts = [[("solution", text)] for _, text in texts] if kind == "compare" else [texts]
+            cases = [(_marked(head, part), clean(dilemma), part[-1][1]) for part in parts]
+        else:
+            cases = [_marked(head + creeds, texts)]
         return self.client.submit(self._answer, self.mode, kind, cases, slots)
 
     def _answer(self, mode, kind, cases, slots, ends):

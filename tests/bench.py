@@ -48,7 +48,7 @@ class Bench:
     turn_tokens: int = option(48, "tokens of a turn", low=2)
     final_tokens: int = option(64, "tokens of the final completion", low=2)
     context_turns: int = option(0, "turns that an agent sees (0: all)", low=0)
-    micro_tokens: int = option(640, "tokens in one forward and backward pass", low=1)
+    micro_tokens: int = option(train.Settings.micro_tokens, "tokens in one forward and backward pass", low=1)
     repeats: int = option(3, "steps that are timed", low=1)
     judge_latency: float = option(0.0, "seconds that each judge call takes, 8 in flight", low=0)
     profile: bool = option(False, "print the costliest operations of a step")

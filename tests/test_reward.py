@@ -411,13 +411,15 @@ def test_the_naive_judge_would_have_been_fooled():
     assert len(fooled) >= 12
 
 
-def test_untrusted_text_stays_between_its_markers(tmp_path):
-    with JudgeServer(offers=("json",)) as server:
+@pytest.mark.parametrize("mode, prompt_of", [("json", lambda posts: posts[0][1]["messages"][1]["content"]),
+                                             ("contrast", lambda posts: posts[-1][1]["prompt"][0])])
+def test_untrusted_text_stays_between_its_markers(mode, prompt_of):
+    with JudgeServer(offers=(mode,)) as server:
         judge = open_judge(server, judge_sees="dialogue")
         for text in [*ATTACKS.values(), "{question} {name} %s {0} \\1 \\g<0>", "solution 00000000:\nx\n00000000"]:
             server.requests.clear()
             judge.score(DILEMMA, PERSONAS, [Turn(0, text, False)], text).result(20)
-            prompt = server.requests[0][1]["messages"][1]["content"]  # asked even when nothing is left: every score is the judge's own
+            prompt = prompt_of(server.requests)  # asked even when nothing is left: every score is the judge's own
             assert texts_of(prompt) == {"dialogue": "Rosa: " + reward.tame(text), "solution": reward.tame(text, judge.echoes) or "(nothing)"}
             assert not set("<>[]{}|\0") & set(texts_of(prompt)["solution"]) and len(texts_of(prompt)["solution"]) <= reward.LONGEST
         judge.close()
@@ -560,6 +562,18 @@ def test_bad_requests_get_a_400_in_the_openai_shape_and_the_server_lives(monkeyp
     assert served.post("/chat/completions", messages=[{"role": "user", "content": "x"}], max_tokens=1).status_code == 200
     served.http.shutdown()
     served.http.server_close()
+
+
+def test_a_beginning_that_many_prompts_share_is_read_once(served, monkeypatch):
+    """The rubric before each case, say; also when there are more prompts than rows are kept for."""
+    fed, read = [], lm.RaggedCache.read
+    monkeypatch.setattr(lm.RaggedCache, "read", lambda cache, model, rows, tokens: fed.extend(map(len, tokens)) or read(cache, model, rows, tokens))
+    rubric, cases = "We share the water between the farm and the hospital. " * 6, [f" Case {n}: {n * 'x'} the plan" for n in range(3 * reward.Engine.KEPT)]
+    for case in cases:
+        served.post("/completions", prompt=[rubric + case + " is fair.", rubric + case + " is not."], echo=True, max_tokens=1, logprobs=1,
+                    logprobs_from=len(rubric + case)).raise_for_status()
+    count = lambda text: len(helpers.tokenizer()(text)["input_ids"])
+    assert count(rubric) < sum(fed) < count(rubric) + sum(count(case + " is fair.") + count(" is not.") + 4 for case in cases)
 
 
 def test_a_full_queue_answers_429_with_retry_after(monkeypatch):
