@@ -43,7 +43,7 @@ class PlaySettings:
                              choices=("complete", "zero"))
     temperature: float = option(0.8, "of the dialogue", above=0)
     top_p: float = option(1.0, "nucleus of the dialogue; the learner renormalises over the same nucleus", above=0, high=1)
-    final_temperature: float = option(0.8, "of the final completion (0: greedy)", low=0)
+    final_temperature: float = option(0.4, "of the final completion (0: greedy)", low=0)
     final_top_p: float = option(1.0, "nucleus of the final completion", above=0, high=1)
 
 

@@ -56,7 +56,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     scenarios_per_step: int = option(2, "groups in a step, over all ranks", low=1)
     group_size: int = option(6, "dialogues of one group, whose rewards are compared", low=2)
     lr: float = option(1e-4, "learning rate of AdamW", low=0)
-    warmup_steps: int = option(3, "updates over which the learning rate rises to --lr", low=0)
+    warmup_steps: int = option(1, "updates over which the learning rate rises to --lr", low=0)
     grad_clip: float = option(1.0, "largest norm of the gradient (0: no clipping)", low=0)
     train_tokens: str = option("dialogue", "which sampled tokens are trained", choices=("dialogue", "final", "both"))
     advantage_scale: str = option("std", "divide the centred rewards of a group by their standard deviation, or not", choices=("std", "none"))
