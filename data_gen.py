@@ -156,10 +156,15 @@ def line_fault(row, shape):
         return "creeds alike; the two must want different things"
     if "label" in shape and not 0 <= row["label"] <= 5:
         return "label outside 0 to 5; correct it"
-    if "prompt" in shape:  # of the general set: what the answer is checked by
-        by = {"instruction": {"checks": list}, "choice": {"choices": list, "answer": int}, "exact": {"answers": list}}.get(row["kind"])
-        return f'no kind "{row["kind"]}"; use instruction, choice or exact' if by is None else shape_fault(row, by)
+    if "prompt" in shape:
+        return answer_fault(row)
     return ""
+
+
+def answer_fault(row):
+    """Does a line of the general set hold what its answer is checked by?"""
+    by = {"instruction": {"checks": list}, "choice": {"choices": list, "answer": int}, "exact": {"answers": list}}.get(row["kind"])
+    return f'no kind "{row["kind"]}"; use instruction, choice or exact' if by is None else shape_fault(row, by)
 
 
 # ---- JSON Lines, with errors that name the line ---------------------------------------------------------------------
@@ -199,6 +204,11 @@ def load_jsonl(path, fault_of=lambda row: ""):
 def shuffled(items, rng):
     """A random order that is the same on every Python: only `random()` itself is guaranteed to stay."""
     return sorted(items, key=lambda _: rng.random())
+
+
+def spread(items, n):
+    """`n` of the items, evenly spaced, so that every tier and topic of an ordered file has its share; all of them for 0."""
+    return [items[i * len(items) // n] for i in range(n)] if 0 < n < len(items) else list(items)
 
 
 def load_scenarios(path=None, seed=0, personas=None):

@@ -35,7 +35,7 @@ import report
 import reward
 import selfplay
 from data_gen import DATA
-from measure import SAME, auc, diversity, figure, measure, outcome, passed, pearson, spearman, table, win_rate, words
+from measure import CHECKS, SAME, auc, diversity, figure, measure, outcome, passed, pearson, spearman, table, win_rate, words
 from model import UserError, option
 
 # ---- settings -----------------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     baseline_temperature: float = option(0.0, "temperature of all that B says: the control for mere sharpening (0: as it is)", low=0)
     greedy: bool = option(False, "always the most likely token (for B too, unless it has a temperature of its own)")
     data: str = option("", "a JSON Lines file in place of the shipped set of this command")
-    limit: int = option(0, "items of the set, from its beginning (0: all)", low=0)
+    limit: int = option(0, "items of the set, evenly spaced (0: all)", low=0)
     seeds: int = option(1, "dialogues, or answers, per scenario", low=1)
     seed: int = option(0, "of everything random", low=0)
     answer_tokens: int = option(160, "tokens that an answer may have in open and general", low=2)
@@ -243,13 +243,17 @@ def compared(records, sides, items, judge, questions):
 
 def rows_of(settings, file, shape):
     """{id: line} of a shipped set, or of --data."""
-    rows = data_gen.load_jsonl(settings.data or DATA / file, lambda row: data_gen.shape_fault(row, {"id": str, **shape}))
-    return {row["id"]: row for row in rows[:settings.limit or None]}
+    def fault_of(row):
+        fault = data_gen.shape_fault(row, {"id": str, **shape}) or ("prompt" in shape and data_gen.answer_fault(row) or "")
+        odd = [] if fault or row.get("kind") != "instruction" else [c for c in row["checks"] if type(c) is not dict or c.get("type") not in CHECKS]
+        return f"an unknown check, {json.dumps(odd[0])[:80]}; use {', '.join(CHECKS)}" if odd else fault
+    rows = data_gen.load_jsonl(settings.data or DATA / file, fault_of)
+    return {row["id"]: row for row in data_gen.spread(rows, settings.limit)}
 
 
 def scenarios_of(settings):
     """{id: Scenario} of the sealed set, or of --data."""
-    return {s.id: s for s in data_gen.load_scenarios(settings.data or DATA / "eval_conflict.jsonl")[:settings.limit or None]}
+    return {s.id: s for s in data_gen.spread(data_gen.load_scenarios(settings.data or DATA / "eval_conflict.jsonl"), settings.limit)}
 
 
 def conflict(sides, items, judge):
@@ -318,24 +322,27 @@ def general_items(voice, pairs, settings):
     return [out[row["id"]] for row in rows]
 
 
-def token_losses(voice, pairs, settings, width=256):
-    """For each text the mean negative log-prob of the tokens of each window of `width` ids, but its first; a shorter last window is left out."""
+def token_losses(voice, pairs, settings, width=192):
+    """For each text the mean negative log-prob of the tokens, but the first, of each passage of `width` words; a shorter last one is left out.
+
+    Passages are cut by words, so that models with different tokenizers read the same ones.
+    """
     out = []
     for text, _ in pairs:
-        ids = voice.chat.plain(text)
-        windows = [ids[i:i + width] for i in range(0, len(ids) - width + 1, width)]
+        spoken = text.split()
+        passages = [voice.chat.plain(" ".join(spoken[i:i + width])) for i in range(0, len(spoken) - width + 1, width)]
         with torch.no_grad():
-            out.append([-lm.token_logprobs(voice.model, lm.Tree(w[:1], [w[1:]]), [list(range(width - 1))])[0].mean().item() for w in windows])
+            out.append([-lm.token_logprobs(voice.model, lm.Tree(p[:1], [p[1:]]), [list(range(len(p) - 1))])[0].mean().item() for p in passages])
     return out
 
 
 def general(sides, items, judge):
     """Is general ability kept? No judge is asked."""
     rows, columns = rows_of(sides["A"], "eval_general.jsonl", {"kind": str, "prompt": str}), {}
-    losses = each_side(sides, items, "loss", {"public_domain": (DATA / "public_domain.txt").read_text(encoding="utf-8")}, token_losses, seeds=1)
+    losses = each_side(sides, items, "loss by passage", {"public_domain": (DATA / "public_domain.txt").read_text(encoding="utf-8")}, token_losses, seeds=1)
     none = dict.fromkeys(("instruction", "instruction_checks", "choice", "exact", "token_loss"))
     for side, values in each_side(sides, items, "general", rows, general_items, seeds=1).items():
-        columns[side] = {(f"window {i}", 0): {**none, "token_loss": loss} for i, loss in enumerate(losses[side][0])}
+        columns[side] = {(f"passage {i}", 0): {**none, "token_loss": loss} for i, loss in enumerate(losses[side][0])}
         for row, value in zip(rows.values(), values):
             more = {"instruction_checks": float(np.mean(value["passed"]))} if row["kind"] == "instruction" else {}
             columns[side][row["id"], 0] = {**none, **more, row["kind"]: float(all(value["passed"]))}
@@ -348,10 +355,12 @@ def general(sides, items, judge):
 def audit(sides, items, judge):
     """Labelled solutions, and the finals of a run (--finals): asked twice, by a second judge, against labels and length, in both orders."""
     settings, shape = sides["A"], {"dilemma": str, "personas": list, "solution": str, "kind": str, "label": int, "split": str}
-    rows = [{**row, "part": "extra" if "extra" in file else row["split"]} for file in ("judge_calibration.jsonl", "judge_calibration_extra.jsonl")
+    rows = [{**row, "part": "extra" if "extra" in file else row["split"]} for file in ("judge_calibration.jsonl", "judge_calibration_extra.jsonl")[:1 if settings.data else 2]
             for row in rows_of(settings, file, shape).values()]
     finals = [{**item["value"], "id": json.dumps(item["key"]), "solution": item["value"]["final"]} for item in report.whole_lines(settings.finals)
-              if item["key"][1] == "conflict" and item["value"]["final"]] if settings.finals else []
+              if "key" in item and item["key"][1] == "conflict" and item["value"]["final"]] if settings.finals else []
+    if settings.finals and not finals:
+        raise UserError(f"--finals {settings.finals}: no finals of a conflict run in it; name the .items.jsonl that stands beside its results")
     who, given = identity(settings), {}
 
     def score(name, judge, rows):
@@ -364,7 +373,8 @@ def audit(sides, items, judge):
     with reward.open_judge(dataclasses.replace(settings, judge_url=judge.client.url, judge_model=judge.model, judge_cache="off")) as same:
         score("judge again", same, (rows + finals)[::-1])  # in another order, and not out of the cache
     if settings.judge2_url:
-        with reward.open_judge(dataclasses.replace(settings, judge_url=settings.judge2_url, judge_model=settings.judge2_model)) as second:
+        with reward.open_judge(dataclasses.replace(settings, judge_url=settings.judge2_url, judge_model=settings.judge2_model, judge_mode="auto"),
+                               key="JUDGE2_API_KEY") as second:
             score("second judge", second, rows + finals)
     out = [figure(name, f"judge, {other}", [(row["dilemma"], given["judge"][row["id"]], given[other][row["id"]]) for row in rows + finals], statistic)
            for other in list(given)[1:] for name, statistic in SAME.items()]
@@ -395,7 +405,7 @@ def in_both_orders(rows, who, items, judge):
     same = [(a["dilemma"], None if None in v else float(outcome(*v) != "inconsistent")) for (a, _), v in said]
     right = [(a["dilemma"], float((outcome(*v) == "win") == (a["label"] > b["label"]))) for (a, b), v in said if outcome(*v) in ("win", "loss")]
     return [figure("order_consistent", "judge", same), figure("order_right", "judge, consistent pairs", right),
-            figure("first_place", "judge", [(a["dilemma"], None if x is None else float(x == "A")) for (a, _), v in said for x in v])]
+            figure("first_place", "judge", [(a["dilemma"], None if x is None else float(x == "A")) for (a, _), v in said for x in v if x != "tie"])]
 
 
 def on_agreement(who, items, judge):
@@ -433,9 +443,14 @@ def main(argv=None):
         raise UserError(f"say what: python eval.py {'|'.join(COMMANDS)}|report ...; each has a --help")
     sides, out = read_settings(argv[0], argv[1:])
     found = {"command": argv[0], "settings": {side: dataclasses.asdict(s) for side, s in sides.items()}, "judge": "no judge", "judge_counts": {}}
-    items = Items(out.with_suffix(".items.jsonl"), sides["A"].batch)
+    try:
+        items = Items(out.with_suffix(".items.jsonl"), sides["A"].batch)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name a file in a folder of yours")
     try:
         with contextlib.nullcontext() if argv[0] == "general" else reward.open_judge(sides["A"]) as judge:
+            if judge:  # what it turned out to be, so that another one's answers are never taken for its own
+                sides = {side: dataclasses.replace(s, judge_model=judge.model, judge_mode=judge.mode) for side, s in sides.items()}
             rows = COMMANDS[argv[0]](sides, items, judge)
             if judge:
                 found.update(judge=f"{judge.model}, read by {judge.mode}", judge_counts=judge.take_stats())  # of this start alone

@@ -164,7 +164,7 @@ def pack(group, train_tokens, micro_tokens):
             for s, dialogue in share:
                 at = [i for i, m in enumerate(s.mask) if m]
                 nucleus = any(s.cuts[i] for i in at)
-                rows.append(Row(dialogue, [i - n for i in at], [s.logprobs[i] - s.masses[i] for i in at], [s.cuts[i] for i in at] if nucleus else []))
+                rows.append(Row(dialogue, [i - n for i in at], [s.logprobs[i] - s.masses[i] for i in at], [s.cuts[i] or -math.inf for i in at] if nucleus else []))
             batches.append((Tree(share[0][0].ids[:n], [s.ids[n:] for s, _ in share]), rows))
     return batches
 

@@ -157,7 +157,7 @@ def default_model_folder():
 def default_dtype(device="cpu"):
     """bf16 where the hardware computes it fast (CUDA, AVX512-BF16, AMX), else fp32."""
     if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     cpu = torch.cpu.get_capabilities()
     return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
 
@@ -371,14 +371,18 @@ class RaggedCache(Cache):
     @torch.no_grad()
     def feed(self, model, rows, tokens):
         """Read `tokens[i]` into row `rows[i]`, as `read` does. Returns the logits after each row's last token, (b, V) fp32."""
-        at_once = max(1, AT_ONCE // max(map(len, tokens)))
-        if len(rows) > at_once:  # in pieces, the longest first: so there is little padding, and a CPU's caches hold a piece
-            order = sorted(range(len(rows)), key=lambda i: -len(tokens[i]))
-            pieces = [self.feed(model, [rows[i] for i in some], [tokens[i] for i in some]) for some in (order[:at_once], order[at_once:])]
-            return torch.cat(pieces)[torch.tensor(order).argsort().to(pieces[0].device)]
-        hidden = self.read(model, rows, tokens)
-        last = torch.tensor([len(t) - 1 for t in tokens], device=hidden.device)
-        return project(model, hidden[torch.arange(len(rows), device=hidden.device), last])
+        most = AT_ONCE * (16 if next(model.parameters()).is_cuda else 1)
+        left, logits = list(range(len(rows))), []
+        if len(rows) * max(map(len, tokens)) > most:  # in pieces, the longest first: so there is little padding, and a CPU's caches hold a piece
+            left.sort(key=lambda i: -len(tokens[i]))
+        order = torch.tensor(left)
+        while left:
+            n = max(1, most // max(len(tokens[i]) for i in left))
+            some, left = left[:n], left[n:]
+            hidden = self.read(model, [rows[i] for i in some], [tokens[i] for i in some])
+            last = torch.tensor([len(tokens[i]) - 1 for i in some], device=hidden.device)
+            logits.append(project(model, hidden[torch.arange(len(some), device=hidden.device), last]))
+        return logits[0] if len(logits) == 1 else torch.cat(logits)[order.argsort().to(logits[0].device)]
 
     @torch.no_grad()
     def read(self, model, rows, tokens):

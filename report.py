@@ -140,10 +140,11 @@ def chart(title, lines, kind=""):
 
 
 def rewards(run, label, colour, held_colour):
-    """The lines of a run's rewards. The band in training is mean +- 1.96 standard errors over a step's dialogues, the held-out one a bootstrap."""
+    """The lines of a run's rewards. The band in training is mean +- 1.96 standard errors over a step's dialogues (as if those of
+    a scenario were independent), the held-out one a bootstrap over scenarios."""
     n = run.config.get("scenarios_per_step", 1) * run.config.get("group_size", 1)
     known = [row for row in run.steps if row["reward_mean"] is not None]
-    error = lambda row: 1.96 * (row["reward_std"] or 0.0) / n ** 0.5
+    error = lambda row: 1.96 * (row["reward_std"] or 0.0) / (n - row["missing_rewards"]) ** 0.5
     rows = [{**row, "low": row["reward_mean"] - error(row), "high": row["reward_mean"] + error(row)} for row in known]
     held = [line(f"held out{label}", held_colour, run.held, "reward", "reward_low", "reward_high")] if run.held else []
     return [line(f"training{label}", colour, rows, "reward_mean", "low", "high")] + held
@@ -152,7 +153,7 @@ def rewards(run, label, colour, held_colour):
 def curves(run, baseline=None):
     """All pictures of a run, the rewards of a baseline beside its own."""
     return "".join([
-        chart("Reward, with 95% intervals",
+        chart("Reward (bands: 95%, training over dialogues, held out over scenarios)",
               rewards(run, "", BLUE, ORANGE) + (rewards(baseline, f", {baseline.name}", GREY, INK) if baseline else [])),
         chart("Seconds of a step", [line("play", BLUE, run.steps, "seconds_play"), line("waiting for the judge", ORANGE, run.steps, "seconds_judge"),
                                     line("learn", GREEN, run.steps, "seconds_learn")], "stacked"),

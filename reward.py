@@ -177,7 +177,7 @@ def tame(text, echoes=frozenset()):
 FIRST_PAUSE = 0.5  # seconds before the second attempt
 
 
-class BudgetSpent(Exception):
+class BudgetSpent(UserError):
     """--judge-budget is used up: the run saves a checkpoint and stops."""
 
 
@@ -212,16 +212,16 @@ class Client:
 
     url ends before /chat/completions. timeout: seconds that one attempt may take, to its last byte. batch_seconds: seconds from
     `start_batch` after which nothing is waited for. budget: attempts in all (0: no limit). cache: folder of answers, or None.
-    The key in JUDGE_API_KEY goes to this origin only (redirects are not followed) and is shown nowhere.
+    The key in the environment variable `key` goes to this origin only (redirects are not followed) and is shown nowhere.
     """
 
-    def __init__(self, url, concurrency=8, timeout=60.0, attempts=4, batch_seconds=600.0, budget=0, cache=None):
+    def __init__(self, url, concurrency=8, timeout=60.0, attempts=4, batch_seconds=600.0, budget=0, cache=None, key="JUDGE_API_KEY"):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise UserError("--judge-url: must look like http://127.0.0.1:8000/v1, without a user, password or query")
         self.url, self.loopback = url.rstrip("/"), parts.hostname in ("127.0.0.1", "localhost", "::1")
         self.timeout, self.attempts, self.batch_seconds, self.budget, self.cache = timeout, attempts, batch_seconds, budget, cache
-        self._key, self._lock, self._closing, self._spent = os.environ.get("JUDGE_API_KEY", ""), threading.Lock(), threading.Event(), 0
+        self.key, self._key, self._lock, self._closing, self._spent = key, os.environ.get(key, ""), threading.Lock(), threading.Event(), 0
         self._own, self._wires, self.stats = threading.local(), [], {}
         self._pool = concurrent.futures.ThreadPoolExecutor(concurrency, "judge", initializer=self._open_session)
         self.take_stats()
@@ -245,8 +245,9 @@ class Client:
                 table[name] = table.get(name, 0) + n
 
     def submit(self, job, *args):
-        """Run `job(*args, ends)` on a worker; a Future. `ends` is the deadline of the present batch. Only workers may `ask`."""
-        return self._pool.submit(job, *args, self.ends)
+        """Run `job(*args, ends)` on a worker; a Future. `ends` is the deadline of the present batch, or, where playing took so long
+        that it is near, the time for one attempt. Only workers may `ask`."""
+        return self._pool.submit(job, *args, max(self.ends, time.monotonic() + min(self.timeout, self.batch_seconds)))
 
     def ask(self, path, payload, parse, ends=math.inf):
         """`parse(reply)` of a POST of `payload` (None: a GET). Raises Missing when no answer parses in time, BudgetSpent."""
@@ -405,10 +406,10 @@ def _marked(head, texts):
 class Judge:
     """Asks a server about dialogues. `preflight` first; then each question returns a Future of a Verdict."""
 
-    def __init__(self, settings, url, model=""):
+    def __init__(self, settings, url, model="", key="JUDGE_API_KEY"):
         folder = {"off": None, "auto": cache_folder() / "judge" if settings.judge_url else None}
         self.client = Client(url, settings.judge_concurrency, settings.judge_timeout, settings.judge_attempts, settings.judge_deadline,
-                             settings.judge_budget, folder.get(settings.judge_cache, settings.judge_cache))
+                             settings.judge_budget, folder.get(settings.judge_cache, settings.judge_cache), key)
         self.settings, self.model, self.rubric = settings, model, load_rubric(settings.rubric)
         self.echoes = {w for good, _, _ in self.rubric["contrasts"]["score"]["pairs"] for w in re.findall(r"\w{4,}", good.lower())}
         self.mode, self.frame, self.lists, self.own = settings.judge_mode, FRAMES["plain"], False, False
@@ -546,7 +547,7 @@ class Judge:
         """Raise UserError for what no other mode can mend; warn of an echo that cannot be trusted."""
         url, said = f"--judge-url {self.client.url}:", " ".join(miss.raw.split())[:160]
         if miss.reason in ("http 401", "http 403"):
-            raise UserError(f"{url} the server refuses the key ({miss.reason}); set the environment variable JUDGE_API_KEY")
+            raise UserError(f"{url} the server refuses the key ({miss.reason}); set the environment variable {self.client.key}")
         if miss.reason == "redirect":
             raise UserError(f"{url} the server redirects to {said}; give the address that it redirects to")
         if miss.reason in ("connection", "timeout", "deadline", "http 429"):
@@ -691,6 +692,13 @@ class Engine:
         self.model.set_output_embeddings(sharp)
         ends = getattr(self.model.generation_config, "eos_token_id", None)
         self.ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
+        self.fast = packed(self.model)  # for good, as these weights never change; it is held, because one that nobody holds ends at once
+        self.fast.__enter__()
+        for m in self.model.modules():
+            if "forward" in vars(m):
+                m.weight.data = m.weight.data.new_empty(0)  # in its old order nothing reads it any more
+        for p in self.model.parameters():
+            p.data = p.data.clone()  # out of the mapped file, which goes with that
         self.cache, self.held, self.used = RaggedCache(self.KEPT + self.SCRATCH), [[] for _ in range(self.KEPT)], [0] * self.KEPT
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -708,7 +716,6 @@ class Engine:
     @torch.inference_mode()
     def _serve(self):
         torch.set_num_threads(self.threads)
-        packed(self.model).__enter__()  # for good: these weights never change
         while True:
             batch = [self.queue.get()]
             while len(batch) < self.SCRATCH and not self.queue.empty():
@@ -901,13 +908,13 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def open_judge(settings, rank=0, share=lambda url: url):
+def open_judge(settings, rank=0, share=lambda url: url, key="JUDGE_API_KEY"):
     """The judge that `settings` name, asked one question before anything depends on it, closed at the end of the block.
 
-    Without --judge-url rank 0 starts the embedded server; `share` tells the other ranks its address.
+    Without --judge-url rank 0 starts the embedded server; `share` tells the other ranks its address. key: the environment variable that holds the key.
     """
     served = start_embedded(settings.judge_model or "smollm2-135m") if rank == 0 and not settings.judge_url else None
-    judge = Judge(settings, share(served.url if served else settings.judge_url), settings.judge_model)
+    judge = Judge(settings, share(served.url if served else settings.judge_url), settings.judge_model, key)
     try:
         line = judge.preflight()
         if rank == 0:

@@ -287,6 +287,11 @@ class Say:
     final: bool = False
 
 
+def room(settings):
+    """Tokens to keep free for a turn and its template: broken characters take three tokens each when the other side reads them."""
+    return 3 * settings.turn_tokens + 16 if settings.max_turns else 0
+
+
 def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
     """One dialogue, top to bottom: a generator that yields `Say` and is sent the Turn that was spoken (None: void).
 
@@ -297,19 +302,19 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
     identity = [seed, dialogue.step, zlib.crc32(dialogue.scenario.id.encode()), dialogue.member]
     turns, check = dialogue.turns, None
     final_request = fill(FINAL if settings.max_turns else ALONE, {"other": views[0].other["name"], "creed": views[0].other["creed"]})
-    room = 3 * settings.turn_tokens + 16  # for a turn and its template: broken characters take three tokens each when the other side reads them
     window = lambda: turns[-settings.context_turns:] if settings.context_turns else turns[:]
     dialogue.stop = "max_turns"
     for t in range(settings.max_turns):
         me, seen = t % 2, window()
         before = views[me].before(seen, cut=len(seen) < len(turns)).ids
-        if len(before) + room > limits[me] or len(views[0].before(turns, final_request).ids) + room + settings.final_tokens > limits[0]:
+        if len(before) + room(settings) > limits[me] or len(views[0].before(turns, final_request).ids) + room(settings) + settings.final_tokens > limits[0]:
             dialogue.stop = "context"
             break
         if me == 1 and partner:
-            turn = Turn(1, partner(dialogue), False)
-            turn.ids = views[0].chat.plain(turn.text)
             dialogue.agreed = bool(check and check.result().value)
+            if not dialogue.agreed:
+                turn = Turn(1, partner(dialogue), False)
+                turn.ids = views[0].chat.plain(turn.text)
         else:  # the next turn is spoken while the judge still thinks about the last one; if that one settled it, the new one is void
             turn = yield Say(me, before, len(views[me].head), settings.turn_tokens, settings.temperature, settings.top_p,
                              np.random.default_rng([*identity, t]), unless=check)
@@ -323,7 +328,8 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
             break
         check = judge.agreed(*case, turns[:]) if settings.agreement == "judge" and len(turns) > 1 else None
     if check is not None and not dialogue.agreed:
-        dialogue.agreed = bool(check.result().value) if check.done() else bool((yield check).value)
+        check = check.result() if check.done() else (yield check)
+        dialogue.agreed = bool(check.value)
     dialogue.stop = "agreed" if dialogue.agreed else dialogue.stop
     for me in (0, 1):
         separate = settings.context_turns > 0 or not views[me].chat.stable
@@ -334,7 +340,10 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
         elif own:
             dialogue.streams[me] = [views[me].until(turns[:own[-1]], turns[own[-1]])]
     if not dialogue.agreed and turns and settings.on_impasse == "zero":
-        dialogue.reward = 0.0  # the paper: no completion, reward 0, kept in the group
+        if check is not None and check.value is None:  # nobody knows whether they agreed: a missing reward, not a zero
+            dialogue.judge["failures"] = [f"agreement: {check.reason}"]
+        else:
+            dialogue.reward = 0.0  # the paper: no completion, reward 0, kept in the group
         return
     before = views[0].before(turns, final_request).ids
     if len(before) + settings.final_tokens > limits[0]:
@@ -536,7 +545,8 @@ class WatchSettings(PlaySettings, reward.JudgeSettings):
 
 def watched_scenario(settings):
     """The scenario that the flags describe. Raises UserError for a persona without a name."""
-    scenario = data_gen.load_scenarios(seed=settings.seed)[0]
+    scenarios = data_gen.load_scenarios(seed=settings.seed)
+    scenario = scenarios[settings.seed % len(scenarios)]
     personas = list(scenario.personas)
     for i, (flag, text) in enumerate((("--persona-a", settings.persona_a), ("--persona-b", settings.persona_b))):
         if text:
@@ -556,11 +566,12 @@ def main(argv=None):
 
     def on_token(job, token):
         said = printable(job.turn.text if job.spoken else speaker.chat.text(job.turn.ids)).removesuffix("\ufffd")  # half a character waits
-        if id(job) not in shown:
+        if id(job) not in shown:  # {id: [job, characters]}: a job that is kept keeps its id to itself
             title = "joint solution" if job.say.final else names[job.say.speaker]
-            shown[id(job)] = print(f"\n\033[1;{36 - 3 * job.say.speaker}m{title}:\033[0m ", end="") or 0
-        print(said[shown[id(job)]:], end="", flush=True)
-        shown[id(job)] = max(shown[id(job)], len(said))
+            print(f"\n\033[1;{36 - 3 * job.say.speaker}m{title}:\033[0m ", end="")
+            shown[id(job)] = [job, 0]
+        print(said[shown[id(job)][1]:], end="", flush=True)
+        shown[id(job)][1] = max(shown[id(job)][1], len(said))
 
     def ask_human(dialogue):
         print(f"\n\033[1;33m{names[1]} (you):\033[0m ", end="", flush=True)

@@ -4,12 +4,15 @@
     python train.py --judge-url http://127.0.0.1:8000/v1 --judge-model NAME --model Qwen/Qwen3-0.6B
     torchrun --nproc_per_node=8 train.py --recipe paper --model Qwen/Qwen3-14B --fsdp --judge-url ... --judge-model ...
 
-Every number of a run comes from its settings and its seed: what is sampled depends on (seed, step, scenario, member, turn),
+Every number of a run comes from its settings and its seed: what is drawn depends on (seed, step, scenario, member, turn),
 never on the rank, the clock or the order in which the judge answers. So there is no random state to save or to lose.
+(What it is drawn from is rounded as a batch falls out: in fp32 that shows in the sixth digit, in bf16 it may turn a token.)
 """
 import contextlib
 import dataclasses
+import fcntl
 import json
+import math
 import os
 import resource
 import shutil
@@ -37,7 +40,7 @@ import selfplay
 from eval import heldout, heldout_row
 from measure import collapse, diversity
 from model import UserError, option
-from report import best_step
+from report import best_step, whole_lines
 
 # ---- settings -----------------------------------------------------------------------------------------------------------
 
@@ -91,7 +94,8 @@ RECIPES = {
                          beta=0.04, group_size=8, scenarios_per_step=4, lr=5e-6, steps=2150, final_tokens=512, save_every=50),
 }
 # Settings that may differ on resume: they change where and how fast a run computes, not what.
-FREE_ON_RESUME = {"resume", "force", "out", "steps", "save_every", "keep", "micro_tokens", "gradient_checkpointing"}
+FREE_ON_RESUME = {"resume", "force", "out", "steps", "save_every", "keep", "micro_tokens", "gradient_checkpointing", "judge_url", "judge_model",
+                  "judge_concurrency", "judge_timeout", "judge_deadline", "judge_attempts", "judge_budget", "judge_cache"}  # a server may move
 
 
 def read_settings(argv=None):
@@ -108,7 +112,7 @@ def read_settings(argv=None):
             raise UserError(f"--resume {given['resume']}: its config.json cannot be read ({error}); name the folder of a run")
         if given.get("out", given["resume"]) != given["resume"]:
             raise UserError(f"--out {given['out']}: a run that is resumed stays in its folder; leave --out away")
-        changed = [k for k in given if k not in FREE_ON_RESUME and k in saved and given[k] != saved[k] and not k.startswith("judge_")]
+        changed = [k for k in given if k not in FREE_ON_RESUME and k in saved and given[k] != saved[k]]
         if changed and not given.get("force"):
             names = ", ".join("--" + k.replace("_", "-") for k in changed)
             raise UserError(f"--resume {given['resume']}: {names} would change the mathematics of the run; leave out, or add --force")
@@ -121,6 +125,9 @@ def read_settings(argv=None):
         raise UserError("--train-tokens both: --temperature and --final-temperature must be equal")
     if settings.max_turns == 0 and settings.train_tokens != "final":
         raise UserError("--max-turns 0: there is no dialogue to train; add --train-tokens final, or use --recipe single")
+    nucleus = {"dialogue": settings.top_p, "final": settings.final_top_p, "both": min(settings.top_p, settings.final_top_p)}[settings.train_tokens]
+    if settings.beta > 0 and nucleus < 1:  # policy and reference would be renormalised over different tokens
+        raise UserError("--beta: the KL to the reference needs trained tokens that were sampled without a nucleus; add --top-p 1 --final-top-p 1")
     return settings
 
 
@@ -164,11 +171,15 @@ def build(settings, world, weights=None):
     Player and learner are one model, except under --fsdp, where the player is a whole copy in the compute dtype.
     """
     source, sharded = weights or settings.model, settings.fsdp and world.size > 1
-    model, tokenizer = lm.load(source, "fp32", "cpu" if sharded else world.device)  # sharding moves it, block by block
+    model, tokenizer = lm.load(source, "fp32", "cpu" if sharded or settings.lora_rank else world.device)  # sharding moves it, block by block
     dtype = lm.default_dtype(world.device) if settings.dtype == "auto" else {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
     if settings.lora_rank:
         torch.manual_seed(settings.seed)
         lm.add_lora(model, settings.lora_rank)
+        if not sharded:  # the frozen base goes to the card in the dtype that it computes in
+            for p in model.parameters():
+                p.data = p.data if p.requires_grad else p.data.to(dtype)
+            model.to(world.device)
     reference = None
     if settings.beta > 0 and not settings.lora_rank:
         reference = lm.load(settings.model, settings.dtype, world.device)[0].requires_grad_(False)
@@ -211,7 +222,8 @@ def divide(settings):
     scenarios, n = data_gen.load_scenarios(settings.scenarios or None, settings.seed), settings.eval_scenarios if settings.eval_every else 0
     if n and len(scenarios) <= n:
         raise UserError(f"--eval-scenarios {n}: there are only {len(scenarios)} scenarios; keep some for training")
-    return scenarios[:len(scenarios) - n], scenarios[len(scenarios) - n:]
+    held = data_gen.spread(scenarios, n) if n else []
+    return [s for s in scenarios if s not in held], held
 
 
 def deal(scenarios, settings, step, world):
@@ -230,6 +242,8 @@ def deal(scenarios, settings, step, world):
 def until_stopped(work, stop):
     """((0, "done"), work()), unless a signal or a spent budget ended it: ((exit code, reason), None)."""
     result = None
+    if stop.since is not None:  # the signal came while nothing could be given up
+        return stop.verdict, None
     try:
         stop.playing = True
         result = work()
@@ -284,8 +298,9 @@ def learn(groups, learner, settings, world):
             learner.idle()
         means = learner.step()
         skipped |= means["skipped"]
+        gap = means["logprob_gap"] if update == 0 else gap  # later the policy itself has moved
     lm.release_memory()
-    return {**means, "skipped": skipped}, waited
+    return {**means, "logprob_gap": gap, "skipped": skipped}, waited
 
 
 def summary(groups, world):
@@ -347,6 +362,22 @@ def alarm(row, records, bad_judge, bad_steps, say):
 # ---- files ----------------------------------------------------------------------------------------------------------------
 
 
+def claim(out, stack):
+    """Hold the run folder until `stack` closes, so that no second run writes there. Raises UserError where one does, or nobody can."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made ({error.strerror}); choose a folder of yours")
+    handle = os.open(out, os.O_RDONLY)
+    stack.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {out}: another run is writing there; let it end, or choose another folder")
+    except OSError:
+        pass  # a file system that knows no locks
+
+
 def open_run(settings):
     """The run folder and its newest complete checkpoint, or None where the run begins; what a kill left behind is removed.
 
@@ -394,7 +425,7 @@ def append(path, records):
     """Append records to a JSON Lines file, whole lines at once. Raises UserError when the disk is full."""
     try:
         with open(path, "a") as file:
-            file.write("".join(json.dumps(r) + "\n" for r in records))
+            file.write("".join(json.dumps({k: None if v in (math.inf, -math.inf) or v != v else v for k, v in r.items()}) + "\n" for r in records))
     except OSError as error:
         raise UserError(f"--out: cannot write {path} ({error.strerror}); make room, then go on with --resume {path.parent}")
 
@@ -468,7 +499,7 @@ def evaluate(out, step, voice, scenarios, settings, judge, stop, world, say):
     if outcome[0]:
         return outcome
     records = sorted((r for part in world.gather(mine) for r in part), key=lambda r: (r["scenario_id"], r["member"]))
-    held = heldout_row(records)
+    held = {**heldout_row(records), **judge_totals(world.gather(judge.take_stats()))}
     if world.rank == 0:
         append(out / "heldout.jsonl", [{**r, "step": step} for r in records])
         append(out / "metrics.jsonl", [{"step": step, "heldout": held}])
@@ -481,7 +512,7 @@ def evaluate(out, step, voice, scenarios, settings, judge, stop, world, say):
 def calls_left(settings, out, world):
     """This rank's share of --judge-budget, less what the steps before a resume have used."""
     file = out / "metrics.jsonl"
-    used = sum(json.loads(line).get("judge_calls", 0) for line in file.open()) if settings.judge_budget and file.exists() else 0
+    used = sum(row.get("heldout", row).get("judge_calls", 0) for row in whole_lines(file)) if settings.judge_budget else 0
     return max(1, (settings.judge_budget - used) // world.size) if settings.judge_budget else 0
 
 
@@ -490,10 +521,10 @@ def calls_left(settings, out, world):
 
 def show(row, dialogue, settings, started):
     """Two readable lines on the step and one of its dialogues."""
-    number = lambda key, digits=2: "-" if row[key] is None else f"{row[key]:.{digits}f}"
+    number = lambda key, form=".2f": "-" if row[key] is None else f"{row[key]:{form}}"
     left = (time.time() - started) / max(1, row["steps_here"]) * (settings.steps - row["step"])
     print(f"step {row['step']}/{settings.steps}  reward {number('reward_mean')} (std {number('reward_std')}, {number('reward_min')} to {number('reward_max')})"
-          f"  agreed {row['agreed_rate']:.0%}  turns {row['turns_mean']:.1f}  cut off {row['truncated_rate']:.0%}  judge failures {row['judge_failures']}\n"
+          f"  agreed {row['agreed_rate']:.0%}  turns {row['turns_mean']:.1f}  cut off {number('truncated_rate', '.0%')}  judge failures {row['judge_failures']}\n"
           f"    loss {row['loss']:+.4f}  grad norm {row['grad_norm']:.2f}  entropy {row['entropy']:.2f}  sampler gap {row['logprob_gap']:.4f}"
           f"  |  play {row['seconds_play']:.0f} s ({row['tokens_per_second']:.0f} tokens/s), judge {row['seconds_judge']:.0f} s, learn {row['seconds_learn']:.0f} s"
           f"  |  {row['peak_memory_gb']:.1f} GB, {left / 60:.0f} min left")
@@ -581,6 +612,8 @@ def main(argv=None):
             code = run(settings, world, stack)
     except reward.BudgetSpent as spent:
         raise UserError(f"{spent}; raise it")
+    except torch.OutOfMemoryError:
+        raise UserError("the card's memory is full; use a smaller --micro-tokens, --gradient-checkpointing or --fsdp on more cards (--plan reckons it)")
     except RuntimeError as error:
         if world.size > 1 and (isinstance(error, dist.DistError) or "peer" in str(error)):
             raise UserError("another rank has ended (see its own message); go on from the last checkpoint with --resume")
@@ -594,29 +627,37 @@ def run(settings, world, stack):
     """The whole run, from the settings to the last checkpoint."""
     if settings.scenarios_per_step % world.size:
         raise UserError(f"--scenarios-per-step {settings.scenarios_per_step}: {world.size} ranks need a multiple of {world.size}")
+    if not settings.judge_url and world.size > int(os.environ.get("LOCAL_WORLD_SIZE", world.size)):
+        raise UserError("--judge-url: the embedded judge serves one machine only; name a server that all nodes reach")
     scenarios, held = divide(settings)
+    if settings.resume and world.rank == 0:
+        claim(Path(settings.resume), stack)
     out, checkpoint = world.gather(open_run(settings) if world.rank == 0 else None)[0]
     model, player, tokenizer, optimizer, reference = build(settings, world, checkpoint if checkpoint and not settings.lora_rank else None)
     start = load_trainer(checkpoint, optimizer) if checkpoint else 0
     publish(model, player)
     voice = selfplay.voice(player, tokenizer)
+    if settings.final_tokens + selfplay.room(settings) >= lm.context_limit(model):
+        raise UserError(f"--turn-tokens, --final-tokens: {settings.model} holds {lm.context_limit(model)} tokens in all; use fewer")
     learner = grpo.Learner(model, optimizer, settings, reference)
     asking = dataclasses.replace(settings, judge_budget=calls_left(settings, out, world))
     judge = stack.enter_context(reward.open_judge(asking, world.rank, lambda url: world.gather(url)[0]))
     judge.take_stats()  # without the first question, so that a resumed run counts what an unbroken one counts
     if world.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        if not settings.resume:
+            claim(out, stack)
+            open_run(settings)  # nobody else has begun there meanwhile
         write_atomically(out / "config.json", json.dumps(dataclasses.asdict(dataclasses.replace(settings, resume="", force=False)), indent=1))
     stop, began, bad_judge, bad_steps, code, reason = Stop(world), time.time(), 0, 0, 0, "done"
     done = saved = start if checkpoint else -1
-    first = json.loads((out / "metrics.jsonl").open().readline()) if start else {}
-    first = {} if "heldout" in first else first
+    first = next((row for row in whole_lines(out / "metrics.jsonl") if "heldout" not in row), {})
+    due = lambda step: held and (step % settings.eval_every == 0 or step == settings.steps)
     save = lambda: world.gather(save_checkpoint(out, done, settings, model, tokenizer, optimizer, world))[0]
     say = print if world.rank == 0 else lambda *a, **k: None
     say(f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}; {len(scenarios)} scenarios; results in {out}/",
         flush=True)
-    if held and start == 0 and world.gather(best_step(out))[0] < 0:
-        code, reason = evaluate(out, 0, voice, held, settings, judge, stop, world, say)
+    if due(start) and not world.gather(any("heldout" in row and row["step"] == start for row in whole_lines(out / "metrics.jsonl")))[0]:
+        code, reason = evaluate(out, start, voice, held, settings, judge, stop, world, say)
     for step in range(start + 1, settings.steps + 1 if not code else 0):
         clock = time.perf_counter()
         groups = deal(scenarios, settings, step, world)
@@ -641,16 +682,16 @@ def run(settings, world, stack):
         if signs := collapse(row, first):
             say(f"    warning: possible collapse: {signs}", flush=True)
         code, reason = max(world.gather(max(alarm(row, records, bad_judge, bad_steps, say), stop.verdict)))
-        if held and (step % settings.eval_every == 0 or step == settings.steps) and not code:
+        if due(step) and not code:
             code, reason = evaluate(out, step, voice, held, settings, judge, stop, world, say)
-        due = settings.save_every and step % settings.save_every == 0 or held and best_step(out) == step
-        if world.gather(due)[0] and world.gather(save() is not None)[0]:
+        keep = settings.save_every and step % settings.save_every == 0 or held and best_step(out) == step
+        if world.gather(keep)[0] and world.gather(save() is not None)[0]:
             saved = step
         if code:
             break
     done = max(done, 0)
-    if saved != done:
-        save()
+    if saved != done and not world.gather(save() is not None)[0] and not code:
+        code, reason = 3, "the last checkpoint could not be saved; make room, then --resume"
     say(f"{reason}: {out}/metrics.jsonl (one line a step), {out}/dialogues.jsonl (every token), {out}/checkpoints/", flush=True)
     return code
 

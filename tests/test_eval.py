@@ -65,7 +65,7 @@ def test_conflict_counts_and_pairs(run):
         assert row["inconsistent"] == row["missing"] == 0 and row["wins"] == rows["win_rate_by_score", "A against B"]["wins"]
     # each persona was asked on its own about each final: no other creed stands in the question
     endorsing = [q for q in asked if "How satisfied" in q]  # an empty final needs no question
-    creeds = [p["creed"][:30] for s in data_gen.load_scenarios(data_gen.DATA / "eval_conflict.jsonl")[:4] for p in s.personas]
+    creeds = [p["creed"][:30] for s in data_gen.spread(data_gen.load_scenarios(data_gen.DATA / "eval_conflict.jsonl"), 4) for p in s.personas]
     assert 8 <= len(endorsing) <= 2 * 16 and all(sum(creed in q for creed in creeds) == 1 for q in endorsing)
 
 
