@@ -207,8 +207,13 @@ def shuffled(items, rng):
 
 
 def spread(items, n):
-    """`n` of the items, evenly spaced, so that every tier and topic of an ordered file has its share; all of them for 0."""
-    return [items[i * len(items) // n] for i in range(n)] if 0 < n < len(items) else list(items)
+    """`n` of the items, about evenly spaced, so that every tier and topic of an ordered file has its share; all of them for 0.
+
+    Multiples of the golden ratio, modulo 1, fill the unit interval evenly: so the items whose multiple is small lie evenly too,
+    and a larger `n` only adds some.
+    """
+    chosen = sorted(range(len(items)), key=lambda i: i * 0.6180339887498949 % 1)[:n or None]
+    return [items[i] for i in sorted(chosen)]
 
 
 def load_scenarios(path=None, seed=0, personas=None):

@@ -23,7 +23,9 @@ def models(tmp_path_factory):
     folders = []
     for seed in (0, 1):
         folders.append(str(tmp_path_factory.mktemp("models") / f"tiny-{seed}"))
-        tiny(seed=seed).save_pretrained(folders[-1])
+        model = tiny(seed=seed)
+        model.config.max_position_embeddings = 4096  # room for the longest scenario in tokens of the tiny tokenizer
+        model.save_pretrained(folders[-1])
         tokenizer().save_pretrained(folders[-1])
     return folders
 
@@ -181,6 +183,11 @@ def test_mistakes_are_told_in_one_line(tmp_path):
                        (["report", str(tmp_path)], "no metrics.jsonl"), (["conflict", "--seeds", "0"], "--seeds 0: must be at least 1")):
         with pytest.raises(UserError, match=says.replace("|", r"\|")):
             evaluation.main(argv)
+    with pytest.raises(UserError, match="--out .*/x.json: cannot be written"):
+        evaluation.main(["conflict", "--out", str(tmp_path / "file" / "x.json")] if (tmp_path / "file").write_text("") == 0 else [])
+    with pytest.raises(UserError, match=r"bad.jsonl:1: an unknown check, .*use min_words, "):
+        (tmp_path / "bad.jsonl").write_text('{"id": "a", "kind": "instruction", "prompt": "Say.", "checks": [{"type": "loud"}]}\n')
+        evaluation.main(["general", "--data", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "g.json")])
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no complete checkpoint"):
         evaluation.read_settings("conflict", ["--model", str(tmp_path)])
@@ -219,7 +226,7 @@ def test_general_needs_no_judge(run, models):
     assert rows["instruction", "A"]["n"] == 60 and rows["choice", "A"]["n"] == 35 and rows["exact", "A"]["n"] == 25
     assert rows["instruction", "A"]["value"] <= rows["instruction_checks", "A"]["value"] < 0.5  # a random model's babble
     text = (data_gen.DATA / "public_domain.txt").read_text(encoding="utf-8")
-    assert rows["token_loss", "A"]["n"] == len(tokenizer()(text)["input_ids"]) // 256
+    assert rows["token_loss", "A"]["n"] == len(text.split()) // 192
     assert 4 < rows["token_loss", "A"]["value"] < 12  # near log(400) = 6, or worse
 
 
@@ -265,6 +272,27 @@ def test_audit(run):
     assert rows["auc_short_good_long_bad", "length alone, test"]["value"] < 0.3
     assert rows["order_consistent", "judge"]["value"] == 1.0 and rows["order_right", "judge, consistent pairs"]["value"] > 0.95
     assert rows["first_place", "judge"]["value"] == 0.5 and rows["agreement_right", "judge"]["n"] == 24
+
+
+def test_audit_of_ones_own_labels_and_without_finals(run, tmp_path):
+    rows_ = data_gen.load_jsonl(data_gen.DATA / "judge_calibration.jsonl")[:10]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    with JudgeServer(lambda text: 3, offers=("json",)) as server:
+        _, rows = run("audit", server, "--data", str(tmp_path / "own.jsonl"), baseline=False)
+        assert rows["exact", "judge, judge again"]["n"] == 10
+        with pytest.raises(UserError, match="--finals .*own.jsonl: no finals of a conflict run in it"):
+            run("audit", server, "--finals", str(tmp_path / "own.jsonl"), baseline=False)
+        with pytest.raises(UserError, match="--finals nowhere: no finals"):
+            run("audit", server, "--finals", "nowhere", baseline=False)
+
+
+def test_a_judge_that_is_another_one_is_asked_again(run):
+    with JudgeServer(lambda text: 2, offers=("json",)) as server:
+        run("conflict", server, "--limit", "2")
+        server.requests.clear()
+        server.rule, server.models = lambda text: 4, ("another",)
+        found, rows = run("conflict", server, "--limit", "2")
+    assert found["judge"] == "another, read by json" and rows["ca_score", "A"]["value"] == 4
 
 
 # ---- what train.py calls ------------------------------------------------------------------------------------------------------

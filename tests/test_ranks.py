@@ -301,7 +301,8 @@ def test_a_run_on_a_full_disk_goes_on_and_its_checkpoint_stays(tiny, judge, tmp_
             out = disk / name
             code, said, err = runs.Run(runs.flags(tiny, judge.url, out, steps=3, save_every=1, keep=5), patch=patch).wait()
             steps = [p.name for p in (out / "checkpoints").iterdir()]
-            assert code == 0 and "step_000001" in steps and "step_000003" not in steps and "no checkpoint at step 3" in err, err
+            assert code == 3 and "step_000001" in steps and "step_000003" not in steps and "no checkpoint at step 3" in err, err
+            assert "the last checkpoint could not be saved" in said
             assert all((out / "checkpoints" / s / "COMPLETE").exists() for s in steps)
             AutoModelForCausalLM.from_pretrained(out / "checkpoints" / steps[-1])
             shutil.rmtree(out)

@@ -1,5 +1,6 @@
 """The judge: faults of the server, attacks of the policy, three ways to read an answer, and the embedded server."""
 import concurrent.futures
+import gc
 import json
 import math
 import os
@@ -216,6 +217,15 @@ def test_one_deadline_for_a_whole_batch():
         judge.close()
 
 
+def test_a_question_that_comes_late_in_a_long_step_is_asked_all_the_same():
+    with JudgeServer(offers=("json",)) as server:
+        judge = open_judge(server, judge_deadline=0.4)
+        judge.start_batch()
+        time.sleep(0.6)
+        assert judge.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20).value == 3
+        judge.close()
+
+
 def test_requests_in_flight_stay_under_the_cap():
     with JudgeServer(lambda text: time.sleep(0.05) or 3, offers=("json",)) as server:
         judge = open_judge(server, judge_concurrency=3)
@@ -282,6 +292,16 @@ def test_the_key_goes_to_the_origin_only_and_is_shown_nowhere(monkeypatch, capsy
         assert "sk-secret" not in str(error.value) + "".join(capsys.readouterr())
         assert all("sk-secret" not in path.read_text() for path in tmp_path.rglob("*.json"))
         judge.close(), again.close()
+
+
+def test_a_second_judge_gets_a_key_of_its_own(monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-first")
+    with JudgeServer(offers=("json",)) as server:
+        for key in (None, "sk-second"):
+            monkeypatch.setenv("JUDGE2_API_KEY", key) if key else None
+            server.requests.clear()
+            with reward.open_judge(settings(judge_url=server.url), key="JUDGE2_API_KEY"):
+                assert server.requests and {headers.get("Authorization") for _, _, headers, _ in server.requests} == {key and f"Bearer {key}"}
 
 
 def test_no_key_no_header_even_with_a_netrc(monkeypatch, tmp_path):
@@ -495,6 +515,20 @@ def test_echoed_log_probs_are_the_model_s_own(served):
             a, b = choice["logprobs"]["token_logprobs"], whole["logprobs"]["token_logprobs"]
             n = next(i for i, offset in enumerate(choice["logprobs"]["text_offset"]) if offset >= len(text))
             assert a[:n] == [None] * n and a[n:] == pytest.approx(b[n:], abs=1e-4)
+
+
+def test_packed_weights_stay_packed_and_say_the_same(monkeypatch):
+    plain = helpers.tiny("llama").bfloat16()
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        pytest.skip("this machine packs nothing")
+    monkeypatch.setattr(reward, "load", lambda name, **more: (helpers.tiny("llama").bfloat16(), helpers.tokenizer()))
+    engine = reward.Engine("tiny", 1)
+    gc.collect()
+    layers = [m for m in engine.model.modules() if isinstance(m, torch.nn.Linear) and m is not engine.model.get_output_embeddings()]
+    assert layers and all("forward" in vars(m) and m.weight.numel() == 0 for m in layers)
+    ids = list(range(5, 45))
+    scores, _ = engine.do(reward.Work([ids], [1]))
+    assert scores[0] == pytest.approx(helpers.plain_logprobs(plain.float(), ids).tolist(), abs=0.1)
 
 
 def test_chat_samples_what_the_model_says_and_reports_it(served):

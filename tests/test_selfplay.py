@@ -325,6 +325,15 @@ def test_the_last_turn_is_judged_too(moment, on_impasse):
         assert no.reward is None and no.final is not None
 
 
+@pytest.mark.parametrize("moment", ["asked", "last"])
+def test_an_impasse_that_nobody_could_judge_is_missing_and_not_zero(moment):
+    cfg = settings(agreement="judge", max_turns=3, on_impasse="zero")
+    d, = play(talker(), helpers.dialogues(1, 1), cfg, Script(lambda *_: None, moment))
+    assert (d.reward, d.final, d.verdict, d.stop, d.judge["failures"]) == (None, None, None, "max_turns", ["agreement: "])
+    d, = play(talker(), helpers.dialogues(1, 1), cfg, Script(lambda _, turns: None if len(turns) == 2 else False, moment))
+    assert (d.reward, d.judge["failures"]) == (0.0, [])  # the last answer is the one that counts
+
+
 @pytest.mark.parametrize("words, stop", [(["AGREED.", "I AGREED", "no"], "agreed"), (["yes", "I AGREE", "So AGREED", "x"], "agreed"),
                                          (["AGREED", "no", "AGREED", "no"], "max_turns"), (["DISAGREED", "AGREED", "agreed", "AGREED"], "max_turns")])
 def test_the_marker_must_stand_in_both_last_turns(words, stop):
@@ -426,6 +435,15 @@ def test_top_p_is_the_same_nucleus_for_sampler_and_learner(context_turns):
                     assert math.log(p[token] / p[nucleus].sum()) == pytest.approx(sampled, abs=1e-4) == pytest.approx(value, abs=1e-4)
 
 
+@pytest.mark.parametrize("top_p, final_top_p", [(1.0, 0.5), (0.7, 1.0), (0.7, 0.5)])
+def test_in_one_row_dialogue_and_final_keep_each_its_own_nucleus(top_p, final_top_p):
+    speaker, cfg = talker(), settings(top_p=top_p, final_top_p=final_top_p, final_temperature=0.6)
+    for tree, rows in grpo.pack(play(speaker, helpers.dialogues(1, 3), cfg), "both", 10**6):
+        cuts = [r.cuts or [-math.inf] * len(r.wanted) for r in rows]
+        for row, own in zip(rows, lm.token_logprobs(speaker.model, tree, [r.wanted for r in rows], 0.6, cuts)):
+            assert own.tolist() == pytest.approx(row.sampler_logp, abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", helpers.KINDS)
 def test_the_learners_ratio_is_one(kind):
     speaker, cfg = talker(kind), settings(max_turns=3)
@@ -494,6 +512,12 @@ def test_a_partner_can_take_a_side():
     assert d.streams[1] == [] and [t.text for t in d.turns[1::2]] == ["No. <|im_end|>"] * 2 and heard == [1, 3] and d.final is not None
     check_masks(dataclasses.replace(d, turns=d.turns[::2]))
     check_logprobs(speaker.model, d, settings())
+
+
+def test_a_partner_is_not_asked_once_the_judge_has_found_agreement():
+    d, heard = selfplay.Dialogue(helpers.scenario(), 1, 0, 0), []
+    play(talker(), [d], settings(agreement="judge"), Script(lambda _, turns: len(turns) == 3), partner=lambda dialogue: heard.append(len(dialogue.turns)) or "No.")
+    assert heard == [1] and (d.stop, len(d.turns)) == ("agreed", 3)
 
 
 def test_an_end_token_that_nobody_declared_is_found_and_cannot_be_spoken():

@@ -1,15 +1,19 @@
 """train.py as a person meets it: what a run leaves behind, what it says to bad input, how it stops."""
 import collections
+import contextlib
 import dataclasses
 import json
+import math
 import re
 import signal
 import time
+import types
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import data_gen
 import helpers
 import model as lm
 import runs
@@ -120,6 +124,8 @@ BAD = {
     "word for a number": (dict(group_size="many"), r"--group-size.*many"),
     "no dialogue to train": (dict(max_turns=0), r"--max-turns 0.*--train-tokens final"),
     "greedy finals trained": (dict(train_tokens="final", final_temperature=0), r"--final-temperature 0"),
+    "a KL under a nucleus": (dict(beta=0.1, top_p=0.9), r"--beta.*--top-p 1"),
+    "no room for a turn": (dict(turn_tokens=1200, final_tokens=500), r"--turn-tokens, --final-tokens.*4096"),
     "unreachable judge": (dict(judge_url="http://127.0.0.1:9/v1", judge_attempts=1), r"127.0.0.1:9"),
     "judge that is no address": (dict(judge_url="localhost:8000"), r"--judge-url"),
     "judge without the model": (dict(judge_model="gpt-17"), r"--judge-model gpt-17.*scripted"),
@@ -176,8 +182,52 @@ def test_a_folder_that_holds_something_is_left_alone(finished, tiny, judge, tmp_
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_folder_has_one_writer(tmp_path):
+    with contextlib.ExitStack() as one:
+        train.claim(tmp_path / "a" / "run", one)
+        with pytest.raises(lm.UserError, match="another run is writing there"), contextlib.ExitStack() as two:
+            train.claim(tmp_path / "a" / "run", two)
+    with contextlib.ExitStack() as later:
+        train.claim(tmp_path / "a" / "run", later)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(lm.UserError, match="--out .*file/run: cannot be made"), contextlib.ExitStack() as stack:
+        train.claim(tmp_path / "file" / "run", stack)
+
+
+def test_held_out_scenarios_are_of_all_kinds_and_never_trained_on():
+    scenarios, held = train.divide(train.Settings(eval_every=1, eval_scenarios=8))
+    topics = {row["id"]: row["topic"] for row in data_gen.load_jsonl(data_gen.DATA / "dilemmas.jsonl")}
+    assert len(held) == 8 == len({topics[s.id] for s in held}) and len({s.tier for s in held}) == 3
+    assert len(scenarios) == 312 and not {s.id for s in scenarios} & {s.id for s in held}
+    assert train.divide(train.Settings())[1] == []
+
+
+def test_lines_are_json_whatever_a_step_came_to(tmp_path):
+    train.append(tmp_path / "x", [{"a": math.nan, "b": math.inf, "c": [1.0], "d": None, "e": "nan", "f": 2}])
+    assert (tmp_path / "x").read_text() == '{"a": null, "b": null, "c": [1.0], "d": null, "e": "nan", "f": 2}\n'
+
+
+def test_a_signal_between_two_steps_plays_nothing_more():
+    stop = types.SimpleNamespace(since=1.0, verdict=(130, "interrupted"))
+    assert train.until_stopped(lambda: pytest.fail("played"), stop) == ((130, "interrupted"), None)
+
+
+def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(tiny, judge, tmp_path):
+    out = tmp_path / "run"
+    assert runs.Run(runs.flags(tiny, judge.url, out, steps=2, eval_every=2, eval_scenarios=2)).wait()[0] == 0
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    whole = [json.loads(line) for line in lines]
+    assert [(r["step"], "heldout" in r) for r in whole] == [(0, True), (1, False), (2, False), (2, True)]
+    assert whole[3]["heldout"]["judge_calls"] == 4 and whole[1]["judge_calls"] == 6  # those of an evaluation stand in its own line
+    (out / "metrics.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    code, _, err = runs.Run(["--resume", str(out)]).wait()
+    again = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert code == 0 and again == whole, err
+
+
 def test_resume_refuses_what_would_change_the_mathematics(finished, capfd):
     assert "--lr, --group-size would change" in complaint(["--resume", str(finished[0]), "--lr", "1", "--group-size", "4"], capfd)
+    assert "--judge-mode, --judge-sees would change" in complaint(["--resume", str(finished[0]), "--judge-mode", "expect", "--judge-sees", "dialogue"], capfd)
     assert "--out elsewhere" in complaint(["--resume", str(finished[0]), "--out", "elsewhere"], capfd)
     assert train.read_settings(["--resume", str(finished[0]), "--lr", "1", "--force"]).lr == 1.0
     same = train.read_settings(["--resume", str(finished[0]), "--steps", "9", "--lr", "1e-3", "--judge-url", "http://127.0.0.1:1/v1"])
