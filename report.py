@@ -153,7 +153,7 @@ def rewards(run, label, colour, held_colour):
 def curves(run, baseline=None):
     """All pictures of a run, the rewards of a baseline beside its own."""
     return "".join([
-        chart("Reward (bands: 95%, training over dialogues, held out over scenarios)",
+        chart("Reward, with 95% bands",
               rewards(run, "", BLUE, ORANGE) + (rewards(baseline, f", {baseline.name}", GREY, INK) if baseline else [])),
         chart("Seconds of a step", [line("play", BLUE, run.steps, "seconds_play"), line("waiting for the judge", ORANGE, run.steps, "seconds_judge"),
                                     line("learn", GREEN, run.steps, "seconds_learn")], "stacked"),

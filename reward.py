@@ -245,9 +245,10 @@ class Client:
                 table[name] = table.get(name, 0) + n
 
     def submit(self, job, *args):
-        """Run `job(*args, ends)` on a worker; a Future. `ends` is the deadline of the present batch, or, where playing took so long
-        that it is near, the time for one attempt. Only workers may `ask`."""
-        return self._pool.submit(job, *args, max(self.ends, time.monotonic() + min(self.timeout, self.batch_seconds)))
+        """Run `job(*args, ends)` on a worker; a Future. `ends` is the deadline of the present batch, but a question that comes late,
+        because playing took long, has time for one attempt all the same. Only workers may `ask`."""
+        now, one = time.monotonic(), min(self.timeout, self.batch_seconds)
+        return self._pool.submit(job, *args, self.ends if self.ends > now + one / 2 else now + one)
 
     def ask(self, path, payload, parse, ends=math.inf):
         """`parse(reply)` of a POST of `payload` (None: a GET). Raises Missing when no answer parses in time, BudgetSpent."""
