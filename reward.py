@@ -681,7 +681,7 @@ class Line:
 
 class Engine:
     """The served model and its one worker. Prompts read lately stay in the cache: a beginning that is shared is read once."""
-    KEPT, SCRATCH, WAITING = 8, 16, 64  # rows for prompts, rows for what follows them, requests that may wait
+    KEPT, SCRATCH, WAITING = 8, 8, 64  # rows for prompts, rows for what follows them, requests that may wait
 
     def __init__(self, name, threads):
         self.name, self.threads, self.lock, self.queue = name, threads, threading.Lock(), queue.Queue(self.WAITING)
