@@ -34,7 +34,8 @@ def judge(**more):
 def flags(tiny, url, folder, **more):
     """The command line of a short run: 2 scenarios x 3 dialogues of 2 turns; `more` overrides (steps=5: --steps 5)."""
     made = {"model": tiny, "judge_url": url, "judge_mode": "json", "judge_cache": "off", "out": str(folder), "max_turns": 2, "turn_tokens": 6,
-            "final_tokens": 8, "scenarios_per_step": 2, "group_size": 3, "steps": 3, "agreement": "none", "dtype": "fp32", "lr": 1e-3, **more}
+            "final_tokens": 8, "scenarios_per_step": 2, "group_size": 3, "steps": 3, "agreement": "none", "dtype": "fp32", "lr": 1e-3,
+            "warmup_steps": 3, "final_temperature": 0.8, **more}
     return [x for k, v in made.items() if v is not None for x in ["--" + k.replace("_", "-"), str(v)][:1 if v is True else 2]]
 
 
