@@ -30,6 +30,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import reward
+from measure import CHECKS
 from model import UserError, command_line, option, run_cli
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -164,7 +165,10 @@ def line_fault(row, shape):
 def answer_fault(row):
     """Does a line of the general set hold what its answer is checked by?"""
     by = {"instruction": {"checks": list}, "choice": {"choices": list, "answer": int}, "exact": {"answers": list}}.get(row["kind"])
-    return f'no kind "{row["kind"]}"; use instruction, choice or exact' if by is None else shape_fault(row, by)
+    if by is None:
+        return f'no kind "{row["kind"]}"; use instruction, choice or exact'
+    odd = [c for c in row.get("checks", []) if type(c) is not dict or c.get("type") not in CHECKS] if not shape_fault(row, by) else []
+    return f"an unknown check, {json.dumps(odd[0])[:80]}; use {', '.join(CHECKS)}" if odd else shape_fault(row, by)
 
 
 # ---- JSON Lines, with errors that name the line ---------------------------------------------------------------------

@@ -35,7 +35,7 @@ import report
 import reward
 import selfplay
 from data_gen import DATA
-from measure import CHECKS, SAME, auc, diversity, figure, measure, outcome, passed, pearson, spearman, table, win_rate, words
+from measure import SAME, auc, diversity, figure, measure, outcome, passed, pearson, spearman, table, win_rate, words
 from model import UserError, option
 
 # ---- settings -----------------------------------------------------------------------------------------------------------
@@ -97,7 +97,11 @@ def identity(settings):
 
 
 class Items:
-    """What is finished: lines {"key": [...], "value": ...} in a file that is only ever appended to. Half lines are not there."""
+    """What is finished: lines {"key": [...], "value": ...} in a file that is only ever appended to. Half lines are not there.
+
+    Keys end with `judge`, what the judge turned out to be, so that another one's answers are never taken for its own.
+    """
+    judge = ""
 
     def __init__(self, path, batch):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +112,7 @@ class Items:
 
     def finish(self, title, todo, work):
         """The values of `todo` {key: argument}, in its order. What is not finished comes from work([argument, ...]) -> [value, ...]."""
+        todo = {(*key, self.judge): argument for key, argument in todo.items()}
         left = [key for key in todo if key not in self.done]
         for at in tqdm(range(0, len(left), self.batch), desc=title, leave=False, disable=not left):
             keys = left[at:at + self.batch]
@@ -243,10 +248,7 @@ def compared(records, sides, items, judge, questions):
 
 def rows_of(settings, file, shape):
     """{id: line} of a shipped set, or of --data."""
-    def fault_of(row):
-        fault = data_gen.shape_fault(row, {"id": str, **shape}) or ("prompt" in shape and data_gen.answer_fault(row) or "")
-        odd = [] if fault or row.get("kind") != "instruction" else [c for c in row["checks"] if type(c) is not dict or c.get("type") not in CHECKS]
-        return f"an unknown check, {json.dumps(odd[0])[:80]}; use {', '.join(CHECKS)}" if odd else fault
+    fault_of = lambda row: data_gen.shape_fault(row, {"id": str, **shape}) or (data_gen.answer_fault(row) if "prompt" in shape else "")
     rows = data_gen.load_jsonl(settings.data or DATA / file, fault_of)
     return {row["id"]: row for row in data_gen.spread(rows, settings.limit)}
 
@@ -373,8 +375,7 @@ def audit(sides, items, judge):
     with reward.open_judge(dataclasses.replace(settings, judge_url=judge.client.url, judge_model=judge.model, judge_cache="off")) as same:
         score("judge again", same, (rows + finals)[::-1])  # in another order, and not out of the cache
     if settings.judge2_url:
-        with reward.open_judge(dataclasses.replace(settings, judge_url=settings.judge2_url, judge_model=settings.judge2_model, judge_mode="auto"),
-                               key="JUDGE2_API_KEY") as second:
+        with reward.open_judge(dataclasses.replace(settings, judge_url=settings.judge2_url, judge_model=settings.judge2_model), key="JUDGE2_API_KEY") as second:
             score("second judge", second, rows + finals)
     out = [figure(name, f"judge, {other}", [(row["dilemma"], given["judge"][row["id"]], given[other][row["id"]]) for row in rows + finals], statistic)
            for other in list(given)[1:] for name, statistic in SAME.items()]
@@ -449,11 +450,11 @@ def main(argv=None):
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name a file in a folder of yours")
     try:
         with contextlib.nullcontext() if argv[0] == "general" else reward.open_judge(sides["A"]) as judge:
-            if judge:  # what it turned out to be, so that another one's answers are never taken for its own
-                sides = {side: dataclasses.replace(s, judge_model=judge.model, judge_mode=judge.mode) for side, s in sides.items()}
+            if judge:
+                items.judge = f"{judge.model}, read by {judge.mode}"
             rows = COMMANDS[argv[0]](sides, items, judge)
             if judge:
-                found.update(judge=f"{judge.model}, read by {judge.mode}", judge_counts=judge.take_stats())  # of this start alone
+                found.update(judge=items.judge, judge_counts=judge.take_stats())  # of this start alone
     except reward.BudgetSpent as spent:
         raise UserError(f"{spent}; start again with more: what is finished is kept")
     report.write(out, json.dumps({**found, "rows": rows}, indent=1))

@@ -327,9 +327,10 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
         if dialogue.agreed:
             break
         check = judge.agreed(*case, turns[:]) if settings.agreement == "judge" and len(turns) > 1 else None
+    last = None  # what the judge says of the last turn
     if check is not None and not dialogue.agreed:
-        check = check.result() if check.done() else (yield check)
-        dialogue.agreed = bool(check.value)
+        last = check.result() if check.done() else (yield check)
+        dialogue.agreed = bool(last.value)
     dialogue.stop = "agreed" if dialogue.agreed else dialogue.stop
     for me in (0, 1):
         separate = settings.context_turns > 0 or not views[me].chat.stable
@@ -340,8 +341,8 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
         elif own:
             dialogue.streams[me] = [views[me].until(turns[:own[-1]], turns[own[-1]])]
     if not dialogue.agreed and turns and settings.on_impasse == "zero":
-        if check is not None and check.value is None:  # nobody knows whether they agreed: a missing reward, not a zero
-            dialogue.judge["failures"] = [f"agreement: {check.reason}"]
+        if last is not None and last.value is None:  # nobody knows whether they agreed: a missing reward, not a zero
+            dialogue.judge["failures"] = [f"agreement: {last.reason}"]
         else:
             dialogue.reward = 0.0  # the paper: no completion, reward 0, kept in the group
         return
@@ -350,10 +351,10 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
         dialogue.stop = "context"
         dialogue.judge["failures"] = ["context full"]
         return
-    last = yield Say(0, before, len(views[0].head), settings.final_tokens, settings.final_temperature, settings.final_top_p,
+    final = yield Say(0, before, len(views[0].head), settings.final_tokens, settings.final_temperature, settings.final_top_p,
                      np.random.default_rng([*identity, 1 << 20]), final=True)
-    dialogue.final, dialogue.final_truncated = last.text, last.truncated
-    dialogue.final_sample = views[0].until(turns, last, train=[], closing=final_request)
+    dialogue.final, dialogue.final_truncated = final.text, final.truncated
+    dialogue.final_sample = views[0].until(turns, final, train=[], closing=final_request)
     if judge:
         dialogue.verdict = judge.score(*case, turns, dialogue.final)
 

@@ -406,6 +406,14 @@ def open_run(settings):
     return out, complete[-1] if complete else None
 
 
+def begin(out, settings, stack):
+    """Make the run folder this run's own, now that nothing can be wrong any more, and write its settings there."""
+    if not settings.resume:
+        claim(out, stack)
+        open_run(settings)  # nobody else has begun there meanwhile
+    write_atomically(out / "config.json", json.dumps(dataclasses.asdict(dataclasses.replace(settings, resume="", force=False)), indent=1))
+
+
 def write_atomically(path, text):
     """Write a file beside `path`, fsync it and rename it into place."""
     scratch = path.with_name(f".{path.name}.tmp")
@@ -423,9 +431,10 @@ def sync(path):
 
 def append(path, records):
     """Append records to a JSON Lines file, whole lines at once. Raises UserError when the disk is full."""
+    known = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v  # JSON has neither NaN nor infinity
     try:
         with open(path, "a") as file:
-            file.write("".join(json.dumps({k: None if v in (math.inf, -math.inf) or v != v else v for k, v in r.items()}) + "\n" for r in records))
+            file.write("".join(json.dumps({k: known(v) for k, v in r.items()}) + "\n" for r in records))
     except OSError as error:
         raise UserError(f"--out: cannot write {path} ({error.strerror}); make room, then go on with --resume {path.parent}")
 
@@ -623,12 +632,17 @@ def main(argv=None):
     return code
 
 
-def run(settings, world, stack):
-    """The whole run, from the settings to the last checkpoint."""
+def check_ranks(settings, world):
+    """Raise UserError where this number of ranks, or of machines, cannot do what the settings say."""
     if settings.scenarios_per_step % world.size:
         raise UserError(f"--scenarios-per-step {settings.scenarios_per_step}: {world.size} ranks need a multiple of {world.size}")
     if not settings.judge_url and world.size > int(os.environ.get("LOCAL_WORLD_SIZE", world.size)):
         raise UserError("--judge-url: the embedded judge serves one machine only; name a server that all nodes reach")
+
+
+def run(settings, world, stack):
+    """The whole run, from the settings to the last checkpoint."""
+    check_ranks(settings, world)
     scenarios, held = divide(settings)
     if settings.resume and world.rank == 0:
         claim(Path(settings.resume), stack)
@@ -644,10 +658,7 @@ def run(settings, world, stack):
     judge = stack.enter_context(reward.open_judge(asking, world.rank, lambda url: world.gather(url)[0]))
     judge.take_stats()  # without the first question, so that a resumed run counts what an unbroken one counts
     if world.rank == 0:
-        if not settings.resume:
-            claim(out, stack)
-            open_run(settings)  # nobody else has begun there meanwhile
-        write_atomically(out / "config.json", json.dumps(dataclasses.asdict(dataclasses.replace(settings, resume="", force=False)), indent=1))
+        begin(out, settings, stack)
     stop, began, bad_judge, bad_steps, code, reason = Stop(world), time.time(), 0, 0, 0, "done"
     done = saved = start if checkpoint else -1
     first = next((row for row in whole_lines(out / "metrics.jsonl") if "heldout" not in row), {})
