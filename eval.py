@@ -114,13 +114,14 @@ class Items:
         """The values of `todo` {key: argument}, in its order. What is not finished comes from work([argument, ...]) -> [value, ...]."""
         todo = {(*key, self.judge): argument for key, argument in todo.items()}
         left = [key for key in todo if key not in self.done]
-        for at in tqdm(range(0, len(left), self.batch), desc=title, leave=False, disable=not left):
-            keys = left[at:at + self.batch]
-            fresh = dict(zip(keys, work([todo[key] for key in keys]), strict=True))
-            self.file.write("".join(json.dumps({"key": key, "value": value}) + "\n" for key, value in fresh.items()).encode())
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.done.update(fresh)
+        with tqdm(range(0, len(left), self.batch), desc=title, leave=False, disable=not left) as bar:  # closed, and so wiped, on an error too
+            for at in bar:
+                keys = left[at:at + self.batch]
+                fresh = dict(zip(keys, work([todo[key] for key in keys]), strict=True))
+                self.file.write("".join(json.dumps({"key": key, "value": value}) + "\n" for key, value in fresh.items()).encode())
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.done.update(fresh)
         return [self.done[key] for key in todo]
 
 

@@ -298,16 +298,39 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
     limits: per agent, the tokens that its context holds. partner: a function (dialogue) -> text that speaks for agent 1
     in place of the model (a script or a person). Fills in turns, streams, agreed, stop, final and the pending verdict.
     """
-    case = (dialogue.scenario.dilemma, dialogue.scenario.personas)
-    identity = [seed, dialogue.step, zlib.crc32(dialogue.scenario.id.encode()), dialogue.member]
-    turns, check = dialogue.turns, None
-    final_request = fill(FINAL if settings.max_turns else ALONE, {"other": views[0].other["name"], "creed": views[0].other["creed"]})
-    window = lambda: turns[-settings.context_turns:] if settings.context_turns else turns[:]
-    dialogue.stop = "max_turns"
+    case, turns = (dialogue.scenario.dilemma, dialogue.scenario.personas), dialogue.turns
+    draws = lambda n: np.random.default_rng([seed, dialogue.step, zlib.crc32(dialogue.scenario.id.encode()), dialogue.member, n])
+    request = fill(FINAL if settings.max_turns else ALONE, {"other": views[0].other["name"], "creed": views[0].other["creed"]})
+    last = yield from talk(dialogue, views, settings, judge and (lambda: judge.agreed(*case, turns[:])), draws, limits, partner, request)
+    dialogue.streams = [streams_of(view, turns, settings.context_turns) for view in views]
+    if not dialogue.agreed and turns and settings.on_impasse == "zero":
+        if last is not None and last.value is None:  # nobody knows whether they agreed: a missing reward, not a zero
+            dialogue.judge["failures"] = [f"agreement: {last.reason}"]
+        else:
+            dialogue.reward = 0.0  # the paper: no completion, reward 0, kept in the group
+        return
+    before = views[0].before(turns, request).ids
+    if len(before) + settings.final_tokens > limits[0]:
+        dialogue.stop = "context"
+        dialogue.judge["failures"] = ["context full"]
+        return
+    final = yield Say(0, before, len(views[0].head), settings.final_tokens, settings.final_temperature, settings.final_top_p, draws(1 << 20), final=True)
+    dialogue.final, dialogue.final_truncated = final.text, final.truncated
+    dialogue.final_sample = views[0].until(turns, final, train=[], closing=request)
+    if judge:
+        dialogue.verdict = judge.score(*case, turns, dialogue.final)
+
+
+def talk(dialogue, views, settings, ask, draws, limits, partner, request):
+    """The turns, until the agents agree, have had their turns, or a context is full. Returns the judge's Verdict on the last turn, or None.
+
+    ask: a function () -> Future of the Verdict whether the turns so far end in agreement. draws: turn number -> random generator.
+    """
+    turns, check, dialogue.stop = dialogue.turns, None, "max_turns"
     for t in range(settings.max_turns):
-        me, seen = t % 2, window()
+        me, seen = t % 2, turns[-settings.context_turns or None:]
         before = views[me].before(seen, cut=len(seen) < len(turns)).ids
-        if len(before) + room(settings) > limits[me] or len(views[0].before(turns, final_request).ids) + room(settings) + settings.final_tokens > limits[0]:
+        if len(before) + room(settings) > limits[me] or len(views[0].before(turns, request).ids) + room(settings) + settings.final_tokens > limits[0]:
             dialogue.stop = "context"
             break
         if me == 1 and partner:
@@ -316,8 +339,7 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
                 turn = Turn(1, partner(dialogue), False)
                 turn.ids = views[0].chat.plain(turn.text)
         else:  # the next turn is spoken while the judge still thinks about the last one; if that one settled it, the new one is void
-            turn = yield Say(me, before, len(views[me].head), settings.turn_tokens, settings.temperature, settings.top_p,
-                             np.random.default_rng([*identity, t]), unless=check)
+            turn = yield Say(me, before, len(views[me].head), settings.turn_tokens, settings.temperature, settings.top_p, draws(t), unless=check)
             dialogue.agreed = turn is None
         if dialogue.agreed:
             break
@@ -326,37 +348,22 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
             dialogue.agreed = all(re.search(r"\bAGREED?\b", x.text) for x in turns[-2:])
         if dialogue.agreed:
             break
-        check = judge.agreed(*case, turns[:]) if settings.agreement == "judge" and len(turns) > 1 else None
-    last = None  # what the judge says of the last turn
+        check = ask() if settings.agreement == "judge" and len(turns) > 1 else None
+    last = None
     if check is not None and not dialogue.agreed:
         last = check.result() if check.done() else (yield check)
         dialogue.agreed = bool(last.value)
     dialogue.stop = "agreed" if dialogue.agreed else dialogue.stop
-    for me in (0, 1):
-        separate = settings.context_turns > 0 or not views[me].chat.stable
-        own = [i for i, t in enumerate(turns) if t.speaker == me and t.logprobs]
-        seen = lambda i: turns[max(0, i - settings.context_turns) if settings.context_turns else 0:i]
-        if separate:
-            dialogue.streams[me] = [views[me].until(seen(i), turns[i], train=[], cut=len(seen(i)) < i) for i in own]
-        elif own:
-            dialogue.streams[me] = [views[me].until(turns[:own[-1]], turns[own[-1]])]
-    if not dialogue.agreed and turns and settings.on_impasse == "zero":
-        if last is not None and last.value is None:  # nobody knows whether they agreed: a missing reward, not a zero
-            dialogue.judge["failures"] = [f"agreement: {last.reason}"]
-        else:
-            dialogue.reward = 0.0  # the paper: no completion, reward 0, kept in the group
-        return
-    before = views[0].before(turns, final_request).ids
-    if len(before) + settings.final_tokens > limits[0]:
-        dialogue.stop = "context"
-        dialogue.judge["failures"] = ["context full"]
-        return
-    final = yield Say(0, before, len(views[0].head), settings.final_tokens, settings.final_temperature, settings.final_top_p,
-                     np.random.default_rng([*identity, 1 << 20]), final=True)
-    dialogue.final, dialogue.final_truncated = final.text, final.truncated
-    dialogue.final_sample = views[0].until(turns, final, train=[], closing=final_request)
-    if judge:
-        dialogue.verdict = judge.score(*case, turns, dialogue.final)
+    return last
+
+
+def streams_of(view, turns, context_turns):
+    """An agent's stream as Samples: one with all turns, or, where its view is a window or a template drops what was said, one for each of its turns."""
+    own = [i for i, turn in enumerate(turns) if turn.speaker == view.me and turn.logprobs]
+    if context_turns or not view.chat.stable:
+        first = lambda i: max(0, i - context_turns) if context_turns else 0
+        return [view.until(turns[first(i):i], turns[i], train=[], cut=first(i) > 0) for i in own]
+    return [view.until(turns[:own[-1]], turns[own[-1]])] if own else []
 
 
 # ---- many dialogues in one batch ------------------------------------------------------------------------------------

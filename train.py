@@ -346,7 +346,7 @@ def alarm(row, records, bad_judge, bad_steps, say):
     """Say what a person should worry about in this step. Returns (exit code, reason): (0, "done") where the run may go on."""
     if row["missing_rewards"] > len(records) / 2:
         say(f"    warning: {row['missing_rewards']} of {len(records)} rewards are missing: {row['judge_missing']}", flush=True)
-    if row["truncated_rate"] and row["truncated_rate"] > 0.5:
+    if row["truncated_rate"] and row["truncated_rate"] > 0.5 and row["step"] % 10 == 1:  # the line of each step tells the share
         say("    warning: more than half of the texts were cut off at their limit; raise --turn-tokens or --final-tokens", flush=True)
     if row["skipped"]:
         say("    warning: the loss or a gradient is not finite; the step was skipped", flush=True)

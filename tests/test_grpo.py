@@ -1,4 +1,5 @@
 """The algorithm: advantages, loss, packing and the update, against plain loops, hand-worked numbers and a committed run."""
+import contextlib
 import copy
 import itertools
 import json
@@ -14,8 +15,10 @@ import torch.distributed as dist
 
 import grpo
 import model as lm
+import reward
 import selfplay
 import train
+from servers import JudgeServer
 
 ONE = train.World(0, 1, torch.device("cpu"))
 NAN, INF = math.nan, math.inf
@@ -538,7 +541,7 @@ def parrots():
 
 
 def score(d, word):
-    """The transparent judge: the share of the final completion that is one certain word."""
+    """The share of the final completion that is one certain word."""
     ids = [i for i, m in zip(d.final_sample.ids, d.final_sample.mask) if m]
     return sum(i == word_ids()[word] for i in ids) / 3
 
@@ -546,9 +549,8 @@ def score(d, word):
 def train_parrots(model, how):
     """Thirty-two steps with gradients on the dialogue alone, for the word that is rarest at first, so that there is room to rise.
 
-    By plain gradient descent: to Adam an update of pure noise is as long as any other, and a few of them settle on some word.
-
-    Returns the scores of 60 fresh dialogues before and after.
+    The judge is an HTTP server that counts the word in the solution. By plain gradient descent: to Adam an update of pure noise is
+    as long as any other, and a few of them settle on some word. Returns the scores of 60 fresh dialogues before and after.
     """
     model, cfg = copy.deepcopy(model), settings(max_turns=2, turn_tokens=4, final_tokens=4, grad_clip=0.0)
     voice, rng = selfplay.voice(model, helpers.tokenizer()), random.Random(5)
@@ -558,24 +560,27 @@ def train_parrots(model, how):
     fresh = lambda: selfplay.play((voice,) * 2, helpers.dialogues(1, 60, step=1000), cfg)
     by_word = [[score(d, word) for d in fresh()] for word in range(len(WORDS))]
     word, before = min(((w, scores) for w, scores in enumerate(by_word) if any(scores)), key=lambda pair: sum(pair[1]))
-    for step in range(32):
-        group = selfplay.play((voice,) * 2, helpers.dialogues(1, 64, step), cfg)
-        for d in group:
-            d.reward = score(d, word)
-        train.settle(group, cfg)
-        if how == "shuffled":
-            for d, a in zip(group, rng.sample([d.advantage for d in group], len(group))):
-                d.advantage = a
-        if how == "inverted":
-            for s in (s for d in group for stream in d.streams for s in stream):
-                s.mask[:] = [0] + [1 - m for m in s.mask[1:]]
-        for tree, rows in grpo.pack(group, "dialogue", 4096):
+    with JudgeServer(lambda text: 5 * min(1, text.split().count(WORDS[word].strip()) / 3), offers=("json",)) as server, contextlib.ExitStack() as stack:
+        judge = reward.Judge(reward.JudgeSettings(judge_url=server.url, judge_mode="json", judge_cache="off"), server.url, "scripted")
+        stack.callback(judge.close)
+        for step in range(32):
+            judge.start_batch()
+            group = selfplay.play((voice,) * 2, helpers.dialogues(1, 64, step), cfg, judge)
+            train.settle(group, cfg)
+            assert all(d.reward is not None for d in group)
+            if how == "shuffled":
+                for d, a in zip(group, rng.sample([d.advantage for d in group], len(group))):
+                    d.advantage = a
             if how == "inverted":
-                with torch.no_grad():
-                    for row, values in zip(rows, learner.logprobs(model, tree, rows)):
-                        row.sampler_logp = values[:len(row.wanted)].tolist()
-            learner.backward(tree, rows)
-        learner.step()
+                for s in (s for d in group for stream in d.streams for s in stream):
+                    s.mask[:] = [0] + [1 - m for m in s.mask[1:]]
+            for tree, rows in grpo.pack(group, "dialogue", 4096):
+                if how == "inverted":
+                    with torch.no_grad():
+                        for row, values in zip(rows, learner.logprobs(model, tree, rows)):
+                            row.sampler_logp = values[:len(row.wanted)].tolist()
+                learner.backward(tree, rows)
+            learner.step()
     return before, [score(d, word) for d in fresh()]
 
 
