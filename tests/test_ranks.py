@@ -379,15 +379,22 @@ def random_model(folder, hidden, layers, more):
     return str(folder)
 
 
+PLANNED = dict(steps=2, scenarios_per_step=1, group_size=4, turn_tokens=24, final_tokens=32, max_turns=3)
+
+
+@pytest.fixture(scope="module")
+def nothing(tiny, judge, tmp_path_factory):
+    """GB that a run of next to no model takes: Python, torch and the like."""
+    out = complete(tiny, judge, tmp_path_factory.mktemp("nothing") / "run", **{**PLANNED, "micro_tokens": 1, "group_size": 2, "turn_tokens": 2})
+    return runs.rows(out)[-1]["peak_memory_gb"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
-def test_the_plan_tells_the_memory_that_a_run_takes(size, tiny, judge, tmp_path):
-    more = dict(steps=2, scenarios_per_step=1, group_size=4, turn_tokens=24, final_tokens=32, max_turns=3)
-    least = {**more, "micro_tokens": 1, "group_size": 2, "turn_tokens": 2}
-    nothing = runs.rows(complete(tiny, judge, tmp_path / "nothing", **least))[-1]["peak_memory_gb"]
+def test_the_plan_tells_the_memory_that_a_run_takes(size, nothing, judge, tmp_path):
     model = random_model(tmp_path / "model", *SIZES[size])
-    used = max(r["peak_memory_gb"] for r in runs.rows(complete(model, judge, tmp_path / "run", **more))) - nothing
-    code, said, err = runs.Run([*runs.flags(model, judge.url, tmp_path / "never", **more), "--plan"]).wait()
+    used = max(r["peak_memory_gb"] for r in runs.rows(complete(model, judge, tmp_path / "run", **PLANNED))) - nothing
+    code, said, err = runs.Run([*runs.flags(model, judge.url, tmp_path / "never", **PLANNED), "--plan"]).wait()
     assert code == 0 and "fits in 24 GB: yes" in said and "largest: " in said and not (tmp_path / "never").exists(), err
     planned = float(next(line for line in said.splitlines() if line.strip().startswith("peak")).split()[-1])
     assert used == pytest.approx(planned, rel=0.2), said
