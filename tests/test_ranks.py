@@ -379,7 +379,7 @@ def random_model(folder, hidden, layers, more):
     return str(folder)
 
 
-PLANNED = dict(steps=2, scenarios_per_step=1, group_size=4, turn_tokens=24, final_tokens=32, max_turns=3)
+PLANNED = dict(steps=2, scenarios_per_step=1, group_size=2, turn_tokens=24, final_tokens=32, max_turns=2)
 
 
 @pytest.fixture(scope="module")

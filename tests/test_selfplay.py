@@ -231,7 +231,7 @@ def test_each_token_is_computed_once_per_stream(monkeypatch, context_turns, chec
     cfg, plain = settings(context_turns=context_turns), play(talker(), helpers.dialogues(2, 4), settings(context_turns=context_turns))
     fed.clear()
     if checkpointing:
-        speaker.model.gradient_checkpointing_enable()
+        speaker.model.activation_checkpointing_enable()
     played = play(speaker, helpers.dialogues(2, 4), cfg)
     assert [content(d) for d in played] == [content(d) for d in plain]
     views = [[selfplay.View(speaker.chat, me, d.scenario, False) for me in (0, 1)] for d in played]
