@@ -167,8 +167,10 @@ def answer_fault(row):
     by = {"instruction": {"checks": list}, "choice": {"choices": list, "answer": int}, "exact": {"answers": list}}.get(row["kind"])
     if by is None:
         return f'no kind "{row["kind"]}"; use instruction, choice or exact'
-    odd = [c for c in row.get("checks", []) if type(c) is not dict or c.get("type") not in CHECKS] if not shape_fault(row, by) else []
-    return f"an unknown check, {json.dumps(odd[0])[:80]}; use {', '.join(CHECKS)}" if odd else shape_fault(row, by)
+    if fault := shape_fault(row, by):
+        return fault
+    odd = [c for c in row.get("checks", []) if type(c) is not dict or c.get("type") not in CHECKS]
+    return f"an unknown check, {json.dumps(odd[0])[:80]}; use {', '.join(CHECKS)}" if odd else ""
 
 
 # ---- JSON Lines, with errors that name the line ---------------------------------------------------------------------

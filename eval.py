@@ -370,13 +370,14 @@ def audit(sides, items, judge):
         def ask(chunk):
             judge.start_batch()
             return [v.value for v in verdicts([judge.score(row["dilemma"], row["personas"], [], row["solution"]) for row in chunk])]
-        given[name] = dict(zip([row["id"] for row in rows], items.finish(name, {(who, judge.model, name, row["id"]): row for row in rows}, ask)))
+        given[name] = dict(zip([row["id"] for row in rows], items.finish(name, {(who, judge.model, judge.mode, name, row["id"]): row for row in rows}, ask)))
 
     score("judge", judge, rows + finals)
     with reward.open_judge(dataclasses.replace(settings, judge_url=judge.client.url, judge_model=judge.model, judge_cache="off")) as same:
         score("judge again", same, (rows + finals)[::-1])  # in another order, and not out of the cache
     if settings.judge2_url:
-        with reward.open_judge(dataclasses.replace(settings, judge_url=settings.judge2_url, judge_model=settings.judge2_model), key="JUDGE2_API_KEY") as second:
+        with reward.open_judge(dataclasses.replace(settings, judge_url=settings.judge2_url, judge_model=settings.judge2_model, judge_mode="auto"),
+                               key="JUDGE2_API_KEY") as second:
             score("second judge", second, rows + finals)
     out = [figure(name, f"judge, {other}", [(row["dilemma"], given["judge"][row["id"]], given[other][row["id"]]) for row in rows + finals], statistic)
            for other in list(given)[1:] for name, statistic in SAME.items()]

@@ -25,6 +25,13 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+
+def glibc(function, *numbers):
+    """Call a function of the GNU C library; with another library nothing happens."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows
+        getattr(ctypes.CDLL(None), function)(*numbers)
+
+
 # Waiting threads spin by default. That is the fastest way when the cores are ours alone (36 ms a decoding step instead of 62), and
 # several times the slowest beside another busy process, which the embedded judge of a run without --judge-url is.
 if "--judge-url" not in " ".join(sys.argv):
@@ -33,8 +40,7 @@ if "--judge-url" not in " ".join(sys.argv):
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
 # glibc else moves this limit (M_MMAP_THRESHOLD) as blocks are freed, and the gaps in its heap differ from run to run: 1.39 to 1.57 GB where 1.20 are
 # in use, with the limit 1.36 to 1.38. What is larger goes back to the system as soon as it is freed.
-with contextlib.suppress(OSError, AttributeError):
-    ctypes.CDLL(None).mallopt(-3, 16 << 20)
+glibc("mallopt", -3, 16 << 20)
 
 import torch  # noqa: E402
 import torch.nn.functional as F
@@ -216,8 +222,7 @@ def cast(model, dtype):
 
 def release_memory():
     """Give what is free back to the system, where the C library can (glibc): tensors of ever other sizes leave gaps that add up to gigabytes."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    glibc("malloc_trim", 0)
 
 
 @contextlib.contextmanager

@@ -560,9 +560,8 @@ def train_parrots(model, how):
     fresh = lambda: selfplay.play((voice,) * 2, helpers.dialogues(1, 60, step=1000), cfg)
     by_word = [[score(d, word) for d in fresh()] for word in range(len(WORDS))]
     word, before = min(((w, scores) for w, scores in enumerate(by_word) if any(scores)), key=lambda pair: sum(pair[1]))
-    with JudgeServer(lambda text: 5 * min(1, text.split().count(WORDS[word].strip()) / 3), offers=("json",)) as server, contextlib.ExitStack() as stack:
-        judge = reward.Judge(reward.JudgeSettings(judge_url=server.url, judge_mode="json", judge_cache="off"), server.url, "scripted")
-        stack.callback(judge.close)
+    counted, asking = lambda text: 5 * min(1, text.split().count(WORDS[word].strip()) / 3), reward.JudgeSettings(judge_mode="json", judge_cache="off")
+    with JudgeServer(counted, offers=("json",)) as server, contextlib.closing(reward.Judge(asking, server.url, "scripted")) as judge:
         for step in range(32):
             judge.start_batch()
             group = selfplay.play((voice,) * 2, helpers.dialogues(1, 64, step), cfg, judge)
