@@ -29,9 +29,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import reward
+from client import Client, Missing, dig
 from measure import CHECKS
 from model import UserError, command_line, option, run_cli
+from reward import fill
+from server import start_embedded
 
 DATA = Path(__file__).resolve().parent / "data"
 DILEMMA, PAIR = {"id": str, "tier": str, "topic": str, "dilemma": str}, {"id": str, "axis": str, "personas": list}
@@ -487,7 +489,7 @@ class Generator:
         """The request for a wish: with three lines of its kind to avoid, and what was wrong with the last reply."""
         alike = [row for row in self.shown if all(row[key] == start[key] for key in start if key != "id")]
         avoid = "\n".join("- " + " / ".join(texts_of(row)) for row in alike[-3:])
-        asked = reward.fill(ASK_PAIR if "axis" in start else ASK_DILEMMA, {**start, "setting": setting, "avoid": avoid})
+        asked = fill(ASK_PAIR if "axis" in start else ASK_DILEMMA, {**start, "setting": setting, "avoid": avoid})
         return asked + (f"\nYour last reply was refused: {fault}." if fault else "")
 
     def ask(self, prompt):
@@ -495,11 +497,11 @@ class Generator:
         payload = {"model": self.settings.model, "messages": [{"role": "user", "content": prompt}], "temperature": self.settings.temperature,
                    "max_tokens": self.settings.tokens}
         try:
-            text = self.client.ask("/chat/completions", payload, lambda reply: reward.dig(reply, "choices", 0, "message", "content", kind=str),
+            text = self.client.ask("/chat/completions", payload, lambda reply: dig(reply, "choices", 0, "message", "content", kind=str),
                                    time.monotonic() + self.settings.deadline)
             self.dead = 0
             return text
-        except reward.Missing as miss:
+        except Missing as miss:
             with self.lock:
                 self.failed[miss.reason] += 1
                 self.dead += 1
@@ -527,9 +529,9 @@ def main():
         if not settings.url:
             print("no --url: asking the embedded server; its 135M model writes poor dilemmas, most replies will be refused", file=sys.stderr)
             settings = dataclasses.replace(settings, model=settings.model or "smollm2-135m")
-        url = settings.url or stack.enter_context(contextlib.closing(reward.start_embedded(settings.model))).url
+        url = settings.url or stack.enter_context(contextlib.closing(start_embedded(settings.model))).url
         try:
-            client = stack.enter_context(contextlib.closing(reward.Client(url, settings.concurrency, settings.timeout, settings.attempts)))
+            client = stack.enter_context(contextlib.closing(Client(url, settings.concurrency, settings.timeout, settings.attempts)))
         except UserError as error:
             raise UserError(str(error).replace("--judge-url", "--url"))
         return Generator(settings, shape, client, out).run()

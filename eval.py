@@ -34,6 +34,7 @@ import model as lm
 import report
 import reward
 import selfplay
+from client import BudgetSpent
 from data_gen import DATA
 from measure import SAME, auc, diversity, figure, measure, outcome, passed, pearson, spearman, table, win_rate, words
 from model import UserError, option
@@ -457,7 +458,7 @@ def main(argv=None):
             rows = COMMANDS[argv[0]](sides, items, judge)
             if judge:
                 found.update(judge=items.judge, judge_counts=judge.take_stats())  # of this start alone
-    except reward.BudgetSpent as spent:
+    except BudgetSpent as spent:
         raise UserError(f"{spent}; start again with more: what is finished is kept")
     report.write(out, json.dumps({**found, "rows": rows}, indent=1))
     for row in rows:

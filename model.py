@@ -18,7 +18,6 @@ import hashlib
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile

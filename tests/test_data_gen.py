@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 
 import data_gen
-import reward
 from data_gen import DATA, Memory, load_jsonl, load_scenarios
 from model import UserError
 
@@ -507,7 +506,7 @@ def test_without_url_the_embedded_server_is_started_and_ended(serve, monkeypatch
 
         def close(self):
             ended.append(self.model)
-    monkeypatch.setattr(reward, "start_embedded", Embedded)
+    monkeypatch.setattr(data_gen, "start_embedded", Embedded)
     monkeypatch.setattr(sys, "argv", ["data_gen.py", "dilemmas", "--n", "1", "--out", str(tmp_path / "o")])
     assert data_gen.main() == 0 and ended == ["smollm2-135m"] and llm.payloads[0]["model"] == "smollm2-135m"
     assert "no --url: asking the embedded server; its 135M model writes poor dilemmas, most replies will be refused" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import reward
 import selfplay
 from helpers import scenario, tiny, tokenizer, voice
 from model import UserError
-from servers import JudgeServer, texts_of
+from servers import JudgeServer
 
 SHORT = ["--max-turns", "3", "--turn-tokens", "6", "--final-tokens", "8", "--answer-tokens", "6", "--dtype", "fp32", "--batch", "4"]
 

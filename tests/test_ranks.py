@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import checkpoint
 import grpo
 import helpers
 import model as lm
@@ -146,10 +147,10 @@ def test_a_killed_and_resumed_run_is_bitwise_the_whole_one(ranks, more, tiny, ju
 
 SLOW_SAVES = """
 import time
-save, dump, rmtree = lm.save, train.torch.save, train.shutil.rmtree
+save, dump, rmtree = lm.save, train.torch.save, checkpoint.shutil.rmtree
 lm.save = lambda *a: (time.sleep(0.1), save(*a), time.sleep(0.1))
 train.torch.save = lambda *a: (dump(*a), time.sleep(0.1))
-train.shutil.rmtree = lambda *a, **k: (time.sleep(0.1), rmtree(*a, **k))
+checkpoint.shutil.rmtree = lambda *a, **k: (time.sleep(0.1), rmtree(*a, **k))
 """
 
 
@@ -255,7 +256,7 @@ def built(tiny, **more):
 @pytest.mark.parametrize("share", [0.5, 1.5])  # the disk is full in the weights, or in the trainer's state
 def test_a_save_that_fails_keeps_the_one_before(share, tiny, tmp_path, capfd):
     settings, model, tokenizer, optimizer, _, world = built(tiny)
-    save = lambda step: train.save_checkpoint(tmp_path, step, settings, model, tokenizer, optimizer, world)
+    save = lambda step: checkpoint.save_checkpoint(tmp_path, step, settings, model, tokenizer, optimizer, world)
     folder = save(1)
     size = (folder / "model.safetensors").stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -275,10 +276,26 @@ def test_a_save_that_fails_keeps_the_one_before(share, tiny, tmp_path, capfd):
 def test_free_space_is_looked_at_before_writing(tiny, tmp_path, capfd, monkeypatch):
     settings, model, tokenizer, optimizer, _, world = built(tiny)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     monkeypatch.setattr(lm, "save", lambda *a: pytest.fail("it has begun to write"))
-    assert train.save_checkpoint(tmp_path, 1, settings, model, tokenizer, optimizer, world) is None
+    assert checkpoint.save_checkpoint(tmp_path, 1, settings, model, tokenizer, optimizer, world) is None
     assert "are needed" in capfd.readouterr().err and not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("more", [{}, {"lora_rank": 4}])
+def test_a_run_begins_only_where_a_checkpoint_fits(more, tiny, tmp_path, monkeypatch):
+    settings, model, tokenizer, optimizer, _, world = built(tiny, **more)
+    folder = checkpoint.save_checkpoint(tmp_path / "one", 1, settings, model, tokenizer, optimizer, world)
+    size = sum((folder / name).stat().st_size for name in ("model.safetensors", "trainer.pt"))
+    usage, out = shutil.disk_usage(tmp_path), tmp_path / "a" / "run"
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=0.95 * size))
+    with contextlib.ExitStack() as stack, pytest.raises(lm.UserError, match="--out .*run: a checkpoint takes .* GB, .* make room"):
+        checkpoint.begin(out, settings, model, stack)
+    assert not out.parent.exists()
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1.1 * size))
+    with contextlib.ExitStack() as stack:
+        checkpoint.begin(out, settings, model, stack)
+    assert [p.name for p in out.iterdir()] == ["config.json"]
 
 
 @contextlib.contextmanager
@@ -295,7 +312,7 @@ def small_disk(folder, size):
 
 @pytest.mark.slow
 def test_a_run_on_a_full_disk_goes_on_and_its_checkpoint_stays(tiny, judge, tmp_path):
-    lie = "usage = train.shutil.disk_usage; train.shutil.disk_usage = lambda path: usage(path)._replace(free=1 << 40)"
+    lie = "usage = checkpoint.shutil.disk_usage; checkpoint.shutil.disk_usage = lambda path: usage(path)._replace(free=1 << 40)"
     with small_disk(tmp_path / "disk", 2_500_000) as disk:
         for name, patch in (("checked", ""), ("unchecked", lie)):
             out = disk / name
@@ -329,7 +346,7 @@ def test_a_merged_checkpoint_computes_what_the_adapters_do(kind, tmp_path):
         adapted = model(ids).logits
         with lm.adapters_off(model):
             base = model(ids).logits
-        merged = AutoModelForCausalLM.from_pretrained(train.save_checkpoint(tmp_path, 1, settings, model, tokenizer, optimizer, world))(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(checkpoint.save_checkpoint(tmp_path, 1, settings, model, tokenizer, optimizer, world))(ids).logits
         torch.testing.assert_close(base, AutoModelForCausalLM.from_pretrained(folder)(ids).logits, rtol=1e-5, atol=1e-5)
     assert (adapted - base).abs().max() > 0.1
     assert (merged - adapted).abs().max() < 1e-5 * adapted.abs().max()

@@ -1,30 +1,24 @@
 """The judge: faults of the server, attacks of the policy, three ways to read an answer, and the embedded server."""
-import concurrent.futures
-import gc
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-import requests
 import torch
 
 import helpers  # noqa: F401  puts the repository on the path
+import client
 import model as lm
 import reward
+import server as embedded
 from attacks import ATTACKS, CLEAN, NEUTRAL
 from servers import FAULTS, EchoServer, JudgeServer, texts_of
 from selfplay import Turn
 
 DILEMMA, PERSONAS = "One reservoir is left. Who gets the water?", helpers.PERSONAS
 TURNS = [Turn(0, "Half each?", False), Turn(1, "Yes, half each.", False)]
-ROOT = Path(reward.__file__).parent
 
 
 def settings(**more):
@@ -42,7 +36,7 @@ def open_judge(server, **more):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short pauses between attempts, and no thread of ours left behind."""
-    monkeypatch.setattr(reward, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.02)
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
     before = set(threading.enumerate())
     ours = lambda: [t for t in threading.enumerate() if t not in before and t.name.startswith("judge")]
@@ -91,7 +85,7 @@ def test_read_json_takes_exactly_one_object(text, value):
     '{"score": 5.01}', '{"score": 1, "score": 5}', '{"score": 3} {"score": 5}', 'Here: {"score": 3}', '[{"score": 3}]', '{"Score": 3}',
     '{"score": 3, "why": "good"}', '{"score": {"score": 3}}', '{"score": 3', "[" * 100000, '{"score": 1e999}', '{"agreed": true}'])
 def test_read_json_anything_else_is_missing(text):
-    with pytest.raises(reward.Missing):
+    with pytest.raises(client.Missing):
         reward.read_json("score", text)
 
 
@@ -99,7 +93,7 @@ def test_read_json_of_the_other_questions():
     assert reward.read_json("agreed", '{"agreed": true}') is True and reward.read_json("agreed", '{"agreed": false}') is False
     assert [reward.read_json("compare", json.dumps({"winner": w})) for w in ("A", "B", "tie")] == ["A", "B", "tie"]
     for kind, text in (("agreed", '{"agreed": 1}'), ("agreed", '{"agreed": "yes"}'), ("compare", '{"winner": "C"}'), ("compare", '{"winner": true}')):
-        with pytest.raises(reward.Missing):
+        with pytest.raises(client.Missing):
             reward.read_json(kind, text)
 
 
@@ -115,7 +109,7 @@ def test_expect_is_the_mean_of_the_digits_and_needs_mass():
     assert judge._expect("score", [""], {}, 0)[0] == pytest.approx((5 * 0.3 + 2 * 0.1) / 0.4, abs=1e-3)
     for reply in (top(The=-0.1, _5=-9.0), top(_5=3.0), top(_5=float("nan")), top(), {"choices": []}, {"choices": [{"logprobs": None}]}, [], "x",
                   {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": 5, "logprob": 0}]}]}}]}):
-        with pytest.raises(reward.Missing):
+        with pytest.raises(client.Missing):
             judge._expect("score", [""], {}, 0)
     judge.close()
 
@@ -127,9 +121,9 @@ def test_tail_finds_the_statement_whatever_follows_and_refuses_doubtful_numbers(
     for tokens, numbers in ((["This is", " good", "."], [None, -2.0, -3.0]), (["This", " is", " good", "."], [None, None, -2.0, -3.0]),
                             (["This", " is", " good", "."], [None, -1.0, float("nan"), -3.0]), (["This", " is", " good", "."], [None, -1.0]),
                             (["This", " is", " bad", "."], [None, -1.0, -2.0, -3.0]), ([], [])):
-        with pytest.raises(reward.Missing):
+        with pytest.raises(client.Missing):
             reward._tail(reply(tokens, numbers), 0, " is good.")
-    with pytest.raises(reward.Missing):
+    with pytest.raises(client.Missing):
         reward._tail(reply(["This"], [None]), 0, " ")
 
 
@@ -241,7 +235,7 @@ def test_the_budget_counts_every_attempt_and_then_raises():
         judge.preflight()  # two: the list of models, and one question
         server.faults = lambda number, path: "500" if number == 1 else None
         assert judge.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20).value == 3  # two more: one fails
-        with pytest.raises(reward.BudgetSpent):
+        with pytest.raises(client.BudgetSpent):
             judge.score(DILEMMA, PERSONAS, TURNS, "A dam.").result(20)
         assert len(server.requests) == 3
         judge.close()
@@ -373,7 +367,7 @@ def test_preflight_says_what_to_change():
         assert "--judge-mode expect" in preflight_error(server, judge_mode="expect")
     for url in ("127.0.0.1:8000", "ftp://x/v1", "http://me:secret@host/v1", ""):
         with pytest.raises(lm.UserError, match="--judge-url") as error:
-            reward.Client(url)
+            client.Client(url)
         assert "secret" not in str(error.value)
 
 
@@ -473,226 +467,10 @@ def test_tame_is_quick_on_hostile_texts():
     assert time.monotonic() - began < 10
 
 
-# ---- the embedded server ------------------------------------------------------------------------------------------------
-
-
-class Served:
-    """An Engine with a tiny random model behind real HTTP, in this process."""
-
-    def __init__(self, kind="llama", monkeypatch=None):
-        monkeypatch.setattr(reward, "load", lambda name, **more: (helpers.tiny(kind), helpers.tokenizer()))
-        self.kind, self.http = kind, reward.Server(("127.0.0.1", 0), reward.Handler)
-        self.engine = self.http.engine = reward.Engine("tiny", 1)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-        threading.Thread(target=self.http.serve_forever, args=[0.02], daemon=True).start()
-
-    def post(self, path, **body):
-        return requests.post(self.url + path, json=body, timeout=60)
-
-
-@pytest.fixture(params=["llama", "gemma3"])
-def served(request, monkeypatch):
-    """llama, and a model with sliding windows."""
-    server = Served(request.param, monkeypatch)
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
-
-
-def test_echoed_log_probs_are_the_model_s_own(served):
-    text, tails = "We share the water between the farm and the hospital. " * 3 + "I propose a plan", [" that is fair.", " that is unfair!", " x"]
-    reply = served.post("/completions", prompt=[text + t for t in tails], echo=True, max_tokens=0, logprobs=1).json()
-    plain = helpers.tiny(served.kind)
-    for choice, tail in zip(reply["choices"], tails):
-        ids = helpers.tokenizer()(text + tail)["input_ids"]
-        expected = helpers.plain_logprobs(plain, ids)
-        got = choice["logprobs"]["token_logprobs"]
-        assert got[0] is None and torch.allclose(torch.tensor(got[1:]), expected, atol=1e-4)
-        assert "".join(choice["logprobs"]["tokens"]) == text + tail == choice["text"] and len(choice["logprobs"]["text_offset"]) == len(ids)
-    for _ in range(2):  # with a beginning that is already in the cache, and only the numbers that are wanted
-        part = served.post("/completions", prompt=[text + t for t in tails], echo=True, max_tokens=1, logprobs=1, logprobs_from=len(text)).json()
-        for choice, whole in zip(part["choices"], reply["choices"]):
-            a, b = choice["logprobs"]["token_logprobs"], whole["logprobs"]["token_logprobs"]
-            n = next(i for i, offset in enumerate(choice["logprobs"]["text_offset"]) if offset >= len(text))
-            assert a[:n] == [None] * n and a[n:] == pytest.approx(b[n:], abs=1e-4)
-
-
-def test_packed_weights_stay_packed_and_say_the_same(monkeypatch):
-    plain = helpers.tiny("llama").bfloat16()
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        pytest.skip("this machine packs nothing")
-    monkeypatch.setattr(reward, "load", lambda name, **more: (helpers.tiny("llama").bfloat16(), helpers.tokenizer()))
-    engine = reward.Engine("tiny", 1)
-    gc.collect()
-    layers = [m for m in engine.model.modules() if isinstance(m, torch.nn.Linear) and m is not engine.model.get_output_embeddings()]
-    assert layers and all("forward" in vars(m) and m.weight.numel() == 0 for m in layers)
-    ids = list(range(5, 45))
-    scores, _ = engine.do(reward.Work([ids], [1]))
-    assert scores[0] == pytest.approx(helpers.plain_logprobs(plain.float(), ids).tolist(), abs=0.1)
-
-
-def test_chat_samples_what_the_model_says_and_reports_it(served):
-    ask = dict(messages=[{"role": "user", "content": "Who gets the water?"}], max_tokens=12, logprobs=True, top_logprobs=3)
-    greedy = served.post("/chat/completions", temperature=0, **ask).json()["choices"][0]
-    prompt = helpers.tokenizer().apply_chat_template(ask["messages"], add_generation_prompt=True, return_dict=True)["input_ids"]
-    plain, ids, end = helpers.tiny(served.kind).requires_grad_(False), list(prompt), helpers.tokenizer().eos_token_id
-    plain.set_attn_implementation("eager")
-    for said in greedy["logprobs"]["content"]:
-        logp = plain(torch.tensor([ids])).logits[0, -1].float().log_softmax(0)
-        token = int(logp.argmax())
-        assert said["logprob"] == pytest.approx(float(logp[token]), abs=1e-4) and said["token"] == helpers.tokenizer().decode([token])
-        assert [t["logprob"] for t in said["top_logprobs"]] == pytest.approx(logp.topk(3).values.tolist(), abs=1e-4)
-        ids.append(token)
-    assert greedy["finish_reason"] == ("stop" if ids[-1] == end else "length") and (ids[-1] == end or len(ids) == len(prompt) + 12)
-    several = served.post("/chat/completions", n=5, seed=7, temperature=1.5, **ask).json()
-    texts = [c["message"]["content"] for c in several["choices"]]
-    assert len(texts) == 5 and len(set(texts)) > 1 and several["usage"]["prompt_tokens"] == len(prompt)
-    assert several["usage"]["completion_tokens"] == sum(len(c["logprobs"]["content"]) for c in several["choices"])
-    again = served.post("/chat/completions", n=5, seed=7, temperature=1.5, **ask).json()
-    assert [c["message"]["content"] for c in again["choices"]] == texts
-    full = greedy["message"]["content"]
-    cut = served.post("/chat/completions", temperature=0, stop=full[3:5], **ask).json()["choices"][0]
-    assert cut["message"]["content"] == full[:full.find(full[3:5])] and cut["finish_reason"] == "stop"
-
-
-def test_concurrent_requests_get_the_answers_that_they_get_alone(served):
-    chats = [dict(messages=[{"role": "user", "content": f"Question {i}"}], max_tokens=4 + i, temperature=0) for i in range(6)]
-    prompts = [dict(prompt=[f"Text {i % 2} and {i}" + t for t in (" yes", " no")], echo=True, max_tokens=0) for i in range(6)]
-    jobs = [("/chat/completions", c) for c in chats] + [("/completions", p) for p in prompts]
-    alone = [served.post(path, **body).json()["choices"] for path, body in jobs]
-    with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        together = list(pool.map(lambda job: served.post(job[0], **job[1]).json()["choices"], jobs * 2))
-    for a, b in zip(alone * 2, together):
-        if "message" in a[0]:
-            assert a[0]["message"] == b[0]["message"]
-        else:
-            assert all(x["logprobs"]["token_logprobs"][1:] == pytest.approx(y["logprobs"]["token_logprobs"][1:], abs=1e-4) for x, y in zip(a, b))
-
-
-BAD = [("/completions", dict(prompt="a b")), ("/completions", dict(echo=True, max_tokens=0)),
-       ("/completions", dict(prompt=[], echo=True, max_tokens=0)), ("/completions", dict(prompt=[1], echo=True, max_tokens=0)),
-       ("/completions", dict(prompt="", echo=True, max_tokens=0)), ("/completions", dict(prompt="x", echo="yes")), ("/chat/completions", dict()),
-       ("/chat/completions", dict(messages=[])), ("/chat/completions", dict(messages=["x"])),
-       ("/chat/completions", dict(messages=[{"role": "user"}])), ("/chat/completions", dict(messages=[{"role": "user", "content": 3}]))]
-BAD += [("/chat/completions", dict(messages=[{"role": "user", "content": "x"}], **wrong)) for wrong in (
-    dict(max_tokens=0), dict(max_tokens=-1), dict(max_tokens="5"), dict(max_tokens=True), dict(max_tokens=99999), dict(temperature=-1),
-    dict(temperature="hot"), dict(n=0), dict(n=99), dict(seed="x"), dict(top_logprobs=21), dict(logprobs=1), dict(stop=[3]),
-    dict(stop=""), dict(stream=True), dict(top_p=0.5))]
-BAD += [("/chat/completions", dict(messages=[{"role": "user", "content": "water " * 2000}]))]
-
-
-def test_bad_requests_get_a_400_in_the_openai_shape_and_the_server_lives(monkeypatch):
-    served = Served("llama", monkeypatch)
-    for path, body in BAD:
-        reply = served.post(path, **body)
-        assert reply.status_code == 400 and set(reply.json()["error"]) == {"message", "type", "param", "code"}, (path, str(body)[:80])
-    for data in (b"{", b"\xff", b"[1]", b'"x"', b"[" * 50000):
-        assert requests.post(served.url + "/completions", data=data, timeout=20).status_code == 400
-    assert served.post("/chat/completions", model="gpt-9", messages=[{"role": "user", "content": "x"}]).status_code == 404
-    assert requests.get(served.url + "/nothing", timeout=20).status_code == 404 == served.post("/nothing").status_code
-    assert requests.post(served.url + "/completions", data=b"x" * (reward.LONGEST_REQUEST + 1), timeout=20).status_code == 413
-    entry = requests.get(served.url + "/models", timeout=20).json()["data"][0]
-    assert entry["id"] == "tiny" and entry["frame"] == ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"]
-    assert served.post("/chat/completions", messages=[{"role": "user", "content": "x"}], max_tokens=1).status_code == 200
-    served.http.shutdown()
-    served.http.server_close()
-
-
-def test_a_beginning_that_many_prompts_share_is_read_once(served, monkeypatch):
-    """The rubric before each case, say; also when there are more prompts than rows are kept for."""
-    fed, read = [], lm.RaggedCache.read
-    monkeypatch.setattr(lm.RaggedCache, "read", lambda cache, model, rows, tokens: fed.extend(map(len, tokens)) or read(cache, model, rows, tokens))
-    rubric, cases = "We share the water between the farm and the hospital. " * 6, [f" Case {n}: {n * 'x'} the plan" for n in range(3 * reward.Engine.KEPT)]
-    for case in cases:
-        served.post("/completions", prompt=[rubric + case + " is fair.", rubric + case + " is not."], echo=True, max_tokens=1, logprobs=1,
-                    logprobs_from=len(rubric + case)).raise_for_status()
-    count = lambda text: len(helpers.tokenizer()(text)["input_ids"])
-    assert count(rubric) < sum(fed) < count(rubric) + sum(count(case + " is fair.") + count(" is not.") + 4 for case in cases)
-
-
-def test_a_full_queue_answers_429_with_retry_after(monkeypatch):
-    monkeypatch.setattr(reward.Engine, "WAITING", 2)
-    served = Served("llama", monkeypatch)
-    gate = threading.Event()
-    monkeypatch.setattr(served.engine, "_score", lambda work: gate.wait(20) and [[-1.0]] * len(work.prompts))
-    ask = lambda _: served.post("/completions", prompt="We share the water", echo=True, max_tokens=0)
-    with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        first = pool.submit(ask, 0)
-        while not served.engine.queue.empty() or not first.running():
-            time.sleep(0.01)
-        time.sleep(0.2)
-        futures = [pool.submit(ask, i) for i in range(5)]
-        refused = [f for f in futures if f in concurrent.futures.wait(futures, timeout=2).done]
-        assert len(refused) == 3 and all(f.result().status_code == 429 and f.result().headers["Retry-After"] == "1" for f in refused)
-        gate.set()
-        assert [f.result().status_code for f in [first, *futures]].count(200) == 3
-    served.http.shutdown()
-    served.http.server_close()
-
-
-def test_a_failure_in_the_model_is_a_500_and_the_next_request_is_served(monkeypatch):
-    served = Served("llama", monkeypatch)
-    read = served.engine.cache.read
-
-    def broken(*args):
-        served.engine.cache.read = read
-        raise RuntimeError("out of memory")
-    served.engine.cache.read = broken
-    text = "We share the water between the farm"
-    ask = dict(prompt=[text + " now", text + " and"], echo=True, max_tokens=0, logprobs_from=len(text))
-    first, second = served.post("/completions", **ask), served.post("/completions", **ask)
-    assert first.status_code == 500 and "out of memory" in first.json()["error"]["message"] and second.status_code == 200
-    fresh = helpers.plain_logprobs(helpers.tiny("llama"), helpers.tokenizer()(text + " now")["input_ids"])
-    got = [n for n in second.json()["choices"][0]["logprobs"]["token_logprobs"] if n is not None]
-    assert got == pytest.approx(fresh.tolist()[-len(got):], abs=1e-4)
-    served.http.shutdown()
-    served.http.server_close()
-
-
-def alive(pid):
-    try:
-        return "zombie" not in Path(f"/proc/{pid}/status").read_text() and bool(os.kill(pid, 0) is None)
-    except (OSError, ProcessLookupError):
-        return False
-
-
-@pytest.fixture(scope="module")
-def small_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    made = helpers.tiny("llama")
-    lm.save(made.config, made.generation_config, helpers.tokenizer(), lm.plain_state(made), folder)
-    return str(folder)
-
-
-def test_the_embedded_judge_starts_answers_and_ends(small_folder):
-    served = reward.start_embedded(small_folder)
-    assert requests.get(served.url + "/models", timeout=20).json()["data"][0]["id"] == small_folder
-    served.close()
-    assert served.process.returncode == 0
-    with pytest.raises(lm.UserError, match="did not start"):
-        reward.start_embedded("/no/such/folder")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_the_embedded_judge_dies_with_its_parent(small_folder, how):
-    code = f"import reward, time; s = reward.start_embedded({small_folder!r}); print(s.process.pid, flush=True); time.sleep(60)"
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    child = int(parent.stdout.readline())
-    assert alive(child)
-    parent.send_signal(how)
-    parent.wait(20)
-    ends = time.monotonic() + 10
-    while alive(child) and time.monotonic() < ends:
-        time.sleep(0.05)
-    assert not alive(child)
-    parent.stdout.close()
-
-
 @pytest.mark.slow
 def test_no_attack_gains_with_the_embedded_judge():
     """No attack gains more than bf16 rounds in another state of the server's cache. Ten harmless sentences after the clean text move it further."""
-    served = reward.start_embedded()
+    served = embedded.start_embedded()
     judge = reward.Judge(reward.JudgeSettings(), served.url)
     judge.preflight()
     ask = lambda texts: [f.result().value for f in [judge.score(DILEMMA, PERSONAS, TURNS, text) for text in texts]]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import checkpoint
 import data_gen
 import helpers
 import model as lm
@@ -184,14 +185,14 @@ def test_a_folder_that_holds_something_is_left_alone(finished, tiny, judge, tmp_
 
 def test_a_folder_has_one_writer(tmp_path):
     with contextlib.ExitStack() as one:
-        train.claim(tmp_path / "a" / "run", one)
+        checkpoint.claim(tmp_path / "a" / "run", one)
         with pytest.raises(lm.UserError, match="another run is writing there"), contextlib.ExitStack() as two:
-            train.claim(tmp_path / "a" / "run", two)
+            checkpoint.claim(tmp_path / "a" / "run", two)
     with contextlib.ExitStack() as later:
-        train.claim(tmp_path / "a" / "run", later)
+        checkpoint.claim(tmp_path / "a" / "run", later)
     (tmp_path / "file").write_text("")
     with pytest.raises(lm.UserError, match="--out .*file/run: cannot be made"), contextlib.ExitStack() as stack:
-        train.claim(tmp_path / "file" / "run", stack)
+        checkpoint.claim(tmp_path / "file" / "run", stack)
 
 
 def test_held_out_scenarios_are_of_all_kinds_and_never_trained_on():
@@ -203,7 +204,7 @@ def test_held_out_scenarios_are_of_all_kinds_and_never_trained_on():
 
 
 def test_lines_are_json_whatever_a_step_came_to(tmp_path):
-    train.append(tmp_path / "x", [{"a": math.nan, "b": math.inf, "c": [1.0], "d": None, "e": "nan", "f": 2}])
+    checkpoint.append(tmp_path / "x", [{"a": math.nan, "b": math.inf, "c": [1.0], "d": None, "e": "nan", "f": 2}])
     assert (tmp_path / "x").read_text() == '{"a": null, "b": null, "c": [1.0], "d": null, "e": "nan", "f": 2}\n'
 
 
