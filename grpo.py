@@ -364,5 +364,6 @@ def memory_plan(config, settings, ranks, dtype, head, cuda=True):
     always = sum(plan.values())
     plan |= {"gradients": 4 * T // shard, "activations": activations, "logits": 4 * 4 * V * min(256, rows * each),
              "KV cache": 2 * L * width * c * 2 * groups * G * capacity, "play logits": 5 * 4 * V * groups * G}
-    learn, play = plan["gradients"] + plan["activations"] + plan["logits"], plan["KV cache"] + plan["play logits"]
+    copies = 0 if cuda else c * N  # `packed`
+    learn, play = plan["gradients"] + plan["activations"] + plan["logits"], plan["KV cache"] + plan["play logits"] + copies
     return plan | {"peak": always + max(learn, play, plan["gradients"] + 4 * T // shard * cuda)}  # AdamW on a GPU needs one more copy

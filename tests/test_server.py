@@ -61,18 +61,19 @@ def test_echoed_log_probs_are_the_model_s_own(served):
             assert a[:n] == [None] * n and a[n:] == pytest.approx(b[n:], abs=1e-4)
 
 
-def test_packed_weights_stay_packed_and_say_the_same(monkeypatch):
-    plain = helpers.tiny("llama").bfloat16()
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_packed_weights_stay_packed_and_say_the_same(dtype, close, monkeypatch):
+    if not (torch.backends.mkldnn.is_available() and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())):
         pytest.skip("this machine packs nothing")
-    monkeypatch.setattr(server, "load", lambda name, **more: (helpers.tiny("llama").bfloat16(), helpers.tokenizer()))
+    plain = helpers.tiny("llama").to(dtype)
+    monkeypatch.setattr(server, "load", lambda name, **more: (helpers.tiny("llama").to(dtype), helpers.tokenizer()))
     engine = server.Engine("tiny", 1)
     gc.collect()
-    layers = [m for m in engine.model.modules() if isinstance(m, torch.nn.Linear) and m is not engine.model.get_output_embeddings()]
+    layers = [m for m in engine.model.modules() if isinstance(m, torch.nn.Linear)]
     assert layers and all("forward" in vars(m) and m.weight.numel() == 0 for m in layers)
     ids = list(range(5, 45))
     scores, _ = engine.do(server.Work([ids], [1]))
-    assert scores[0] == pytest.approx(helpers.plain_logprobs(plain.float(), ids).tolist(), abs=0.1)
+    assert scores[0] == pytest.approx(helpers.plain_logprobs(plain.float(), ids).tolist(), abs=close)
 
 
 def test_chat_samples_what_the_model_says_and_reports_it(served):
