@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import model as lm
-from model import UserError
+from cli import UserError
 from report import best_step
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import requests
 import urllib3
 
-from model import UserError
+from cli import UserError
 
 FIRST_PAUSE, LONGEST_REPLY = 0.5, 4 << 20  # seconds before the second attempt; bytes of a reply
 

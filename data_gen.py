@@ -29,9 +29,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cli import UserError, command_line, option, run_cli
 from client import Client, Missing, dig
 from measure import CHECKS
-from model import UserError, command_line, option, run_cli
 from reward import fill
 from server import start_embedded
 

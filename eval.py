@@ -34,10 +34,10 @@ import model as lm
 import report
 import reward
 import selfplay
+from cli import UserError, command_line, option, run_cli
 from client import BudgetSpent
 from data_gen import DATA
 from measure import SAME, auc, diversity, figure, measure, outcome, passed, pearson, spearman, table, win_rate, words
-from model import UserError, option
 
 # ---- settings -----------------------------------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ FREE = {"baseline", "baseline_temperature", "limit", "seeds", "batch", "judge2_u
 def read_settings(command, argv):
     """({"A": Settings, "B": Settings}, path of the results): each side with what to load as its `model`; no "B" without --baseline."""
     given = {}
-    settings = lm.command_line(Settings, argv, f"eval.py {command}", base=lambda flags: given.update(flags) or {})
+    settings = command_line(Settings, argv, f"eval.py {command}", base=lambda flags: given.update(flags) or {})
     sides, names, home = {}, [command], None
     for side, name in [("A", settings.model), ("B", settings.baseline)][:2 if settings.baseline else 1]:
         folder, run = report.locate(name)
@@ -468,4 +468,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    lm.run_cli(main)
+    run_cli(main)

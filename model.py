@@ -10,7 +10,6 @@ Any Hugging Face decoder stays usable, because nothing here re-writes a model: t
 
 Left out on purpose: quantisation, tensor parallelism, paged caches, encoder models.
 """
-import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -24,24 +23,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-
-def glibc(function, *numbers):
-    """Call a function of the GNU C library; with another library nothing happens."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows
-        getattr(ctypes.CDLL(None), function)(*numbers)
-
-
-# Waiting threads spin by default. That is the fastest way when the cores are ours alone (36 ms a decoding step instead of 62), and
-# several times the slowest beside another busy process, which the embedded judge of a run without --judge-url is.
-if "--judge-url" not in " ".join(sys.argv):
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# oneDNN keeps 1024 compiled products, one for each shape, and every new length is a new shape: up to half a gigabyte for nothing.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
-# glibc else moves this limit (M_MMAP_THRESHOLD) as blocks are freed, and the gaps in its heap differ from run to run: 1.39 to 1.57 GB where 1.20 are
-# in use, with the limit 1.36 to 1.38. What is larger goes back to the system as soon as it is freed.
-glibc("mallopt", -3, 16 << 20)
-
-import torch  # noqa: E402
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -50,65 +32,22 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
+from cli import UserError
+
 transformers_logging.disable_progress_bar()
 
-# ---- errors and command lines -----------------------------------------------------------------------------------
+
+def glibc(function, *numbers):
+    """Call a function of the GNU C library; with another library nothing happens."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows
+        getattr(ctypes.CDLL(None), function)(*numbers)
 
 
-class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: shown as one line, exit code 2, no traceback."""
-
-
-def option(default, doc, **extra):
-    """A dataclass field that carries its line of doc (and `choices`, `low`, `above`, `high`) for the command line."""
-    return dataclasses.field(default=default, metadata={"doc": doc, **extra})
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line and not a page of usage."""
-
-    def error(self, message):
-        raise UserError(f"{message}; --help lists all flags")
-
-
-def command_line(settings_class, argv=None, prog=None, base=None):
-    """Fill a dataclass of `option` fields from the command line: `turn_tokens: int` becomes `--turn-tokens N`.
-
-    base: a function of the flags that were given (a dict), which returns settings to use in place of the defaults.
-    Raises UserError for an unknown flag and for a value that cannot be read or is out of its range.
-    """
-    parser = OneLineParser(prog=prog, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
-    for f in dataclasses.fields(settings_class):
-        flag, doc = "--" + f.name.replace("_", "-"), f.metadata["doc"]
-        common = dict(default=argparse.SUPPRESS, help=f"{doc} [{f.default}]".replace("%", "%%"))
-        if f.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        else:
-            parser.add_argument(flag, type=f.type, choices=f.metadata.get("choices"), metavar=None if f.metadata.get("choices") else "X", **common)
-    given = vars(parser.parse_args(argv))
-    settings = settings_class(**{**(base(given) if base else {}), **given})
-    for f in dataclasses.fields(settings):
-        value, flag = getattr(settings, f.name), "--" + f.name.replace("_", "-")
-        if f.type is float and not math.isfinite(value):
-            raise UserError(f"{flag} {value}: must be a finite number")
-        for key, wrong, word in (("low", lambda v, m: not v >= m, "at least"), ("above", lambda v, m: not v > m, "above"),
-                                 ("high", lambda v, m: not v <= m, "at most")):
-            if key in f.metadata and wrong(value, f.metadata[key]):
-                raise UserError(f"{flag} {value}: must be {word} {f.metadata[key]}")
-    return settings
-
-
-def run_cli(main):
-    """Call `main()` as a program: UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
-        sys.exit(130)
-
+# glibc else moves this limit (M_MMAP_THRESHOLD) as blocks are freed, and the gaps in its heap differ from run to run: 1.39 to 1.57 GB where 1.20 are
+# in use, with the limit 1.36 to 1.38. What is larger goes back to the system as soon as it is freed.
+glibc("mallopt", -3, 16 << 20)
+# oneDNN keeps 1024 compiled products, one for each shape, and every new length is a new shape: up to half a gigabyte for nothing.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
 
 # ---- the default model ------------------------------------------------------------------------------------------
 

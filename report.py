@@ -22,10 +22,9 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-import model as lm
 from data_gen import DATA
 from measure import diversity
-from model import UserError, option
+from cli import UserError, command_line, option
 
 # ---- what a run folder holds ------------------------------------------------------------------------------------------------
 
@@ -252,7 +251,7 @@ def main(argv):
     """`python eval.py report RUN`. Returns the exit code."""
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         raise UserError("report: name the folder of a run first, such as: python eval.py report runs/debug-0")
-    folder, settings = argv[0], lm.command_line(ReportSettings, argv if argv[0].startswith("-") else argv[1:], "eval.py report RUN")
+    folder, settings = argv[0], command_line(ReportSettings, argv if argv[0].startswith("-") else argv[1:], "eval.py report RUN")
     run, decode = read_run(folder), None
     try:
         decode = AutoTokenizer.from_pretrained(locate(folder)[0]).decode

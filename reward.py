@@ -21,8 +21,9 @@ import sys
 import unicodedata
 from pathlib import Path
 
+from cli import UserError, option, run_cli
 from client import Client, Missing, dig
-from model import UserError, cache_folder, option, run_cli
+from model import cache_folder
 from server import BARE_FRAME, serve, start_embedded
 
 # ---- the rubric: data, easy to edit; --rubric FILE replaces it (JSON with the same keys) -----------------------------

@@ -26,7 +26,8 @@ import torch
 
 import data_gen
 import reward
-from model import RaggedCache, UserError, command_line, context_limit, load, option, packed, run_cli
+from cli import UserError, command_line, option, run_cli
+from model import RaggedCache, context_limit, load, packed
 from reward import fill
 
 

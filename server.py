@@ -22,7 +22,8 @@ import jinja2
 import torch
 from torch.nn import functional as F
 
-from model import RaggedCache, UserError, command_line, context_limit, load, option, packed, project, run_cli
+from cli import UserError, command_line, option, run_cli
+from model import RaggedCache, context_limit, load, packed, project
 
 LONGEST_REQUEST = 1 << 20  # bytes of a request's body
 BARE_FRAME = ["", "\n\n"]  # what stands around a text where a model has no chat template

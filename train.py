@@ -32,10 +32,10 @@ import model as lm
 import reward
 import selfplay
 from checkpoint import append, begin, claim, load_trainer, open_run, save_checkpoint
+from cli import UserError, command_line, option, run_cli
 from client import BudgetSpent
 from eval import heldout, heldout_row
 from measure import collapse, diversity
-from model import UserError, option
 from report import best_step, whole_lines
 
 # ---- settings -----------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def read_settings(argv=None):
             raise UserError(f"--resume {given['resume']}: {names} would change the mathematics of the run; leave out, or add --force")
         return {**{f.name: saved[f.name] for f in dataclasses.fields(Settings) if f.name in saved}, "out": given["resume"]}
 
-    settings = lm.command_line(Settings, argv, prog="train.py", base=base)
+    settings = command_line(Settings, argv, prog="train.py", base=base)
     if settings.train_tokens != "dialogue" and settings.final_temperature == 0:
         raise UserError("--final-temperature 0: final tokens that are trained must be sampled; use a temperature above 0")
     if settings.train_tokens == "both" and settings.final_temperature != settings.temperature:
@@ -569,4 +569,4 @@ def run(settings, world, stack):
 
 
 if __name__ == "__main__":
-    lm.run_cli(main)
+    run_cli(main)

@@ -10,15 +10,12 @@ would take at this machine's own matrix rate and read bandwidth, both measured h
 """
 import concurrent.futures
 import dataclasses
-import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")  # no embedded judge is beside us: as in a run with --judge-url, see model.py
-
-import torch  # noqa: E402
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,7 +25,7 @@ import model as lm  # noqa: E402
 import reward  # noqa: E402
 import selfplay  # noqa: E402
 import train  # noqa: E402
-from model import option  # noqa: E402
+from cli import command_line, option, run_cli  # noqa: E402
 
 PLACES = ["A mid-sized town", "A coastal city", "A mountain village", "A desert district"]
 DILEMMA = (" has one reservoir. A drought has begun. The farming cooperative needs irrigation water or it loses the season; "
@@ -97,7 +94,7 @@ def floor_seconds(model, dialogues, packed, flops, bandwidth):
 
 def main(argv=None):
     """Time --repeats steps and print the medians."""
-    b = lm.command_line(Bench, argv, prog="tests/bench.py")
+    b = command_line(Bench, argv, prog="tests/bench.py")
     settings = train.Settings(model=b.model, dtype=b.dtype, agreement="none", max_turns=b.turns, turn_tokens=b.turn_tokens, final_tokens=b.final_tokens,
                               context_turns=b.context_turns, temperature=1.0, final_temperature=1.0, group_size=b.group, scenarios_per_step=b.scenarios,
                               micro_tokens=b.micro_tokens, lr=1e-6)
@@ -142,4 +139,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    lm.run_cli(main)
+    run_cli(main)

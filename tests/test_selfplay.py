@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AddedToken, GenerationConfig
 
+import cli
 import grpo
 import model as lm
 import selfplay
@@ -468,7 +469,7 @@ def test_what_a_template_is_found_to_be(template, has_system, stable):
     "{{ messages[-1]['content'] }}", "{% for m in messages[-2:] %}{{ m['content'] }}{% endfor %}", "{{ raise_exception('no') }}",
     "{% for m in messages %}{{ loop.index }}{{ m['content'] }}{% endfor %}", "{{ messages[0].x.y.z }}", "{% for %}"])
 def test_a_template_that_cannot_be_used_is_one_clear_error(template):
-    with pytest.raises(lm.UserError, match=r"^--model: [^\n]* use (another|an instruct) model"):
+    with pytest.raises(cli.UserError, match=r"^--model: [^\n]* use (another|an instruct) model"):
         helpers.voice(template=template)
 
 
@@ -564,5 +565,5 @@ def test_what_a_person_sees():
     flags = dict(seed=0, persona_a="", persona_b="", dilemma="D?", human="")
     ask = lambda **more: selfplay.watched_scenario(types.SimpleNamespace(**{**flags, **more}))
     assert [p["name"] for p in ask(persona_a="Ann: farms", persona_b="Bo: heals", human="a").personas] == ["Bo", "Ann"] and ask().dilemma == "D?"
-    with pytest.raises(lm.UserError, match=re.escape("--persona-b 'Bo': write it as 'Name: creed'")):
+    with pytest.raises(cli.UserError, match=re.escape("--persona-b 'Bo': write it as 'Name: creed'")):
         ask(persona_b="Bo")

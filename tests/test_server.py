@@ -14,6 +14,7 @@ import requests
 import torch
 
 import helpers  # puts the repository on the path
+import cli
 import model as lm
 import server
 
@@ -214,7 +215,7 @@ def test_the_embedded_judge_starts_answers_and_ends(small_folder):
     assert requests.get(served.url + "/models", timeout=20).json()["data"][0]["id"] == small_folder
     served.close()
     assert served.process.returncode == 0
-    with pytest.raises(lm.UserError, match="did not start"):
+    with pytest.raises(cli.UserError, match="did not start"):
         server.start_embedded("/no/such/folder")
 
 

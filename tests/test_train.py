@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
+import cli
 import data_gen
 import helpers
 import model as lm
@@ -102,7 +103,7 @@ def test_the_terminal_shows_each_step_and_a_transcript(finished):
 def complaint(arguments, capfd):
     """The one line that train.py answers bad input with (run in this process: it ends before it starts anything)."""
     with pytest.raises(SystemExit) as ended:
-        lm.run_cli(lambda: train.main(arguments))
+        cli.run_cli(lambda: train.main(arguments))
     err = capfd.readouterr().err
     assert ended.value.code == 2 and "Traceback" not in err
     lines = [line for line in err.splitlines() if "error:" in line]
@@ -186,12 +187,12 @@ def test_a_folder_that_holds_something_is_left_alone(finished, tiny, judge, tmp_
 def test_a_folder_has_one_writer(tmp_path):
     with contextlib.ExitStack() as one:
         checkpoint.claim(tmp_path / "a" / "run", one)
-        with pytest.raises(lm.UserError, match="another run is writing there"), contextlib.ExitStack() as two:
+        with pytest.raises(cli.UserError, match="another run is writing there"), contextlib.ExitStack() as two:
             checkpoint.claim(tmp_path / "a" / "run", two)
     with contextlib.ExitStack() as later:
         checkpoint.claim(tmp_path / "a" / "run", later)
     (tmp_path / "file").write_text("")
-    with pytest.raises(lm.UserError, match="--out .*file/run: cannot be made"), contextlib.ExitStack() as stack:
+    with pytest.raises(cli.UserError, match="--out .*file/run: cannot be made"), contextlib.ExitStack() as stack:
         checkpoint.claim(tmp_path / "file" / "run", stack)
 
 
