@@ -499,7 +499,8 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_the_cache():
 
 # ---- does it learn? ------------------------------------------------------------------------------------------------------
 
-WORDS = [" the", " and", " plan", " share", " water", " fair"]  # the game: agent 0 says one of them, whoever speaks later repeats it
+# The game: agent 0 says one of them, whoever speaks later repeats it. None is among the warm words that the judge never sees.
+WORDS = [" the", " and", " farm", " share", " water", " council"]
 
 
 def word_ids():
@@ -560,6 +561,7 @@ def train_parrots(model, how):
     fresh = lambda: selfplay.play((voice,) * 2, helpers.dialogues(1, 60, step=1000), cfg)
     by_word = [[score(d, word) for d in fresh()] for word in range(len(WORDS))]
     word, before = min(((w, scores) for w, scores in enumerate(by_word) if any(scores)), key=lambda pair: sum(pair[1]))
+    assert all(reward.tame(3 * w) == (3 * w).strip() for w in WORDS)
     counted, asking = lambda text: 5 * min(1, text.split().count(WORDS[word].strip()) / 3), reward.JudgeSettings(judge_mode="json", judge_cache="off")
     with JudgeServer(counted, offers=("json",)) as server, contextlib.closing(reward.Judge(asking, server.url, "scripted")) as judge:
         for step in range(32):
