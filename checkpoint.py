@@ -74,12 +74,17 @@ def begin(out, settings, model, stack):
     """
     if not settings.resume:
         needed = sum(p.numel() * (12 if p.requires_grad else p.element_size()) for p in model.parameters())
-        free = shutil.disk_usage(next(place for place in (out, *out.parents) if place.exists())).free
-        if free < 1.05 * needed:
-            raise UserError(f"--out {out}: a checkpoint takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} are free there; make room, or choose another folder")
+        if lack := lacking(next(place for place in (out, *out.parents) if place.exists()), needed):
+            raise UserError(f"--out {out}: not one checkpoint fits there ({lack}); make room, or choose another folder")
         claim(out, stack)
         open_run(settings)  # nobody else has begun there meanwhile
     write_atomically(out / "config.json", json.dumps(dataclasses.asdict(dataclasses.replace(settings, resume="", force=False)), indent=1))
+
+
+def lacking(place, needed):
+    """Which room is lacking at `place` for a checkpoint of `needed` bytes, in words; "" where there is enough."""
+    free = shutil.disk_usage(place).free
+    return f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} are free" if free < 1.05 * needed else ""
 
 
 def write_atomically(path, text):
@@ -129,8 +134,8 @@ def save_checkpoint(out, step, settings, model, tokenizer, optimizer, world):
     needed = sum(t.numel() * t.element_size() for m in (weights, adapters, *moments.values()) for t in m.values())
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(scratch).free < needed * 1.05:
-            raise OSError(28, f"{needed / 1e9:.2f} GB are needed, {shutil.disk_usage(scratch).free / 1e9:.2f} are free")
+        if lack := lacking(scratch, needed):
+            raise OSError(28, lack)
         lm.save(model.config, model.generation_config, tokenizer, weights, scratch)
         torch.save({"step": step, "updates": optimizer.updates, "moments": moments, "adapters": adapters}, scratch / "trainer.pt")
         for file in scratch.iterdir():

@@ -290,7 +290,7 @@ def test_a_run_begins_only_where_a_checkpoint_fits(more, tiny, tmp_path, monkeyp
     size = sum((folder / name).stat().st_size for name in ("model.safetensors", "trainer.pt"))
     usage, out = shutil.disk_usage(tmp_path), tmp_path / "a" / "run"
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=0.95 * size))
-    with contextlib.ExitStack() as stack, pytest.raises(cli.UserError, match="--out .*run: a checkpoint takes .* GB, .* make room"):
+    with contextlib.ExitStack() as stack, pytest.raises(cli.UserError, match="--out .*run: not one checkpoint fits there .* GB are needed, .* are free.*; make room"):
         checkpoint.begin(out, settings, model, stack)
     assert not out.parent.exists()
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1.1 * size))
