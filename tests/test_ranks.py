@@ -285,10 +285,11 @@ def test_free_space_is_looked_at_before_writing(tiny, tmp_path, capfd, monkeypat
 
 @pytest.mark.parametrize("more", [{}, {"lora_rank": 4}])
 def test_a_run_begins_only_where_a_checkpoint_fits(more, tiny, tmp_path, monkeypatch):
-    settings, model, tokenizer, optimizer, _, world = built(tiny, **more)
+    out = tmp_path / "a" / "run"
+    settings, model, tokenizer, optimizer, _, world = built(tiny, out=str(out), **more)
     folder = checkpoint.save_checkpoint(tmp_path / "one", 1, settings, model, tokenizer, optimizer, world)
     size = sum((folder / name).stat().st_size for name in ("model.safetensors", "trainer.pt"))
-    usage, out = shutil.disk_usage(tmp_path), tmp_path / "a" / "run"
+    usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=0.95 * size))
     with contextlib.ExitStack() as stack, pytest.raises(cli.UserError, match="--out .*run: not one checkpoint fits there .* GB are needed, .* are free.*; make room"):
         checkpoint.begin(out, settings, model, stack)
