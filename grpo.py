@@ -19,7 +19,6 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
@@ -329,7 +328,7 @@ class Optimizer:
 def memory_plan(config, settings, ranks, dtype, head, cuda=True):
     """Bytes that one card needs at most, {what: bytes}, from the model's config alone: nothing is allocated.
 
-    The activations are those that autograd keeps in a forward pass over fake tensors. head: tokens of persona, rules and
+    The activations are those that autograd keeps in a forward pass over tensors without data. head: tokens of persona, rules and
     dilemma. "peak" is not the sum: playing, backward and the optimizer step follow one another.
     """
     groups, G = -(-settings.scenarios_per_step // ranks), settings.group_size
@@ -338,7 +337,7 @@ def memory_plan(config, settings, ranks, dtype, head, cuda=True):
     rows = max(1, min(G, (settings.micro_tokens - head) // each))
     tree = Tree([0] * head, [[0] * each] * rows)
     kept, c = {}, dtype.itemsize
-    with FakeTensorMode():
+    with torch.device("meta"):
         model = prepare(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="negotiate"))
         if settings.lora_rank:
             add_lora(model, settings.lora_rank)

@@ -501,6 +501,24 @@ def check_ranks(settings, world):
         raise UserError("--judge-url: the embedded judge serves one machine only; name a server that all nodes reach")
 
 
+def train_step(step, scenarios, voice, learner, player, settings, judge, stop, world):
+    """One step: play, judge, learn, publish. Returns ((exit code, reason), its line of metrics.jsonl, its lines of dialogues.jsonl, a dialogue to
+    show); with an exit code the step was given up, and nothing of it is kept."""
+    clock = time.perf_counter()
+    groups = deal(scenarios, settings, step, world)
+    dialogues = [d for group in groups for d in group]
+    judge.start_batch()
+    outcome = max(world.gather(play(dialogues, voice, settings, judge, stop, world)))
+    if outcome[0]:
+        return outcome, None, None, None
+    played = time.perf_counter()
+    means, waited = learn(groups, learner, settings, world)
+    publish(learner.model, player)
+    now = time.perf_counter()
+    seconds = {"play": played - clock, "judge": waited, "learn": now - played - waited, "step": now - clock}
+    return outcome, *account(step, groups, means, seconds, judge, world), dialogues[0]
+
+
 def run(settings, world, stack):
     """The whole run, from the settings to the last checkpoint."""
     check_ranks(settings, world)
@@ -531,24 +549,15 @@ def run(settings, world, stack):
     if due(start) and not world.gather(any("heldout" in row and row["step"] == start for row in whole_lines(out / "metrics.jsonl")))[0]:
         code, reason = evaluate(out, start, voice, held, settings, judge, stop, world, say)
     for step in range(start + 1, settings.steps + 1 if not code else 0):
-        clock = time.perf_counter()
-        groups = deal(scenarios, settings, step, world)
-        flat = [d for group in groups for d in group]
-        judge.start_batch()
-        code, reason = max(world.gather(play(flat, voice, settings, judge, stop, world)))
-        if code:  # nothing of this step is kept
+        (code, reason), row, records, shown = train_step(step, scenarios, voice, learner, player, settings, judge, stop, world)
+        if code:
             break
-        played = time.perf_counter()
-        means, waited = learn(groups, learner, settings, world)
-        publish(model, player)
-        done, now = step, time.perf_counter()
-        seconds = {"play": played - clock, "judge": waited, "learn": now - played - waited, "step": now - clock}
-        row, records = account(step, groups, means, seconds, judge, world)
+        done = step
         first = first or row
         if world.rank == 0:
             append(out / "dialogues.jsonl", records)
             append(out / "metrics.jsonl", [row])
-            show({**row, "steps_here": step - start}, flat[0], settings, began)
+            show({**row, "steps_here": step - start}, shown, settings, began)
         bad_judge = bad_judge + 1 if row["missing_rewards"] > len(records) / 2 else 0
         bad_steps = bad_steps + 1 if row["skipped"] else 0
         if signs := collapse(row, first):
