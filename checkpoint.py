@@ -165,6 +165,6 @@ def load_trainer(checkpoint, optimizer):
             if name in state["adapters"]:
                 p.copy_(like(state["adapters"][name]))
             if name in state["moments"]:
-                optimizer.adamw.state[p] = {k: v if k == "step" else like(v) for k, v in state["moments"][name].items()}
+                optimizer.adamw.state[p] = {k: v.to(p.device) if k == "step" else like(v) for k, v in state["moments"][name].items()}
     optimizer.publish()
     return state["step"]

@@ -72,7 +72,7 @@ class Client:
         self.url, self.loopback = url.rstrip("/"), parts.hostname in ("127.0.0.1", "localhost", "::1")
         self.timeout, self.attempts, self.batch_seconds, self.budget, self.cache = timeout, attempts, batch_seconds, budget, cache
         self.key, self._key, self._lock, self._closing, self._spent = key, os.environ.get(key, ""), threading.Lock(), threading.Event(), 0
-        self._own, self._wires, self.stats = threading.local(), [], {}
+        self._own, self._wires, self.stats, self.asked = threading.local(), [], {}, []
         self._pool = concurrent.futures.ThreadPoolExecutor(concurrency, "judge", initializer=self._open_session)
         self.take_stats()
         self.start_batch()
@@ -80,6 +80,11 @@ class Client:
     def start_batch(self):
         """From now on there are `batch_seconds` for all that is submitted before the next call."""
         self.ends = time.monotonic() + self.batch_seconds
+
+    @property
+    def busy(self):
+        """Whether an answer is awaited."""
+        return any(not future.done() for future in self.asked)
 
     def take_stats(self):
         """The counters since the last take: a dict; `missing` holds a dict of its own, by reason."""
@@ -98,7 +103,9 @@ class Client:
         """Run `job(*args, ends)` on a worker; a Future. `ends` is the deadline of the present batch, but a question that comes late,
         because playing took long, has time for one attempt all the same. Only workers may `ask`."""
         now, one = time.monotonic(), min(self.timeout, self.batch_seconds)
-        return self._pool.submit(job, *args, self.ends if self.ends > now + one / 2 else now + one)
+        future = self._pool.submit(job, *args, self.ends if self.ends > now + one / 2 else now + one)
+        self.asked = [f for f in self.asked if not f.done()] + [future]
+        return future
 
     def ask(self, path, payload, parse, ends=math.inf):
         """`parse(reply)` of a POST of `payload` (None: a GET). Raises Missing when no answer parses in time, BudgetSpent."""

@@ -153,7 +153,7 @@ def negotiations(voices, pairs, settings, judge, seed, partner=None, endorse=Tru
     """
     dialogues = [selfplay.Dialogue(scenario, 0, i, k) for i, (scenario, k) in enumerate(pairs)]
     judge.start_batch()
-    selfplay.play(voices, dialogues, settings, judge, seed, partner)
+    selfplay.play(voices, dialogues, settings, judge, seed, partner, taken=judge.cores_taken)
     done = [d for d in dialogues if d.verdict is not None]
     asked = [judge.endorse(d.scenario.dilemma, persona, d.final) for d in done for persona in d.scenario.personas] if endorse else []
     for d, verdict in zip(done, wait([d.verdict for d in done])):

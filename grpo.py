@@ -275,7 +275,7 @@ class Optimizer:
         for n, p in self.params.items():
             if self.masters[n] is not p:
                 p.register_post_accumulate_grad_hook(self._into_master(self.masters[n]))
-        self.adamw = torch.optim.AdamW(self.masters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.adamw = torch.optim.AdamW(self.masters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     @staticmethod
     def _into_master(master):
@@ -365,4 +365,4 @@ def memory_plan(config, settings, ranks, dtype, head, cuda=True):
              "KV cache": 2 * L * width * c * 2 * groups * G * capacity, "play logits": 5 * 4 * V * groups * G}
     copies = 0 if cuda else c * N  # `packed`
     learn, play = plan["gradients"] + plan["activations"] + plan["logits"], plan["KV cache"] + plan["play logits"] + copies
-    return plan | {"peak": always + max(learn, play, plan["gradients"] + 4 * T // shard * cuda)}  # AdamW on a GPU needs one more copy
+    return plan | {"peak": always + max(learn, play)}

@@ -110,6 +110,11 @@ def default_dtype(device="cpu"):
     return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
 
 
+def compute_dtype(name, device="cpu"):
+    """What `--dtype` auto, fp32 or bf16 means on a device."""
+    return default_dtype(device) if name == "auto" else {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
 def load(name, dtype="auto", device="cpu"):
     """Load `(model, tokenizer)`: `name` is "smollm2-135m", a folder or a Hugging Face id; dtype "auto", "fp32" or "bf16".
 
@@ -117,11 +122,10 @@ def load(name, dtype="auto", device="cpu"):
     name leads to no causal language model, or when the model needs an attention feature that `attend` lacks.
     """
     folder = str(default_model_folder()) if name == "smollm2-135m" else name
-    dtype = default_dtype(device) if dtype == "auto" else {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, report = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=compute_dtype(dtype, device), output_loading_info=True)
     # what from_pretrained raises for: no such id, no weights, unknown kind, a package that is missing, broken or other weights
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
@@ -182,6 +186,19 @@ def packed(*models):
     finally:
         for m in layers:
             del m.forward
+
+
+@contextlib.contextmanager
+def shared_cores():
+    """Inside this block `leave(n)` takes all of this process's CPU threads but n, to leave n cores to somebody else; at least one stays.
+
+    More threads than cores wait for one another: beside a busy judge two threads on two cores read turns no faster than one does.
+    """
+    own = torch.get_num_threads()
+    try:
+        yield lambda n: torch.set_num_threads(max(1, own - n))
+    finally:
+        torch.set_num_threads(own)
 
 
 def context_limit(model):

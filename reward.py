@@ -24,7 +24,7 @@ from pathlib import Path
 from cli import UserError, option, run_cli
 from client import Client, Missing, dig
 from model import cache_folder
-from server import BARE_FRAME, serve, start_embedded
+from server import BARE_FRAME, CORES, serve, start_embedded
 
 # ---- the rubric: data, easy to edit; --rubric FILE replaces it (JSON with the same keys) -----------------------------
 
@@ -204,6 +204,7 @@ class Judge:
         self.echoes = {w for good, _, _ in self.rubric["contrasts"]["score"]["pairs"] for w in re.findall(r"\w{4,}", good.lower())}
         self.mode, self.frame, self.lists, self.own = settings.judge_mode, FRAMES["plain"], False, False
         self.start_batch, self.take_stats, self.close = self.client.start_batch, self.client.take_stats, self.client.close
+        self.cores = 0 if settings.judge_url else CORES
 
     # -- the four questions
 
@@ -244,6 +245,10 @@ class Judge:
         except Missing as miss:
             self.client.count(missing=miss.reason)
             return Verdict(None, miss.reason, miss.raw)
+
+    def cores_taken(self):
+        """How many cores of this machine answering takes just now: those of the embedded server, while it has questions."""
+        return self.cores if self.client.busy else 0
 
     # -- three ways to read a judge: each returns (value, "", raw) or raises Missing
 

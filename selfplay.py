@@ -27,16 +27,16 @@ import torch
 import data_gen
 import reward
 from cli import UserError, command_line, option, run_cli
-from model import RaggedCache, context_limit, load, packed
+from model import RaggedCache, context_limit, load, packed, shared_cores
 from reward import fill
 
 
 @dataclasses.dataclass(frozen=True)
 class PlaySettings:
     """How a dialogue is played."""
-    max_turns: int = option(4, "turns at most, both agents together; 0: agent 0 answers alone, without a negotiation", low=0)
-    turn_tokens: int = option(32, "tokens a turn may have", low=2)
-    final_tokens: int = option(48, "tokens the joint final completion may have", low=2)
+    max_turns: int = option(3, "turns at most, both agents together; 0: agent 0 answers alone, without a negotiation", low=0)
+    turn_tokens: int = option(28, "tokens a turn may have", low=2)
+    final_tokens: int = option(44, "tokens the joint final completion may have", low=2)
     context_turns: int = option(0, "turns that an agent sees beside the scenario (0: all of them; the paper: 2)", low=0)
     agreement: str = option("judge", "who finds that the agents agree: the judge after each turn, a marker in both last turns, or nobody (all turns are played)",
                             choices=("judge", "marker", "none"))
@@ -426,11 +426,12 @@ class Job:
 
 
 @torch.no_grad()
-def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token=None, on_done=None):
+def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token=None, on_done=None, taken=lambda: 0):
     """Play `dialogues` (with scenario, step, group and member set) to their ends, all in one batch; returns them.
 
     voices: the Voice of agent 0 and of agent 1, usually one and the same. A dialogue is sent to the judge when it is
     finished, while the others still talk; its `verdict` is a Future. on_token(job, id) and on_done(dialogue) may watch.
+    taken: () -> how many of this machine's cores the judge needs just now.
     """
     caches = {id(v.model): RaggedCache(2 * len(dialogues)) for v in voices}
     models = {id(caches[id(v.model)]): v for v in voices}
@@ -461,7 +462,7 @@ def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token
         views = [View(v.chat, me, dialogue.scenario, settings.agreement == "marker") for me, v in enumerate(voices)]
         limits = [context_limit(v.model) for v in voices]
         advance(dialogue, negotiate(dialogue, views, settings, judge, seed, limits, partner), None)
-    with packed(*{v.model for v in voices}):
+    with packed(*{v.model for v in voices}), shared_cores() as leave:
         while jobs or waiting:
             for job in [j for j in jobs if j.void or (j.spoken and not j.held)]:
                 jobs.remove(job)
@@ -472,6 +473,7 @@ def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token
             batch = choose_batch(jobs)
             pending = [j.say.unless for j in jobs if j.held] + [w[0] for w in waiting]
             if batch:
+                leave(taken())
                 speak(batch, models[id(batch[0].cache)], heads, read[id(batch[0].cache)], on_token)
             elif pending:
                 concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -589,7 +591,8 @@ def main(argv=None):
     with reward.open_judge(settings) as judge:
         print("\n".join([f"dilemma: {printable(scenario.dilemma)}"] + [f"{n}: {printable(p['creed'])}" for n, p in zip(names, scenario.personas)]))
         dialogue = Dialogue(scenario, 0, 0, 0)
-        play((speaker, speaker), [dialogue], settings, judge, settings.seed, partner=ask_human if settings.human else None, on_token=on_token)
+        play((speaker, speaker), [dialogue], settings, judge, settings.seed, partner=ask_human if settings.human else None, on_token=on_token,
+             taken=judge.cores_taken)
         verdict = dialogue.verdict.result() if dialogue.verdict else None
     score = f"{verdict.value:.2f} of 5" if verdict and verdict.value is not None else f"none ({verdict.reason if verdict else 'no final completion'})"
     print(f"\n\nstopped: {dialogue.stop}; the judge's score: {score}")

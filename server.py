@@ -26,6 +26,7 @@ from cli import UserError, command_line, option, run_cli
 from model import RaggedCache, context_limit, load, packed, project
 
 LONGEST_REQUEST = 1 << 20  # bytes of a request's body
+CORES = max(1, (os.cpu_count() or 2) // 2)  # that the embedded judge computes on
 BARE_FRAME = ["", "\n\n"]  # what stands around a text where a model has no chat template
 
 
@@ -318,7 +319,7 @@ def serve(argv):
         server = Server((settings.host, settings.port), Handler)
     except OSError as error:
         raise UserError(f"--port {settings.port}: cannot listen on {settings.host} ({error.strerror}); choose another")
-    server.engine = Engine(settings.model, settings.threads or max(1, (os.cpu_count() or 2) // 2))
+    server.engine = Engine(settings.model, settings.threads or CORES)
     print(f"serving {settings.model} at http://{settings.host}:{server.server_address[1]}/v1", flush=True)
     server.serve_forever()
 

@@ -51,10 +51,10 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     resume: str = option("", "run folder to go on with, from its newest complete checkpoint")
     force: bool = option(False, "resume even with settings that change the mathematics")
     seed: int = option(0, "of everything random", low=0)
-    steps: int = option(12, "steps; each plays, judges and learns from scenarios-per-step groups", low=0)
+    steps: int = option(10, "steps; each plays, judges and learns from scenarios-per-step groups", low=0)
     scenarios_per_step: int = option(2, "groups in a step, over all ranks", low=1)
     group_size: int = option(6, "dialogues of one group, whose rewards are compared", low=2)
-    lr: float = option(1e-4, "learning rate of AdamW", low=0)
+    lr: float = option(3e-5, "learning rate of AdamW (debug and single recipes in bf16: 1e-4, because its weights round smaller steps away)", low=0)
     warmup_steps: int = option(1, "updates over which the learning rate rises to --lr", low=0)
     grad_clip: float = option(1.0, "largest norm of the gradient (0: no clipping)", low=0)
     train_tokens: str = option("dialogue", "which sampled tokens are trained", choices=("dialogue", "final", "both"))
@@ -66,7 +66,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     beta: float = option(0.0, "weight of the KL to the reference policy (the model before training)", low=0)
     updates_per_rollout: int = option(1, "optimizer steps on the same dialogues", low=1)
     tis_cap: float = option(0.0, "cap of the importance weight that corrects for sampler and learner differing (0: off)", low=0)
-    micro_tokens: int = option(640, "tokens in one forward and backward pass", low=1)
+    micro_tokens: int = option(768, "tokens in one forward and backward pass", low=1)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
     dtype: str = option("auto", "of the computation; the weights that are trained are always fp32", choices=("auto", "fp32", "bf16"))
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks (FSDP2)")
@@ -100,8 +100,12 @@ def read_settings(argv=None):
         """What the flags that were `given` are laid over."""
         if not given.get("resume"):
             recipe = given.get("recipe", "debug")
-            own = {"judge_model": given.get("model", Settings.model)} if recipe == "paper-single" and not given.get("judge_url") else {}
-            return {**RECIPES[recipe], **own}  # the paper's baseline is its own judge: the embedded server serves the policy as it was at first
+            own = dict(RECIPES[recipe])
+            if recipe == "paper-single" and not given.get("judge_url"):  # the paper's baseline is its own judge: as it was at first
+                own["judge_model"] = given.get("model", Settings.model)
+            if "lr" not in own and lm.compute_dtype(given.get("dtype", "auto"), "cuda" if torch.cuda.is_available() else "cpu") == torch.bfloat16:
+                own["lr"] = 1e-4
+            return own
         try:
             saved = json.loads(Path(given["resume"], "config.json").read_text())
         except (OSError, ValueError) as error:
@@ -168,7 +172,7 @@ def build(settings, world, weights=None):
     """
     source, sharded = weights or settings.model, settings.fsdp and world.size > 1
     model, tokenizer = lm.load(source, "fp32", "cpu" if sharded or settings.lora_rank else world.device)  # sharding moves it, block by block
-    dtype = lm.default_dtype(world.device) if settings.dtype == "auto" else {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
+    dtype = lm.compute_dtype(settings.dtype, world.device)
     if settings.lora_rank:
         torch.manual_seed(settings.seed)
         lm.add_lora(model, settings.lora_rank)
@@ -255,7 +259,7 @@ def until_stopped(work, stop):
 def play(dialogues, voice, settings, judge, stop, world):
     """Play this rank's dialogues to their ends. Returns (exit code, reason): (0, "done") unless they had to be given up."""
     with tqdm(total=len(dialogues), desc=f"step {dialogues[0].step}: dialogues", leave=False, disable=world.rank > 0) as bar:
-        talk = lambda: selfplay.play((voice, voice), dialogues, settings, judge, settings.seed, on_done=lambda d: bar.update())
+        talk = lambda: selfplay.play((voice, voice), dialogues, settings, judge, settings.seed, on_done=lambda d: bar.update(), taken=judge.cores_taken)
         return until_stopped(talk, stop)[0]
 
 
@@ -294,7 +298,8 @@ def learn(groups, learner, settings, world):
             learner.idle()
         means = learner.step()
         skipped |= means["skipped"]
-        gap = means["logprob_gap"] if update == 0 else gap  # later the policy itself has moved
+        if update == 0:
+            gap = means["logprob_gap"]  # later the policy itself has moved
     lm.release_memory()
     return {**means, "logprob_gap": gap, "skipped": skipped}, waited
 

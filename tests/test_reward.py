@@ -220,6 +220,19 @@ def test_a_question_that_comes_late_in_a_long_step_is_asked_all_the_same():
         judge.close()
 
 
+@pytest.mark.parametrize("url, cores", [("", embedded.CORES), ("http://127.0.0.1:9/v1", 0)])
+def test_the_embedded_judge_takes_cores_while_it_has_questions(url, cores):
+    answer, judge = threading.Event(), reward.Judge(settings(judge_url=url), "http://127.0.0.1:9/v1", "m")
+    assert judge.cores_taken() == 0
+    asked = [judge.client.submit(lambda ends: answer.wait(20)), judge.client.submit(lambda ends: None)]
+    asked[1].result(20)
+    assert judge.cores_taken() == cores
+    answer.set()
+    asked[0].result(20)
+    assert judge.cores_taken() == 0
+    judge.close()
+
+
 def test_requests_in_flight_stay_under_the_cap():
     with JudgeServer(lambda text: time.sleep(0.05) or 3, offers=("json",)) as server:
         judge = open_judge(server, judge_concurrency=3)

@@ -263,6 +263,21 @@ def test_a_dialogue_is_the_same_in_any_company():
     assert plain(twice[0]) == plain(twice[1]) == plain(alone[0])
 
 
+def test_cores_that_the_judge_needs_are_left_to_it():
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        def watch(job, token):
+            seen.append(torch.get_num_threads())
+            if len(seen) == 9:
+                raise InterruptedError
+        with pytest.raises(InterruptedError):
+            selfplay.play((talker(),) * 2, helpers.dialogues(1, 1), settings(), on_token=watch, taken=lambda: [0, 1, 5][len(seen) // 3])
+        assert seen == [3, 3, 3, 2, 2, 2, 1, 1, 1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_two_models_each_keep_their_own_stream():
     voices, cfg = (talker(), talker("qwen2", helpers.QWEN3, seed=3)), settings()
     for d in selfplay.play(voices, helpers.dialogues(2, 2), cfg):
