@@ -222,7 +222,8 @@ def test_the_embedded_judge_starts_answers_and_ends(small_folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_the_embedded_judge_dies_with_its_parent(small_folder, how):
-    code = f"import server, time; s = server.start_embedded({small_folder!r}); print(s.process.pid, flush=True); time.sleep(60)"
+    ours = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # where the tests run in a shell's background it is ignored, and that is inherited
+    code = f"import server, signal, time; {ours}; s = server.start_embedded({small_folder!r}); print(s.process.pid, flush=True); time.sleep(60)"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     child = int(parent.stdout.readline())
     assert alive(child)
