@@ -153,7 +153,7 @@ def negotiations(voices, pairs, settings, judge, seed, partner=None, endorse=Tru
     """
     dialogues = [selfplay.Dialogue(scenario, 0, i, k) for i, (scenario, k) in enumerate(pairs)]
     judge.start_batch()
-    selfplay.play(voices, dialogues, settings, judge, seed, partner, taken=judge.cores_taken)
+    selfplay.play(voices, dialogues, settings, judge, seed, partner)
     done = [d for d in dialogues if d.verdict is not None]
     asked = [judge.endorse(d.scenario.dilemma, persona, d.final) for d in done for persona in d.scenario.personas] if endorse else []
     for d, verdict in zip(done, wait([d.verdict for d in done])):
@@ -198,7 +198,7 @@ def rng_of(settings, name, k=0):
 
 def speaker(settings):
     """A function that loads the model as a Voice when it is first called."""
-    return functools.cache(lambda: selfplay.voice(*lm.load(settings.model, settings.dtype, "cuda" if torch.cuda.is_available() else "cpu")))
+    return functools.cache(lambda: selfplay.voice(*lm.load(settings.model, settings.dtype, lm.own_device())))
 
 
 # ---- A against B ------------------------------------------------------------------------------------------------------------

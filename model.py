@@ -110,6 +110,11 @@ def default_dtype(device="cpu"):
     return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
 
 
+def own_device():
+    """Where a process that is alone on its machine computes."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def compute_dtype(name, device="cpu"):
     """What `--dtype` auto, fp32 or bf16 means on a device."""
     return default_dtype(device) if name == "auto" else {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

@@ -27,7 +27,7 @@ import torch
 import data_gen
 import reward
 from cli import UserError, command_line, option, run_cli
-from model import RaggedCache, context_limit, load, packed, shared_cores
+from model import RaggedCache, context_limit, load, own_device, packed, shared_cores
 from reward import fill
 
 
@@ -426,12 +426,11 @@ class Job:
 
 
 @torch.no_grad()
-def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token=None, on_done=None, taken=lambda: 0):
+def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token=None, on_done=None):
     """Play `dialogues` (with scenario, step, group and member set) to their ends, all in one batch; returns them.
 
     voices: the Voice of agent 0 and of agent 1, usually one and the same. A dialogue is sent to the judge when it is
     finished, while the others still talk; its `verdict` is a Future. on_token(job, id) and on_done(dialogue) may watch.
-    taken: () -> how many of this machine's cores the judge needs just now.
     """
     caches = {id(v.model): RaggedCache(2 * len(dialogues)) for v in voices}
     models = {id(caches[id(v.model)]): v for v in voices}
@@ -473,7 +472,7 @@ def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token
             batch = choose_batch(jobs)
             pending = [j.say.unless for j in jobs if j.held] + [w[0] for w in waiting]
             if batch:
-                leave(taken())
+                leave(judge.cores_taken() if judge else 0)
                 speak(batch, models[id(batch[0].cache)], heads, read[id(batch[0].cache)], on_token)
             elif pending:
                 concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -572,7 +571,7 @@ def main(argv=None):
     """`python selfplay.py`: one negotiation, live and in colour, with the judge's score at the end."""
     settings = command_line(WatchSettings, argv, prog="selfplay.py")
     scenario = watched_scenario(settings)
-    speaker = voice(*load(settings.model, device="cuda" if torch.cuda.is_available() else "cpu"))
+    speaker = voice(*load(settings.model, device=own_device()))
     names, shown = [printable(p["name"]) for p in scenario.personas], {}
 
     def on_token(job, token):
@@ -591,8 +590,7 @@ def main(argv=None):
     with reward.open_judge(settings) as judge:
         print("\n".join([f"dilemma: {printable(scenario.dilemma)}"] + [f"{n}: {printable(p['creed'])}" for n, p in zip(names, scenario.personas)]))
         dialogue = Dialogue(scenario, 0, 0, 0)
-        play((speaker, speaker), [dialogue], settings, judge, settings.seed, partner=ask_human if settings.human else None, on_token=on_token,
-             taken=judge.cores_taken)
+        play((speaker, speaker), [dialogue], settings, judge, settings.seed, partner=ask_human if settings.human else None, on_token=on_token)
         verdict = dialogue.verdict.result() if dialogue.verdict else None
     score = f"{verdict.value:.2f} of 5" if verdict and verdict.value is not None else f"none ({verdict.reason if verdict else 'no final completion'})"
     print(f"\n\nstopped: {dialogue.stop}; the judge's score: {score}")

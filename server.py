@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from cli import UserError, command_line, option, run_cli
-from model import RaggedCache, context_limit, load, packed, project
+from model import RaggedCache, context_limit, load, own_device, packed, project
 
 LONGEST_REQUEST = 1 << 20  # bytes of a request's body
 CORES = max(1, (os.cpu_count() or 2) // 2)  # that the embedded judge computes on
@@ -77,7 +77,7 @@ class Engine:
 
     def __init__(self, name, threads):
         self.name, self.threads, self.lock, self.queue = name, threads, threading.Lock(), queue.Queue(self.WAITING)
-        self.model, self.tokenizer = load(name, device="cuda" if torch.cuda.is_available() else "cpu")
+        self.model, self.tokenizer = load(name, device=own_device())
         head = self.model.get_output_embeddings()  # computed in fp32, because bf16 log-odds are visibly quantised
         sharp = torch.nn.Linear(head.in_features, head.out_features, head.bias is not None, device=head.weight.device)
         sharp.load_state_dict(head.state_dict())

@@ -89,6 +89,7 @@ RECIPES = {
     "paper-single": dict(max_turns=0, train_tokens="final", agreement="none", temperature=1.0, final_temperature=1.0, top_p=1.0, final_top_p=1.0,
                          beta=0.04, group_size=8, scenarios_per_step=4, lr=5e-6, steps=2150, final_tokens=512, save_every=50),
 }
+BF16_LR = 1e-4  # of the recipes that name none: bf16 weights round most smaller steps away, and in fp32 this one learns nothing (README, Learning)
 # Settings that may differ on resume: they change where and how fast a run computes, not what.
 FREE_ON_RESUME = {"resume", "force", "out", "steps", "save_every", "keep", "micro_tokens", "gradient_checkpointing", "judge_url", "judge_model",
                   "judge_concurrency", "judge_timeout", "judge_deadline", "judge_attempts", "judge_budget", "judge_cache"}  # a server may move
@@ -103,8 +104,8 @@ def read_settings(argv=None):
             own = dict(RECIPES[recipe])
             if recipe == "paper-single" and not given.get("judge_url"):  # the paper's baseline is its own judge: as it was at first
                 own["judge_model"] = given.get("model", Settings.model)
-            if "lr" not in own and lm.compute_dtype(given.get("dtype", "auto"), "cuda" if torch.cuda.is_available() else "cpu") == torch.bfloat16:
-                own["lr"] = 1e-4
+            if "lr" not in own and lm.compute_dtype(given.get("dtype", "auto"), lm.own_device()) == torch.bfloat16:
+                own["lr"] = BF16_LR
             return own
         try:
             saved = json.loads(Path(given["resume"], "config.json").read_text())
@@ -259,7 +260,7 @@ def until_stopped(work, stop):
 def play(dialogues, voice, settings, judge, stop, world):
     """Play this rank's dialogues to their ends. Returns (exit code, reason): (0, "done") unless they had to be given up."""
     with tqdm(total=len(dialogues), desc=f"step {dialogues[0].step}: dialogues", leave=False, disable=world.rank > 0) as bar:
-        talk = lambda: selfplay.play((voice, voice), dialogues, settings, judge, settings.seed, on_done=lambda d: bar.update(), taken=judge.cores_taken)
+        talk = lambda: selfplay.play((voice, voice), dialogues, settings, judge, settings.seed, on_done=lambda d: bar.update())
         return until_stopped(talk, stop)[0]
 
 
