@@ -493,22 +493,23 @@ class Generator:
         return asked + (f"\nYour last reply was refused: {fault}." if fault else "")
 
     def ask(self, prompt):
-        """The LLM's reply, or None when there is none. Raises UserError when the server seems dead."""
+        """The LLM's reply, or None when there is none. Raises UserError when the server seems dead, and asks it no more."""
         payload = {"model": self.settings.model, "messages": [{"role": "user", "content": prompt}], "temperature": self.settings.temperature,
                    "max_tokens": self.settings.tokens}
-        try:
-            text = self.client.ask("/chat/completions", payload, lambda reply: dig(reply, "choices", 0, "message", "content", kind=str),
-                                   time.monotonic() + self.settings.deadline)
-            self.dead = 0
-            return text
-        except Missing as miss:
-            with self.lock:
-                self.failed[miss.reason] += 1
-                self.dead += 1
-            if self.dead > self.settings.concurrency + 2:
-                raise UserError(f"--url {self.client.url}: {self.dead} requests in a row failed ({miss.reason} {miss.raw[:200]}); "
-                                "see to it, and start again")
-            return None
+        limit = self.settings.concurrency + 3
+        if self.dead < limit:
+            try:
+                text = self.client.ask("/chat/completions", payload, lambda reply: dig(reply, "choices", 0, "message", "content", kind=str),
+                                       time.monotonic() + self.settings.deadline)
+                self.dead = 0
+                return text
+            except Missing as miss:
+                with self.lock:
+                    self.failed[miss.reason] += 1
+                    self.dead, self.last = self.dead + 1, f"{miss.reason} {miss.raw[:200]}"
+        if self.dead >= limit:
+            raise UserError(f"--url {self.client.url}: {limit} requests in a row failed ({self.last}); see to it, and start again")
+        return None
 
 
 def main():
