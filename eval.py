@@ -146,14 +146,15 @@ def compare_both_ways(judge, cases):
 # ---- negotiations and answers ---------------------------------------------------------------------------------------------
 
 
-def negotiations(voices, pairs, settings, judge, seed, partner=None, endorse=True, wait=verdicts):
+def negotiations(voices, pairs, settings, judge, seed, partner=None, endorse=True, wait=verdicts, quiet=False):
     """Play and judge (scenario, seed number) pairs in one batch; records as in dialogues.jsonl, with each persona's endorsement.
 
-    wait: futures -> Verdicts; `verdicts` gives up where most are missing.
+    wait: futures -> Verdicts; `verdicts` gives up where most are missing. quiet: no progress bar.
     """
     dialogues = [selfplay.Dialogue(scenario, 0, i, k) for i, (scenario, k) in enumerate(pairs)]
     judge.start_batch()
-    selfplay.play(voices, dialogues, settings, judge, seed, partner)
+    with tqdm(total=len(dialogues), desc="dialogues", leave=False, disable=quiet) as bar:
+        selfplay.play(voices, dialogues, settings, judge, seed, partner, on_done=lambda d: bar.update())
     done = [d for d in dialogues if d.verdict is not None]
     asked = [judge.endorse(d.scenario.dilemma, persona, d.final) for d in done for persona in d.scenario.personas] if endorse else []
     for d, verdict in zip(done, wait([d.verdict for d in done])):
@@ -168,7 +169,7 @@ def heldout(voice, scenarios, settings, judge, samples=2, seed=0, share=slice(No
     A judge who is away costs their rewards (None), and never the run."""
     pairs = [(scenario, k) for scenario in scenarios for k in range(samples)][share]
     settings, patient = dataclasses.replace(settings, on_impasse="complete"), lambda futures: [f.result() for f in futures]
-    return negotiations((voice, voice), pairs, settings, judge, seed, endorse=False, wait=patient) if pairs else []
+    return negotiations((voice, voice), pairs, settings, judge, seed, endorse=False, wait=patient, quiet=bool(share.start)) if pairs else []
 
 
 def heldout_row(records):

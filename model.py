@@ -102,22 +102,18 @@ def default_model_folder():
     return folder
 
 
-def default_dtype(device="cpu"):
-    """bf16 where the hardware computes it fast (CUDA, AVX512-BF16, AMX), else fp32."""
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    cpu = torch.cpu.get_capabilities()
-    return torch.bfloat16 if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else torch.float32
-
-
 def own_device():
     """Where a process that is alone on its machine computes."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def compute_dtype(name, device="cpu"):
-    """What `--dtype` auto, fp32 or bf16 means on a device."""
-    return default_dtype(device) if name == "auto" else {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    """What `--dtype` means on a device. "auto": bf16 where the hardware computes it fast (CUDA, AVX512-BF16, AMX), else fp32."""
+    cpu = torch.cpu.get_capabilities()
+    fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    if torch.device(device).type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return {"auto": torch.bfloat16 if fast else torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def load(name, dtype="auto", device="cpu"):

@@ -54,7 +54,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     steps: int = option(10, "steps; each plays, judges and learns from scenarios-per-step groups", low=0)
     scenarios_per_step: int = option(2, "groups in a step, over all ranks", low=1)
     group_size: int = option(6, "dialogues of one group, whose rewards are compared", low=2)
-    lr: float = option(3e-5, "learning rate of AdamW (debug and single recipes in bf16: 1e-4, because its weights round smaller steps away)", low=0)
+    lr: float = option(1e-4, "learning rate of AdamW", low=0)
     warmup_steps: int = option(1, "updates over which the learning rate rises to --lr", low=0)
     grad_clip: float = option(1.0, "largest norm of the gradient (0: no clipping)", low=0)
     train_tokens: str = option("dialogue", "which sampled tokens are trained", choices=("dialogue", "final", "both"))
@@ -89,7 +89,6 @@ RECIPES = {
     "paper-single": dict(max_turns=0, train_tokens="final", agreement="none", temperature=1.0, final_temperature=1.0, top_p=1.0, final_top_p=1.0,
                          beta=0.04, group_size=8, scenarios_per_step=4, lr=5e-6, steps=2150, final_tokens=512, save_every=50),
 }
-BF16_LR = 1e-4  # of the recipes that name none: bf16 weights round most smaller steps away, and in fp32 this one learns nothing (README, Learning)
 # Settings that may differ on resume: they change where and how fast a run computes, not what.
 FREE_ON_RESUME = {"resume", "force", "out", "steps", "save_every", "keep", "micro_tokens", "gradient_checkpointing", "judge_url", "judge_model",
                   "judge_concurrency", "judge_timeout", "judge_deadline", "judge_attempts", "judge_budget", "judge_cache"}  # a server may move
@@ -104,8 +103,6 @@ def read_settings(argv=None):
             own = dict(RECIPES[recipe])
             if recipe == "paper-single" and not given.get("judge_url"):  # the paper's baseline is its own judge: as it was at first
                 own["judge_model"] = given.get("model", Settings.model)
-            if "lr" not in own and lm.compute_dtype(given.get("dtype", "auto"), lm.own_device()) == torch.bfloat16:
-                own["lr"] = BF16_LR
             return own
         try:
             saved = json.loads(Path(given["resume"], "config.json").read_text())

@@ -160,15 +160,6 @@ def test_the_recipes_are_the_papers(tmp_path):
     assert elsewhere.judge_model == "" and elsewhere.model == "smollm2-135m"
 
 
-def test_the_learning_rate_depends_on_how_small_a_step_the_weights_can_take(tmp_path):
-    lr = lambda *words: train.read_settings(list(words)).lr
-    assert (lr("--dtype", "fp32"), lr("--dtype", "bf16"), lr("--dtype", "bf16", "--recipe", "single")) == (3e-5, 1e-4, 1e-4)
-    assert lr("--dtype", "bf16", "--lr", "2e-5") == 2e-5 and lr("--recipe", "paper", "--dtype", "bf16") == 5e-6
-    assert lr() == {torch.float32: 3e-5, torch.bfloat16: 1e-4}[lm.default_dtype(lm.own_device())]
-    (tmp_path / "config.json").write_text(json.dumps({"lr": 3e-5, "dtype": "bf16"}))
-    assert lr("--resume", str(tmp_path)) == 3e-5
-
-
 def test_the_single_recipe_differs_from_the_debug_recipe_in_one_thing():
     debug, single = (dataclasses.asdict(train.read_settings(["--recipe", name])) for name in ("debug", "single"))
     differ = {key: single[key] for key in single if single[key] != debug[key]}
