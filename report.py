@@ -23,7 +23,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from data_gen import DATA
-from measure import diversity
+from measure import diversity, figure
 from cli import UserError, command_line, option
 
 # ---- what a run folder holds ------------------------------------------------------------------------------------------------
@@ -78,25 +78,41 @@ class Run:
     held: list  # held-out metrics, one per evaluation
     diverse: list  # measure.diversity of each step's dialogues
     kept: dict  # {scenario id: {(step, source): records}}: the first and the last step of each scenario
+    scores: dict  # {(step, scenario id): mean reward in training}
 
 
 def read_run(folder):
     """Read a run folder line by line, however long it is. Raises UserError where there is no metrics.jsonl."""
     if not Path(folder, "metrics.jsonl").exists():
         raise UserError(f"{folder}: there is no metrics.jsonl in it; name the folder of a run")
-    metrics, diverse, kept = list(whole_lines(Path(folder, "metrics.jsonl"))), [], {}
+    metrics, diverse, kept, scores = list(whole_lines(Path(folder, "metrics.jsonl"))), [], {}, {}
     for file, source in (("heldout.jsonl", "held out"), ("dialogues.jsonl", "training")):
         for step, group in itertools.groupby(whole_lines(Path(folder, file)), key=lambda record: record["step"]):
             records = list(group)
             if source == "training":
                 diverse.append({"step": step, **diversity(records)})
+                known = [(record["scenario_id"], record["reward"]) for record in records if record["reward"] is not None]
+                scores |= {(step, name): float(np.mean([reward for other, reward in known if other == name])) for name, _ in known}
             for record in records:
                 slot = kept.setdefault(record["scenario_id"], {})
                 slot.setdefault((step, source), []).append(record)
                 for middle in sorted(key for key in slot if key[1] == source)[1:-1]:
                     del slot[middle]
     held = [{**m["heldout"], "step": m["step"]} for m in metrics if "heldout" in m]
-    return Run(Path(folder).resolve().name, config_of(folder), [m for m in metrics if "heldout" not in m], held, diverse, kept)
+    return Run(Path(folder).resolve().name, config_of(folder), [m for m in metrics if "heldout" not in m], held, diverse, kept, scores)
+
+
+def gains(run, baseline):
+    """(one row per step, a row of results): how much more the scenarios of a step earn than in the baseline's same step, where both played them.
+
+    The steps of a run play different scenarios, which differ by more than a few steps teach: a rise from the first steps to the last shows
+    little. Beside an untrained model (train.py --lr 0, the same seed) that is gone. The row of results is of the last third of the steps.
+    """
+    both = [(step, name, reward - baseline.scores[step, name]) for (step, name), reward in run.scores.items() if (step, name) in baseline.scores]
+    steps = sorted({step for step, *_ in both})
+    late = set(steps[len(steps) * 2 // 3:])
+    rows = [{"step": step, "gain": float(np.mean([gain for at, _, gain in both if at == step]))} for step in steps]
+    return rows, figure("training reward", "A - B", [(name, gain) for step, name, gain in both if step in late])
 
 
 # ---- pictures -----------------------------------------------------------------------------------------------------------------
@@ -154,6 +170,7 @@ def curves(run, baseline=None):
     return "".join([
         chart("Reward, with 95% bands",
               rewards(run, "", BLUE, ORANGE) + (rewards(baseline, f", {baseline.name}", GREY, INK) if baseline else [])),
+        chart(f"Reward above {baseline.name}, same scenarios", [line("difference", BLUE, gains(run, baseline)[0], "gain")]) if baseline else "",
         chart("Seconds of a step", [line("play", BLUE, run.steps, "seconds_play"), line("waiting for the judge", ORANGE, run.steps, "seconds_judge"),
                                     line("learn", GREEN, run.steps, "seconds_learn")], "stacked"),
         chart("Agreement, and texts cut off", [line("agreed", BLUE, run.steps, "agreed_rate"), line("at once", GREEN, run.diverse, "agreed_at_once"),
@@ -228,7 +245,7 @@ def results(folder):
     return "".join(tables) or "<p>None yet: python eval.py conflict --model RUN writes its results into the run's folder.</p>"
 
 
-def facts(run):
+def facts(run, baseline=None):
     """The numbers at the top of the page, as HTML."""
     way = lambda values: f"{values[0]:.2f} → {values[-1]:.2f}" if values else "none"
     shown = {"reward in training, first and last step": way([row["reward_mean"] for row in run.steps if row["reward_mean"] is not None]),
@@ -236,13 +253,16 @@ def facts(run):
              "steps": len(run.steps), "minutes": f"{sum(row['seconds_step'] for row in run.steps) / 60:.1f}",
              "rewards that are missing": sum(row.get("missing_rewards", 0) for row in run.steps),
              "questions that the judge left open": sum(row["judge_failures"] for row in run.steps)}
+    if baseline:
+        _, _, value, interval, counts = cells(gains(run, baseline)[1])
+        shown[f"reward above {baseline.name}, same scenarios, last third of the steps ({counts})"] = f"{value} ({interval or 'no interval'})"
     return "".join(f"<div><b>{html.escape(str(value))}</b><span>{html.escape(name)}</span></div>" for name, value in shown.items())
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportSettings:
     """What the report shows."""
-    baseline: str = option("", "a second run folder, whose rewards are drawn in grey")
+    baseline: str = option("", "a second run folder: its rewards in grey, and the difference on scenarios that both played")
     scenarios: int = option(24, "scenarios whose transcripts can be read", low=0)
     out: str = option("", "the page (empty: RUN/report.html)")
 
@@ -261,8 +281,9 @@ def main(argv):
     script = re.search(r"<script>(.*?)</script>", page, re.DOTALL).group(1)
     judge = config.get("judge_model") or config.get("judge_url") or "the embedded small judge"
     about = f"{config.get('model')}, recipe {config.get('recipe')}, seed {config.get('seed')}, judged by {judge}"
+    baseline = read_run(settings.baseline) if settings.baseline else None
     slots = {"title": html.escape(run.name), "subtitle": html.escape(about),
-             "facts": facts(run), "curves": curves(run, read_run(settings.baseline) if settings.baseline else None), "results": results(folder),
+             "facts": facts(run, baseline), "curves": curves(run, baseline), "results": results(folder),
              "settings": html.escape(json.dumps(config, indent=1)), "hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
              "data": json.dumps(reader(run, settings.scenarios, decode)).replace("<", "\\u003c")}  # only "<" can end a script element
     out = Path(settings.out or Path(folder) / "report.html")

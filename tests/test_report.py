@@ -1,4 +1,5 @@
 """The report: what a run folder becomes, with texts that try to become a page of their own, in a real browser where there is one."""
+import dataclasses
 import json
 import re
 import shutil
@@ -60,7 +61,20 @@ def test_no_text_becomes_part_of_the_page(run):
     assert data[0]["dialogues"][0]["final"] == EVIL and data[0]["dilemma"] == EVIL  # and yet nothing is lost
     shell = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)  # what it loads comes from within
     assert [place for place in re.findall(r"""\b(?:src|href|url)\b\s*[=(]\s*["']?(.{5})""", shell) if place not in ("data:", "x one")] == []
-    assert "default-src 'none'" in page and page.count("data:image/svg+xml") == 6
+    assert "default-src 'none'" in page and page.count("data:image/svg+xml") == 7
+
+
+def test_gains_compare_what_both_runs_played(run):
+    mine, theirs = ({**{(step, name): float(step) for step in range(1, 7) for name in "ab"}, (6, "b"): 9.0}, {(step, "a"): 0.5 for step in range(2, 9)})
+    of = lambda scores: dataclasses.replace(report.read_run(run), scores=scores)
+    rows, row = report.gains(of(mine), of(theirs))
+    assert rows == [{"step": step, "gain": step - 0.5} for step in range(2, 7)]  # step 1 and scenario b are in one run only
+    assert (row["value"], row["n"], row["scenarios"], row["low"]) == (5.0, 2, 1, None)  # steps 5 and 6 of 2 to 6
+    mine[5, "b"], theirs[5, "b"] = 1.5, 1.0
+    assert report.gains(of(mine), of(theirs))[1]["value"] == 3.5
+    assert report.read_run(run).scores == {(1, "evil"): 3.5, (2, "evil"): 3.5}  # a missing reward is missing
+    assert report.gains(of(mine), of({})) == ([], {**row, "value": None, "n": 0, "scenarios": 0})
+    assert "0.000 (no interval)" in make(run, "--baseline", str(run)) and "same scenarios" not in make(run)
 
 
 def test_the_reader_shows_what_was_trained(run):
