@@ -254,8 +254,9 @@ def facts(run, baseline=None):
              "rewards that are missing": sum(row.get("missing_rewards", 0) for row in run.steps),
              "questions that the judge left open": sum(row["judge_failures"] for row in run.steps)}
     if baseline:
-        _, _, value, interval, counts = cells(gains(run, baseline)[1])
-        shown[f"reward above {baseline.name}, same scenarios, last third of the steps ({counts})"] = f"{value} ({interval or 'no interval'})"
+        row = gains(run, baseline)[1]
+        shown[f"above {baseline.name} on the same scenarios, last third of the steps ({cells(row)[3] or 'no interval'})"] = (
+            "none" if row["value"] is None else f"{row['value']:+.2f}")
     return "".join(f"<div><b>{html.escape(str(value))}</b><span>{html.escape(name)}</span></div>" for name, value in shown.items())
 
 

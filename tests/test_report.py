@@ -74,7 +74,8 @@ def test_gains_compare_what_both_runs_played(run):
     assert report.gains(of(mine), of(theirs))[1]["value"] == 3.5
     assert report.read_run(run).scores == {(1, "evil"): 3.5, (2, "evil"): 3.5}  # a missing reward is missing
     assert report.gains(of(mine), of({})) == ([], {**row, "value": None, "n": 0, "scenarios": 0})
-    assert "0.000 (no interval)" in make(run, "--baseline", str(run)) and "same scenarios" not in make(run)
+    page = make(run, "--baseline", str(run))
+    assert "<b>+0.00</b>" in page and "last third of the steps (no interval)" in page and "same scenarios" not in make(run)
 
 
 def test_the_reader_shows_what_was_trained(run):
