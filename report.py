@@ -91,15 +91,16 @@ def read_run(folder):
             records = list(group)
             if source == "training":
                 diverse.append({"step": step, **diversity(records)})
-                known = [(record["scenario_id"], record["reward"]) for record in records if record["reward"] is not None]
-                scores |= {(step, name): float(np.mean([reward for other, reward in known if other == name])) for name, _ in known}
             for record in records:
+                if source == "training" and record["reward"] is not None:
+                    scores.setdefault((step, record["scenario_id"]), []).append(record["reward"])
                 slot = kept.setdefault(record["scenario_id"], {})
                 slot.setdefault((step, source), []).append(record)
                 for middle in sorted(key for key in slot if key[1] == source)[1:-1]:
                     del slot[middle]
     held = [{**m["heldout"], "step": m["step"]} for m in metrics if "heldout" in m]
-    return Run(Path(folder).resolve().name, config_of(folder), [m for m in metrics if "heldout" not in m], held, diverse, kept, scores)
+    return Run(Path(folder).resolve().name, config_of(folder), [m for m in metrics if "heldout" not in m], held, diverse, kept,
+               {key: float(np.mean(rewards)) for key, rewards in scores.items()})
 
 
 def gains(run, baseline):
