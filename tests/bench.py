@@ -69,18 +69,22 @@ class SlowJudge:
         return self.pool.submit(answer)
 
 
-def rates(dtype):
-    """This machine's matrix rate in FLOP/s in `dtype`, and its read bandwidth in bytes/s."""
-    a, block = torch.randn(2048, 2048).to(dtype), torch.randn(1 << 26)
-    times = {"matrix": [], "read": []}
-    for _ in range(6):
-        start = time.perf_counter()
-        a @ a
-        middle = time.perf_counter()
-        block.sum()
-        times["matrix"].append(middle - start)
-        times["read"].append(time.perf_counter() - middle)
-    return 2 * 2048**3 / min(times["matrix"]), block.numel() * 4 / min(times["read"])
+def rates(dtype, device):
+    """The device's matrix rate in FLOP/s in `dtype`, and its read bandwidth in bytes/s."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, block = torch.randn(n, n, device=device).to(dtype), torch.randn(1 << 26, device=device)
+
+    def seconds(work):
+        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        times = []
+        for _ in range(6):
+            wait()
+            start = time.perf_counter()
+            work()
+            wait()
+            times.append(time.perf_counter() - start)
+        return min(times)
+    return 2 * n**3 / seconds(lambda: a @ a), block.numel() * 4 / seconds(block.sum)
 
 
 def floor_seconds(model, dialogues, packed, flops, bandwidth):
@@ -129,7 +133,7 @@ def main(argv=None):
     print(f"play   {play:6.1f} s  {sampled / play:6.1f} sampled tokens/s")
     print(f"learn  {learn:6.1f} s  {last[3] / learn:6.1f} trained tokens/s")
     print(f"step   {whole:6.1f} s  peak memory {train.peak_memory_gb(world.device):.1f} GB   {dtype}, {torch.get_num_threads()} threads, median of {b.repeats}")
-    flops, bandwidth = rates(dtype)
+    flops, bandwidth = rates(dtype, world.device)
     packed = [grpo.pack(group, "dialogue", b.micro_tokens) for group in last[5]]
     low = floor_seconds(model, last[4], packed, flops, bandwidth)
     print(f"floor  {sum(low):6.1f} s  (play {low[0]:.1f}, learn {low[1]:.1f}): {sum(low) / whole:.0%} of the step; {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s")
@@ -139,7 +143,7 @@ def main(argv=None):
     if b.profile:
         with torch.profiler.profile() as profile:
             step(99, SlowJudge(0.0))
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=40))
+        print(profile.key_averages().table(sort_by=f"self_{world.device.type}_time_total", row_limit=20, max_name_column_width=40))
 
 
 if __name__ == "__main__":

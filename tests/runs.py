@@ -50,7 +50,8 @@ class Run:
             launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
             if patch:
                 launcher += ["--no-python", sys.executable]
-        env = {**os.environ, "NEGOTIATE_MARK": self.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        few = {"CUDA_VISIBLE_DEVICES": ""} if ranks > torch.cuda.device_count() else {}  # each rank needs a card of its own, or none
+        env = {**os.environ, **few, "NEGOTIATE_MARK": self.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         self.said, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up
         self.process = subprocess.Popen(launcher + script + arguments, cwd=cwd, env=env, stdout=self.said, stderr=self.err, text=True,
                                         start_new_session=True)
