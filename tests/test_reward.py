@@ -55,11 +55,9 @@ def test_auto_takes_what_the_server_offers_and_reads_the_rule(offers, mode):
     with JudgeServer(lambda text: 4 if "well" in text else 1.5, lambda text: "half each" in text, offers) as server:
         judge = open_judge(server)
         assert judge.mode == mode
-        one, other = (f"{what} Rosa digs beside the northern field before winter comes, and Chen counts every bucket." for what in ("A well.", "My well."))
-        no = one.replace("A well", "A dam")
-        asked = [judge.score(DILEMMA, PERSONAS, TURNS, one), judge.score(DILEMMA, PERSONAS, TURNS, no),
+        asked = [judge.score(DILEMMA, PERSONAS, TURNS, "A well for all."), judge.score(DILEMMA, PERSONAS, TURNS, "Nothing."),
                  judge.endorse(DILEMMA, PERSONAS[0], "A well."), judge.agreed(DILEMMA, PERSONAS, TURNS), judge.agreed(DILEMMA, PERSONAS, TURNS[:1]),
-                 *(judge.compare(DILEMMA, PERSONAS, a, b, "Which?") for a, b in ((one, no), (no, one), (one, other)))]
+                 *(judge.compare(DILEMMA, PERSONAS, a, b, "Which?") for a, b in (("A well.", "No."), ("No.", "A well."), ("A well.", "My well.")))]
         values = [f.result().value for f in asked]
         assert values[:3] == pytest.approx([4, 1.5, 4], abs=2e-3)
         assert values[3:] == [True, False, "A", "B", "tie"]
@@ -133,20 +131,6 @@ def test_contrast_reads_a_text_without_a_single_latin_letter():
     with JudgeServer(lambda text: 4 if "平分" in text else 1, offers=("contrast",)) as server:
         judge = open_judge(server)
         assert judge.score(DILEMMA, PERSONAS, TURNS, "我们 平分 水 。").result(20).value == pytest.approx(4, abs=2e-3)
-        judge.close()
-
-
-@pytest.mark.parametrize("text", ["", "We will.", "We will. We will! We will - we will.", "That is the plan, and we will carry out your plan.",
-                                  "Who, if any, is to do it by the day we set, and how is it to be of use to us or to you all? I do not see how yet."])
-def test_a_text_of_too_few_words_is_no_solution(text):
-    enough = "Rosa digs beside the northern field before winter comes, and Chen counts every bucket."
-    with JudgeServer(lambda text: 4, offers=("contrast",)) as server:
-        judge = open_judge(server)
-        assert judge.score(DILEMMA, PERSONAS, TURNS, text).result(20).value == 0
-        assert judge.score(DILEMMA, PERSONAS, TURNS, enough).result(20).value == pytest.approx(4, abs=2e-3)
-        assert [judge.compare(DILEMMA, PERSONAS, *pair, "Which?").result(20).value for pair in ((text, enough), (enough, text), (text, text))] == ["B", "A", "tie"]
-        server.faults = lambda number, path: "400"
-        assert judge.score("Another dilemma?", PERSONAS, TURNS, text).result(20).value is None  # a missing verdict stays missing
         judge.close()
 
 
