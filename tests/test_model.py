@@ -147,9 +147,10 @@ def test_pads_beyond_the_last_position_are_harmless():
 def test_transformers_own_generate_still_works(kind):
     """On a prepared model, one sequence at a time and past the sliding window; in batches of uneven length we do not promise it."""
     model, ids = helpers.tiny(kind), torch.tensor([some_ids(30)])
-    got = model.generate(ids, max_new_tokens=12, do_sample=False)
+    greedy = dict(min_new_tokens=12, max_new_tokens=12, do_sample=False)  # all 12, whatever the random ids lead to
+    got = model.generate(ids, **greedy)
     model.set_attn_implementation("eager")
-    assert got.tolist() == model.generate(ids, max_new_tokens=12, do_sample=False).tolist() and got.shape[1] > 31
+    assert got.tolist() == model.generate(ids, **greedy).tolist() and got.shape[1] == 42
 
 
 # ---- log-probs and gradients ----------------------------------------------------------------------------------------
