@@ -52,7 +52,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     force: bool = option(False, "resume even with settings that change the mathematics")
     seed: int = option(0, "of everything random", low=0)
     steps: int = option(10, "steps; each plays, judges and learns from scenarios-per-step groups", low=0)
-    scenarios_per_step: int = option(2, "groups in a step, over all ranks", low=1)
+    scenarios_per_step: int = option(2, "groups in a step, over all ranks: a multiple of their number", low=1)
     group_size: int = option(6, "dialogues of one group, whose rewards are compared", low=2)
     lr: float = option(1e-4, "learning rate of AdamW", low=0)
     warmup_steps: int = option(1, "updates over which the learning rate rises to --lr", low=0)
@@ -100,7 +100,8 @@ def read_settings(argv=None):
         """What the flags that were `given` are laid over."""
         if not given.get("resume"):
             recipe = given.get("recipe", "debug")
-            own = dict(RECIPES[recipe])
+            own, ranks = {"scenarios_per_step": Settings.scenarios_per_step, **RECIPES[recipe]}, int(os.environ.get("WORLD_SIZE", 1))
+            own["scenarios_per_step"] = -(-own["scenarios_per_step"] // ranks) * ranks  # a group is never split: each rank has its own
             if recipe == "paper-single" and not given.get("judge_url"):  # the paper's baseline is its own judge: as it was at first
                 own["judge_model"] = given.get("model", Settings.model)
             return own
@@ -547,8 +548,8 @@ def run(settings, world, stack):
     due = lambda step: held and (step % settings.eval_every == 0 or step == settings.steps)
     save = lambda: world.gather(save_checkpoint(out, done, settings, model, tokenizer, optimizer, world))[0]
     say = print if world.rank == 0 else lambda *a, **k: None
-    say(f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}; {len(scenarios)} scenarios; results in {out}/",
-        flush=True)
+    say(f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}; {len(scenarios)} scenarios, "
+        f"{settings.scenarios_per_step} x {settings.group_size} dialogues a step; results in {out}/", flush=True)
     if due(start) and not world.gather(any("heldout" in row and row["step"] == start for row in whole_lines(out / "metrics.jsonl")))[0]:
         code, reason = evaluate(out, start, voice, held, settings, judge, stop, world, say)
     for step in range(start + 1, settings.steps + 1 if not code else 0):

@@ -160,6 +160,14 @@ def test_the_recipes_are_the_papers(tmp_path):
     assert elsewhere.judge_model == "" and elsewhere.model == "smollm2-135m"
 
 
+def test_every_rank_has_a_group_of_its_own(monkeypatch):
+    """torchrun --nproc_per_node=8 train.py works as it stands; a number that was asked for is never changed."""
+    of = lambda *flags: train.read_settings(list(flags)).scenarios_per_step
+    for ranks, debug, baseline in (("1", 2, 4), ("2", 2, 4), ("3", 3, 6), ("8", 8, 8)):
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        assert (of(), of("--recipe", "paper-single"), of("--scenarios-per-step", "5")) == (debug, baseline, 5)
+
+
 def test_the_single_recipe_differs_from_the_debug_recipe_in_one_thing():
     debug, single = (dataclasses.asdict(train.read_settings(["--recipe", name])) for name in ("debug", "single"))
     differ = {key: single[key] for key in single if single[key] != debug[key]}
