@@ -1,7 +1,7 @@
 """Self-play: two instances of one model, with opposing personas, negotiate a dilemma in turns.
 
-    scenario ->  agent 0: system(persona 0, dilemma) | cue    | turn 0 |  turn 1 as user  | turn 2 | ...    its own stream
-                 agent 1: system(persona 1, dilemma) | turn 0 as user  | turn 1 |  turn 2 as user  | ...    its own stream
+    scenario ->  agent 0: system(persona 0) | dilemma, cue | turn 0 | turn 1 as user, cue | turn 2 | ...             its own stream
+                 agent 1: system(persona 1) | dilemma, turn 0 as user, cue | turn 1 | turn 2 as user, cue | ...      its own stream
              ->  when they agree, or at the limit, agent 0 writes the joint solution (the final completion)
 
 Token in, token out: a stream grows by the ids that were sampled, never by their text encoded again. The mask is 1 exactly
@@ -50,10 +50,11 @@ class PlaySettings:
 
 # ---- what the agents are told: data, easy to edit ------------------------------------------------------------------
 
-SYSTEM = ("You are {me}, talking with {other}. {creed}\n\nThe dilemma: {dilemma}\n\nTalk it over with {other}. Say in one or two sentences what you "
-          "propose and why, in your own words, for example: \"I suggest that we first ..., and that you ..., because ...\"{marker}")
+SYSTEM = "You are {me}. {creed} You talk with {other}, and look for a plan that both of you can carry out.{marker}"
 MARKER_RULE = " When you accept the plan on the table, end your turn with the word AGREED."
-OPENING = "What do you propose?"
+# The dilemma opens the first user message, and a question ends each but the last: a small model hardly reads its system prompt, and what it says drifts.
+CASE = "{dilemma}\n\nTalk it over with {other}. Say in one or two sentences what you propose and why.\n\n"
+ASK = "What do you propose?"
 EARLIER = "(The two of you have been talking for a while.)"
 SILENCE = "(says nothing)"
 FINAL = ("Thank you. {other}'s creed is: \"{creed}\" Now sum up the plan that you and {other} will carry out. Name who does what and when, and say how it "
@@ -221,9 +222,8 @@ class View:
     def __init__(self, chat, me, scenario, marker):
         mine, other = scenario.personas[me], scenario.personas[1 - me]
         self.chat, self.me, self.other = chat, me, other
-        system = fill(SYSTEM, {"me": mine["name"], "creed": mine["creed"], "other": other["name"], "dilemma": scenario.dilemma,
-                               "marker": MARKER_RULE if marker else ""})
-        self.head = chat.head(system)
+        words = {"me": mine["name"], "creed": mine["creed"], "other": other["name"], "dilemma": scenario.dilemma, "marker": MARKER_RULE if marker else ""}
+        self.head = chat.head(fill(SYSTEM, words)) + chat.plain(fill(CASE, words))
 
     def before(self, turns, closing=None, train=None, cut=False):
         """The Sample of `turns` as this agent sees them, up to the point where it speaks next.
@@ -237,14 +237,12 @@ class View:
             if turn.speaker != self.me:
                 heard.append(turn.text or SILENCE)
                 continue
-            add_ids(sample, chat.plain("\n\n".join(heard) or (EARLIER if cut else OPENING)))
+            add_ids(sample, chat.plain("\n\n".join([*(heard or [EARLIER] * cut), ASK])))
             add_ids(sample, chat.past_opening)
             add_turn(sample, turn, train is None or any(turn is t for t in train))
             add_ids(sample, [chat.end] * turn.truncated + chat.after)
             heard = []
-        if closing:
-            heard.append(closing)
-        add_ids(sample, chat.plain("\n\n".join(heard) or OPENING) + chat.opening)
+        add_ids(sample, chat.plain("\n\n".join([*heard, closing or ASK])) + chat.opening)
         return sample
 
     def until(self, turns, last, train=None, closing=None, cut=False):

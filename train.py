@@ -414,7 +414,7 @@ def show_plan(settings):
         reason = str(error).splitlines()[0]
         raise UserError(f"--model {settings.model}: not smollm2-135m, a folder with a config and a tokenizer, or a reachable id ({reason})")
     dtype = torch.float32 if settings.dtype == "fp32" else torch.bfloat16
-    glue = lambda s: len(tokenizer(selfplay.SYSTEM + s.dilemma + max((p["creed"] for p in s.personas), key=len))["input_ids"])
+    glue = lambda s: len(tokenizer(selfplay.SYSTEM + selfplay.CASE + s.dilemma + max((p["creed"] for p in s.personas), key=len))["input_ids"])
     head = max(glue(s) for s in data_gen.load_scenarios(settings.scenarios or None, settings.seed))
     plan = {what: size / 1e9 for what, size in grpo.memory_plan(config, settings, settings.nproc, dtype, head).items()}
     print(f"{settings.model} on {settings.nproc} card(s), {dtype}, GB per card:")

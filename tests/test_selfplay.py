@@ -164,14 +164,15 @@ def test_masked_ids_decode_to_this_agents_utterances(template, context_turns):
 def test_views_read_as_the_template_renders_them(template, me):
     chat, space = talker(template=TEMPLATES[template]).chat, " " if template == "mistral" else ""
     view = selfplay.View(chat, me, helpers.scenario(), False)
-    system = chat.tokenizer.decode(chat.plain(selfplay.fill(selfplay.SYSTEM, {
-        "me": helpers.PERSONAS[me]["name"], "other": helpers.PERSONAS[1 - me]["name"], "creed": helpers.PERSONAS[me]["creed"],
-        "dilemma": helpers.scenario().dilemma, "marker": ""})))
+    slots = {"me": helpers.PERSONAS[me]["name"], "other": helpers.PERSONAS[1 - me]["name"], "creed": helpers.PERSONAS[me]["creed"],
+             "dilemma": helpers.scenario().dilemma, "marker": ""}
+    system, case = (chat.tokenizer.decode(chat.plain(selfplay.fill(text, slots))) for text in (selfplay.SYSTEM, selfplay.CASE))
     words = ["We share the water.", "No, step by step.", "I propose a plan.", "It is fair.", "Agreed."]
     turns = [selfplay.Turn(i % 2, w, False, chat.plain(space + w) + [chat.end]) for i, w in enumerate(words)]
     messages = [{"role": "system", "content": system}]
-    for heard in [selfplay.OPENING] * (me == 0) + words[:4 - me]:
-        messages.append({"role": "user" if len(messages) % 2 else "assistant", "content": heard})
+    for said in [""] * (me == 0) + words[:4 - me]:
+        asked = {"role": "user", "content": case * (len(messages) == 1) + said + "\n\n" * bool(said) + selfplay.ASK}
+        messages.append(asked if len(messages) % 2 else {"role": "assistant", "content": said})
     if not chat.has_system:
         messages[:2] = [{"role": "user", "content": system + "\n\n" + messages[1]["content"]}]
     rendered = chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -180,15 +181,16 @@ def test_views_read_as_the_template_renders_them(template, me):
     own = view.until(seen, turns[4 - me])
     assert chat.tokenizer.decode(own.ids) == rendered + space + words[4 - me] + chat.tokenizer.decode([chat.end])
     closed = view.before(seen, closing="Sum up.")
-    assert chat.tokenizer.decode(closed.ids) == rendered.replace(words[3 - me], words[3 - me] + "\n\nSum up.")
+    assert chat.tokenizer.decode(closed.ids) == rendered.replace(f"{words[3 - me]}\n\n{selfplay.ASK}", f"{words[3 - me]}\n\nSum up.")
 
 
 def test_a_window_does_not_pretend_to_be_the_opening():
     d, = play(talker(), helpers.dialogues(1, 1), settings(context_turns=2, max_turns=5))
     texts = [[helpers.tokenizer().decode(s.ids) for s in stream] for stream in d.streams]
-    assert [[selfplay.OPENING in t for t in stream] for stream in texts] == [[True, True, False], [False, False]]
+    assert [[t.count(selfplay.ASK) for t in stream] for stream in texts] == [[1, 2, 2], [1, 2]]
     assert [[selfplay.EARLIER in t for t in stream] for stream in texts] == [[False, False, True], [False, True]]
-    assert selfplay.OPENING in helpers.tokenizer().decode(d.final_sample.ids)  # the final is written after the whole dialogue
+    final = helpers.tokenizer().decode(d.final_sample.ids)  # is written after the whole dialogue
+    assert final.count(selfplay.ASK) == 3 and selfplay.EARLIER not in final
 
 
 def by_generate(scenario, cfg):
@@ -199,8 +201,8 @@ def by_generate(scenario, cfg):
     streams, turns, a, b = [], [], *scenario.personas
     for me, other in ((a, b), (b, a)):
         slots = {"me": me["name"], "other": other["name"], "creed": me["creed"], "dilemma": scenario.dilemma, "marker": ""}
-        system = selfplay.fill(selfplay.SYSTEM, slots)
-        streams.append(encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"))
+        system, case = (selfplay.fill(text, slots) for text in (selfplay.SYSTEM, selfplay.CASE))
+        streams.append(encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n") + encode(case))
 
     def speak(me, heard, limit):
         streams[me] += encode(f"{heard}<|im_end|>\n<|im_start|>assistant\n")
@@ -208,9 +210,9 @@ def by_generate(scenario, cfg):
                               attention_mask=torch.ones(1, len(streams[me])))[0, len(streams[me]):].tolist()
         streams[me] += said + [2] * (said[-1] != 2) + encode("\n<|im_start|>user\n")
         return said
-    heard = selfplay.OPENING
+    heard = ""
     for t in range(cfg.max_turns):
-        turns.append(speak(t % 2, heard, cfg.turn_tokens))
+        turns.append(speak(t % 2, heard + "\n\n" * bool(heard) + selfplay.ASK, cfg.turn_tokens))
         heard = tok.decode(turns[-1], skip_special_tokens=True).strip() or selfplay.SILENCE
     request = selfplay.fill(selfplay.FINAL, {"other": b["name"], "creed": b["creed"]})
     return turns, speak(0, request if cfg.max_turns % 2 else heard + "\n\n" + request, cfg.final_tokens)
