@@ -508,10 +508,12 @@ def word_ids():
     return [helpers.tokenizer()(w, add_special_tokens=False)["input_ids"][-1] for w in WORDS]
 
 
-@pytest.fixture(scope="module")
-def parrots():
+@pytest.fixture
+def parrots(monkeypatch):
     """A tiny model that has learnt to play the game: what agent 0 says first, of six words, comes back in the final completion."""
     from transformers import AutoModelForCausalLM, LlamaConfig
+    for name, text in {"SYSTEM": "{me}", "CASE": "{dilemma} ", "ASK": "So?", "FINAL": "Sum up."}.items():  # so short that two layers learn it
+        monkeypatch.setattr(selfplay, name, text)
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                          max_position_embeddings=1024, vocab_size=len(helpers.tokenizer()), eos_token_id=helpers.tokenizer().eos_token_id)

@@ -78,7 +78,7 @@ class Script:
 
 def sometimes(dilemma, turns):
     """Agreed at a length that depends on the words, from 2 to 7 turns; missing (None) now and then before that."""
-    draw = zlib.crc32((dilemma + turns[0].text).encode())
+    draw = zlib.crc32(("31" + dilemma + turns[0].text).encode())  # a number with which every kind of model and template sees every kind of end
     return len(turns) >= 2 + draw % 6 or (None if draw % 3 else False)
 
 
