@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from model import Tree, adapters_off, add_lora, capacity_for, cast, inner, prepare, token_logprobs
+from model import Tree, Trunk, adapters_off, add_lora, capacity_for, cast, inner, prepare, token_logprobs
 
 # ---- pure functions --------------------------------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ def common_prefix(samples):
 def pack(group, train_tokens, micro_tokens):
     """The trees of one group: a list of (Tree, rows) with at most `micro_tokens` tokens each, where one sample allows it.
 
-    The samples of each agent share that agent's prefix (persona, rules, dilemma), which is computed once per tree.
+    The samples of each agent share that agent's prefix (persona, rules, dilemma), and so do its trees, which follow one another.
     """
     buckets = {}
     for dialogue in group:
@@ -158,13 +158,14 @@ def pack(group, train_tokens, micro_tokens):
             shares = [bucket[i::k] for i in range(k)]
             if max(n + sum(len(s.ids) - n for s, _ in share) for share in shares) <= micro_tokens:
                 break
+        prefix = bucket[0][0].ids[:n]
         for share in shares:
             rows = []
             for s, dialogue in share:
                 at = [i for i, m in enumerate(s.mask) if m]
                 nucleus = any(s.cuts[i] for i in at)
                 rows.append(Row(dialogue, [i - n for i in at], [s.logprobs[i] - s.masses[i] for i in at], [s.cuts[i] or -math.inf for i in at] if nucleus else []))
-            batches.append((Tree(share[0][0].ids[:n], [s.ids[n:] for s, _ in share]), rows))
+            batches.append((Tree(prefix, [s.ids[n:] for s, _ in share], len(shares) > 1), rows))
     return batches
 
 
@@ -179,13 +180,15 @@ def scorer(model):
 class Learner:
     """Accumulates the summed gradient of packed trees and takes one optimizer step: `backward` per tree, then `step`.
 
+    Trees that share a prefix come one after the other and stand on one trunk: the prefix is computed once, whatever the micro-batches.
+
     settings: train.Settings. optimizer: an Optimizer. reference: the model that, with its adapters (if any) off, is the
     frozen reference for --beta; it is never a sharded one, so that its passes need no other rank.
     """
 
     def __init__(self, model, optimizer, settings, reference=None):
         self.model, self.optimizer, self.settings, self.reference = model, optimizer, settings, reference
-        self.sums = {}
+        self.sums, self.trunk = {}, None
 
     def logprobs(self, model, tree, rows):
         """Log-probs of the trained tokens of each row, (B, T) padded with 0."""
@@ -201,11 +204,26 @@ class Learner:
                     row.ref_logp = values
         return pad_sequence([r.ref_logp for r in rows], batch_first=True)
 
+    def on_trunk(self, tree):
+        """The tree on the trunk that it shares with others. A sharded model's trees stand alone: its ranks must all make the same passes in the same order."""
+        if self.trunk and self.trunk.prefix is not tree.prefix:
+            self.finish_trunk()
+        if not tree.shared or hasattr(self.model, "token_logprobs"):
+            return tree
+        self.trunk = self.trunk or Trunk(self.model, tree.prefix)
+        return dataclasses.replace(tree, trunk=self.trunk)
+
+    def finish_trunk(self):
+        """No more trees will stand on the trunk: take their gradients through it."""
+        if self.trunk:
+            self.trunk.backward()
+        self.trunk = None
+
     def backward(self, tree, rows):
         """Forward and backward of one tree. The gradient of eq. 5's numerator is added; D comes at `step`."""
         cfg = self.settings
         self.model.train(cfg.gradient_checkpointing)  # transformers recomputes in training mode only; dropouts are 0
-        logp = self.logprobs(self.model, tree, rows)  # (B, T)
+        logp = self.logprobs(self.model, self.on_trunk(tree), rows)  # (B, T)
         self.model.eval()
         device = logp.device
         padded = lambda lists: pad_sequence([torch.tensor(x, dtype=torch.float32, device=device) for x in lists], batch_first=True)
@@ -245,6 +263,7 @@ class Learner:
 
         A non-finite loss or gradient on any rank: every rank skips the step together and the weights stay as they are.
         """
+        self.finish_trunk()
         keys = ("loss", "units", "tokens", "logprob_gap", "entropy", "clip_frac", "approx_kl", "ratio_mean", "kl_ref")
         sums = torch.tensor([self.sums.get(k, 0.0) for k in keys], dtype=torch.float64)
         self.sums = {}

@@ -6,6 +6,7 @@ Any Hugging Face decoder stays usable, because nothing here re-writes a model: t
     sampling   rows of different lengths, each with its own place in a preallocated cache    RaggedCache + attend
     learning   a shared prefix and its continuations in ONE row: [prefix | c0 | c1 | ...],
                the prefix computed once, forward and backward                                Tree + attend
+               where they are too many for one row: several rows on one prefix               Trunk
     scoring    vocabulary projection at the trained positions only, in chunks                token_logprobs
 
 Left out on purpose: quantisation, tensor parallelism, paged caches, encoder models.
@@ -210,13 +211,14 @@ def context_limit(model):
 # ---- attention: one function for sampling and for learning -------------------------------------------------------
 
 
-def attend(module, query, key, value, attention_mask=None, scaling=None, tree=None, query_positions=None, sliding_window=None, **kwargs):
+def attend(module, query, key, value, attention_mask=None, scaling=None, tree=None, keep=None, query_positions=None, sliding_window=None, **kwargs):
     """Attention as transformers' AttentionInterface wants it, without ever repeating the keys of grouped queries.
 
     query (B, Hq, Q, D), key and value (B, Hkv, K, D) -> output (B, Q, Hq, D). The G = Hq / Hkv query heads of one KV
     head are treated as G times as many query positions of that head. attention_mask (B, 1, Q, K) is added to the scores:
-    0 where a query sees a key, else -inf. With `tree`, B is 1 and the row is [prefix | c0 | c1 | ...]: each continuation
-    sees the prefix and itself. Without either it is plain causal attention. `sliding_window` is the layer's own.
+    0 where a query sees a key, else -inf. With `tree`, B is 1 and the row is [prefix | c0 | c1 | ...], or with a trunk [c0 | c1 | ...]:
+    each continuation sees the prefix and itself. Without either it is plain causal attention. `sliding_window` is the layer's own.
+    keep: a dict to which each layer adds its keys and values.
     """
     if kwargs.get("s_aux") is not None:
         raise UserError("--model: attention sinks are not supported; use another model")
@@ -227,11 +229,14 @@ def attend(module, query, key, value, attention_mask=None, scaling=None, tree=No
             seen_from = query_positions[:, None, :, None] - sliding_window  # (B, 1, Q, 1) keys at or before this are out
             attention_mask = attention_mask.masked_fill(torch.arange(key.shape[2], device=query.device) <= seen_from, -math.inf)
         return _grouped(query, key, value, attention_mask, scaling), None
-    out, P = [], tree.prefix_length
-    for start, end in [(0, P), *tree.spans]:
+    if keep is not None:
+        keep[module.layer_idx] = key, value
+    out, first = [], tree.spans[0][0] if tree.spans else tree.tokens  # where the continuations begin
+    prefix = tree.trunk.pairs[module.layer_idx] if tree.trunk else (key[:, :, :first], value[:, :, :first])
+    for start, end in [(0, first), *tree.spans]:
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        if start and P:  # the prefix's keys are shared by all continuations, so its gradient is the sum over them
-            k, v = torch.cat([key[:, :, :P], k], dim=2), torch.cat([value[:, :, :P], v], dim=2)
+        if start >= first:  # the prefix's keys are shared by all continuations, so its gradient is the sum over them
+            k, v = torch.cat([prefix[0], k], dim=2), torch.cat([prefix[1], v], dim=2)
         if start < end:
             out.append(_grouped(q, k, v, _causal(q, k, sliding_window), scaling))
     return torch.cat(out, dim=1), None  # (1, T, Hq, D)
@@ -382,21 +387,52 @@ class RaggedCache(Cache):
 
 @dataclasses.dataclass
 class Tree:
-    """A shared prefix and continuations of it, as one row of ids. `spans` are (start, end) of each continuation."""
+    """A shared prefix and continuations of it, as one row of ids. `spans` are (start, end) of each continuation in the row."""
     prefix: list
     continuations: list  # of lists of ids
+    shared: bool = False  # other trees have the same list as their prefix
+    trunk: object = None  # the Trunk that has computed the prefix: then the row holds the continuations only
 
     def __post_init__(self):
-        self.prefix_length, self.spans, at = len(self.prefix), [], len(self.prefix)
+        self.row, self.spans = [] if self.trunk else list(self.prefix), []
+        self.places = list(range(len(self.row)))  # a continuation's positions begin after the prefix
         for c in self.continuations:
-            self.spans.append((at, at + len(c)))
-            at += len(c)
-        self.tokens = at  # length of the row
+            self.spans.append((len(self.row), len(self.row) + len(c)))
+            self.row += c
+            self.places += range(len(self.prefix), len(self.prefix) + len(c))
+        self.tokens = len(self.row)
 
 
 def inner(model):
     """The decoder without its vocabulary projection (`model.model`, GPT-2: `model.transformer`)."""
     return getattr(model, model.base_model_prefix)
+
+
+def read_tree(model, tree, keep=None):
+    """Hidden states of a tree's row, (T, H), with gradients."""
+    ids, places = torch.tensor([[tree.row, tree.places]], device=next(model.parameters()).device)[0]  # (T,) each
+    return inner(model)(input_ids=ids[None], position_ids=places[None], use_cache=False, tree=tree, keep=keep).last_hidden_state[0]
+
+
+class Trunk:
+    """A prefix that several trees stand on, computed once: forward here, backward in `backward`, after all of theirs.
+
+    What a tree sees of it, each layer's keys and values and the last hidden state, are detached copies in which the gradients of all trees add
+    up; `backward` takes these through the prefix. So there are never more activations than those of the prefix and of one tree.
+    """
+
+    def __init__(self, model, prefix):
+        self.prefix, own = prefix, {}
+        hidden = read_tree(model, Tree(prefix, []), own)[-1:]  # (1, H) predicts the first token of each continuation
+        self._outputs = [hidden, *(x for pair in own.values() for x in pair)]
+        self._inputs = [x.detach().requires_grad_() for x in self._outputs]
+        self.last, flat = self._inputs[0], self._inputs[1:]
+        self.pairs = dict(zip(own, zip(flat[::2], flat[1::2])))  # layer -> keys, values, (1, Hkv, P, D) each
+
+    def backward(self):
+        """The gradients that the trees left, through the prefix to the weights."""
+        pairs = [(out, seen.grad) for out, seen in zip(self._outputs, self._inputs) if out.requires_grad and seen.grad is not None]
+        torch.autograd.backward(*zip(*pairs))
 
 
 def project(model, hidden):
@@ -434,14 +470,14 @@ def token_logprobs(model, tree, wanted, temperature=1.0, cuts=None, chunk=256):
     The prefix is computed once. The vocabulary is projected at the wanted positions only, `chunk` at a time, and
     recomputed in the backward pass, so memory does not grow with vocabulary x tokens.
     """
-    device = next(model.parameters()).device
-    row = torch.tensor(tree.prefix + [t for c in tree.continuations for t in c], device=device)  # (T,)
-    places = list(range(tree.prefix_length)) + [tree.prefix_length + j for c in tree.continuations for j in range(len(c))]
-    hidden = inner(model)(input_ids=row[None], position_ids=torch.tensor(places, device=device)[None], use_cache=False,
-                          tree=tree).last_hidden_state[0]  # (T, H)
-    # The token at index j of a continuation is predicted by the token before it; index 0 by the last of the prefix.
-    sources = [tree.prefix_length - 1 if j == 0 else start + j - 1 for (start, _), js in zip(tree.spans, wanted) for j in js]
-    targets = row[[start + j for (start, _), js in zip(tree.spans, wanted) for j in js]]
+    hidden = read_tree(model, tree)  # (T, H)
+    device = hidden.device
+    root = len(tree.prefix) - 1  # the token at index j of a continuation is predicted by the token before it; index 0 by the last of the prefix
+    if tree.trunk:
+        hidden, root = torch.cat([hidden, tree.trunk.last]), tree.tokens
+    places = [(start, j) for (start, _), js in zip(tree.spans, wanted) for j in js]
+    sources = [start + j - 1 if j else root for start, j in places]
+    targets = torch.tensor([tree.row[start + j] for start, j in places], dtype=torch.long, device=device)
     cut = torch.full(targets.shape, -math.inf, device=device) if cuts is None else torch.tensor([c for cs in cuts for c in cs], device=device)
     chosen = hidden[torch.tensor(sources, dtype=torch.long, device=device)]  # (N, H)
     parts = [checkpoint(_chosen_logprobs, model, chosen[i:i + chunk], targets[i:i + chunk], temperature, cut[i:i + chunk],

@@ -477,8 +477,9 @@ def test_warm_up_clipping_and_adamw():
     assert optimizer.step(1.0) == pytest.approx(0.5) and optimizer.adamw.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
-def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_the_cache():
-    cfg, model = settings(gradient_checkpointing=True), helpers.tiny()
+@pytest.mark.parametrize("micro_tokens", [10**6, 300])
+def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_the_cache(micro_tokens):
+    cfg, model = settings(gradient_checkpointing=True, micro_tokens=micro_tokens), helpers.tiny()
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     runs = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *a: runs.append(1))
@@ -492,8 +493,10 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_the_cache():
     decoded = len(runs)
     plain, _ = gradients(groups, settings())
     assert distance(gradients(groups, cfg, model)[0], plain) < 1e-6
-    passes = sum(len(grpo.pack(g, "dialogue", cfg.micro_tokens)) for g in groups)
-    assert len(runs) - decoded == 2 * passes  # once forward, once more in backward
+    trees = [tree for g in groups for tree, _ in grpo.pack(g, "dialogue", micro_tokens)]
+    trunks = {id(tree.prefix) for tree in trees if tree.shared}
+    assert len(trunks) == (0 if micro_tokens == 10**6 else 4)
+    assert len(runs) - decoded == 2 * (len(trees) + len(trunks))  # once forward, once more in backward
     assert [t.ids for d in flat for t in d.turns] == [t.ids for d in itertools.chain(*played(settings())) for t in d.turns]
 
 

@@ -186,6 +186,28 @@ def test_shared_prefixes_and_chunks_change_no_value_and_no_gradient(kind, split,
     assert ((found - expected).norm() / expected.norm()).item() < 1e-5
 
 
+@pytest.mark.parametrize("longer", [0, 30])  # a prefix within the sliding windows, and one beyond them
+@pytest.mark.parametrize("kind", helpers.KINDS)
+def test_trees_on_a_trunk_change_no_value_and_no_gradient_and_read_the_prefix_once(kind, longer):
+    model, (prefix, tails, wanted, weights) = helpers.tiny(kind), family(random.Random(kind))
+    prefix = prefix + some_ids(longer)
+    plain = [helpers.plain_logprobs(model, prefix + t, 0.6)[len(prefix) - 1:][w] for t, w in zip(tails, wanted)]
+    expected = gradient(model, sum((v * torch.tensor(c)).sum() for v, c in zip(plain, weights)))
+    model.zero_grad()
+    read = []
+    lm.inner(model).register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    trunk = lm.Trunk(model, prefix)
+    for some in (slice(0, 2), slice(2, 3), slice(3, 5)):
+        got = lm.token_logprobs(model, lm.Tree(prefix, tails[some], trunk=trunk), wanted[some], 0.6, chunk=4)
+        for a, b in zip(got, plain[some]):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        sum((v * torch.tensor(c)).sum() for v, c in zip(got, weights[some])).backward()
+    trunk.backward()
+    found = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()])
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-5
+    assert sum(read) == len(prefix) + sum(map(len, tails))
+
+
 def test_trees_without_a_prefix_or_without_anything_wanted():
     model, ids, more = helpers.tiny(), some_ids(6), some_ids(4)
     got = lm.token_logprobs(model, lm.Tree([], [ids, more]), [[1, 2, 3, 4, 5], [3]])
