@@ -53,6 +53,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     seed: int = option(0, "of everything random", low=0)
     steps: int = option(10, "steps; each plays, judges and learns from scenarios-per-step groups", low=0)
     scenarios_per_step: int = option(2, "groups in a step, over all ranks: a multiple of their number", low=1)
+    epoch_steps: int = option(2, "steps of an epoch: a run plays as many scenarios as these take, over and over (0: all scenarios; so too with --scenarios)", low=0)
     group_size: int = option(6, "dialogues of one group, whose rewards are compared", low=2)
     lr: float = option(1e-4, "learning rate of AdamW", low=0)
     warmup_steps: int = option(1, "updates over which the learning rate rises to --lr", low=0)
@@ -82,12 +83,12 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
 RECIPES = {
     "debug": {},
     # shared knowledge of the paper (arXiv 2603.10476): see "What is the paper's and what is ours" in the README
-    "paper": dict(max_turns=7, context_turns=2, agreement="judge", on_impasse="zero", temperature=0.7, top_p=0.95, final_temperature=0.1,
+    "paper": dict(epoch_steps=0, max_turns=7, context_turns=2, agreement="judge", on_impasse="zero", temperature=0.7, top_p=0.95, final_temperature=0.1,
                   final_top_p=0.95, group_size=8, scenarios_per_step=2, lr=5e-6, beta=0.0, steps=1900, train_tokens="dialogue",
                   aggregate="token", advantage_scale="std", turn_tokens=256, final_tokens=512, save_every=50),
     "single": dict(max_turns=0, train_tokens="final", agreement="none"),
-    "paper-single": dict(max_turns=0, train_tokens="final", agreement="none", temperature=1.0, final_temperature=1.0, top_p=1.0, final_top_p=1.0,
-                         beta=0.04, group_size=8, scenarios_per_step=4, lr=5e-6, steps=2150, final_tokens=512, save_every=50),
+    "paper-single": dict(epoch_steps=0, max_turns=0, train_tokens="final", agreement="none", temperature=1.0, final_temperature=1.0, top_p=1.0,
+                         final_top_p=1.0, beta=0.04, group_size=8, scenarios_per_step=4, lr=5e-6, steps=2150, final_tokens=512, save_every=50),
 }
 # Settings that may differ on resume: they change where and how fast a run computes, not what.
 FREE_ON_RESUME = {"resume", "force", "out", "steps", "save_every", "keep", "micro_tokens", "gradient_checkpointing", "judge_url", "judge_model",
@@ -102,6 +103,8 @@ def read_settings(argv=None):
             recipe = given.get("recipe", "debug")
             own, ranks = {"scenarios_per_step": Settings.scenarios_per_step, **RECIPES[recipe]}, int(os.environ.get("WORLD_SIZE", 1))
             own["scenarios_per_step"] = -(-own["scenarios_per_step"] // ranks) * ranks  # a group is never split: each rank has its own
+            if given.get("scenarios"):
+                own["epoch_steps"] = 0  # somebody's own set: all of it
             if recipe == "paper-single" and not given.get("judge_url"):  # the paper's baseline is its own judge: as it was at first
                 own["judge_model"] = given.get("model", Settings.model)
             return own
@@ -217,12 +220,18 @@ def publish(model, player):
 
 
 def divide(settings):
-    """(scenarios to train on, scenarios that --eval-every holds out). Raises UserError when none would be left to train on."""
+    """(scenarios to train on, drawn by the seed where --epoch-steps says how many; scenarios that --eval-every holds out).
+
+    Raises UserError when none would be left to train on."""
     scenarios, n = data_gen.load_scenarios(settings.scenarios or None, settings.seed), settings.eval_scenarios if settings.eval_every else 0
     if n and len(scenarios) <= n:
         raise UserError(f"--eval-scenarios {n}: there are only {len(scenarios)} scenarios; keep some for training")
     held = data_gen.spread(scenarios, n) if n else []
-    return [s for s in scenarios if s not in held], held
+    train_on = [s for s in scenarios if s not in held]
+    if settings.epoch_steps:
+        drawn = np.random.default_rng([settings.seed, 77]).permutation(len(train_on))  # 77: a stream of its own
+        train_on = [train_on[i] for i in sorted(drawn[:settings.epoch_steps * settings.scenarios_per_step])]
+    return train_on, held
 
 
 def deal(scenarios, settings, step, world):
@@ -232,7 +241,7 @@ def deal(scenarios, settings, step, world):
     """
     groups = []
     for g in range(world.rank, settings.scenarios_per_step, world.size):
-        epoch, at = divmod(step * settings.scenarios_per_step + g, len(scenarios))
+        epoch, at = divmod((step - 1) * settings.scenarios_per_step + g, len(scenarios))
         scenario = scenarios[np.random.default_rng([settings.seed, epoch]).permutation(len(scenarios))[at]]
         groups.append([selfplay.Dialogue(scenario, step, g, member) for member in range(settings.group_size)])
     return groups
@@ -548,8 +557,9 @@ def run(settings, world, stack):
     due = lambda step: held and (step % settings.eval_every == 0 or step == settings.steps)
     save = lambda: world.gather(save_checkpoint(out, done, settings, model, tokenizer, optimizer, world))[0]
     say = print if world.rank == 0 else lambda *a, **k: None
-    say(f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}; {len(scenarios)} scenarios, "
-        f"{settings.scenarios_per_step} x {settings.group_size} dialogues a step; results in {out}/", flush=True)
+    say(f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}; {len(scenarios)} scenarios"
+        f"{' over and over (--epoch-steps 0: all)' if settings.epoch_steps else ''}, {settings.scenarios_per_step} x {settings.group_size} dialogues "
+        f"a step; results in {out}/", flush=True)
     if due(start) and not world.gather(any("heldout" in row and row["step"] == start for row in whole_lines(out / "metrics.jsonl")))[0]:
         code, reason = evaluate(out, start, voice, held, settings, judge, stop, world, say)
     for step in range(start + 1, settings.steps + 1 if not code else 0):
