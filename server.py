@@ -280,8 +280,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._send(*refusal.args)
         except (ValueError, RecursionError):
             self._send(400, "the body is not JSON")
-        except OSError:  # whoever asked has gone, or says nothing more
-            self.close_connection = True
 
     def _send(self, status, content):
         if status != 200:
@@ -298,6 +296,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     """One thread per connection; all of them wait for the one worker of `engine`."""
     request_queue_size, engine = 128, None
+
+    def handle_error(self, request, client_address):
+        """Whoever asked has gone, or says nothing more: the connection ends, without a word. Anything else is a fault of ours, and is shown."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 @dataclasses.dataclass(frozen=True)

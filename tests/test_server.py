@@ -3,6 +3,8 @@ import concurrent.futures
 import gc
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -191,6 +193,26 @@ def test_a_failure_in_the_model_is_a_500_and_the_next_request_is_served(monkeypa
     fresh = helpers.plain_logprobs(helpers.tiny("llama"), helpers.tokenizer()(text + " now")["input_ids"])
     got = [n for n in second.json()["choices"][0]["logprobs"]["token_logprobs"] if n is not None]
     assert got == pytest.approx(fresh.tolist()[-len(got):], abs=1e-4)
+    served.http.shutdown()
+    served.http.server_close()
+
+
+def test_clients_that_hang_up_leave_no_traceback_and_a_fault_of_ours_does(monkeypatch, capfd):
+    served = Served(monkeypatch=monkeypatch)
+    before = threading.active_count()
+    for request in [b"GET /v1/models HTTP/1.1\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 99\r\n\r\n{", b"GET"] * 5:
+        with socket.create_connection(("127.0.0.1", served.http.server_address[1])) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not a farewell
+            one.sendall(request)
+    requests.get(served.url + "/models", timeout=20)  # all that came before it are at work, or done
+    ends = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert capfd.readouterr().err == ""
+    served.engine.models = lambda: 1 / 0
+    with pytest.raises(requests.ConnectionError):
+        requests.get(served.url + "/models", timeout=20)
+    assert "ZeroDivisionError" in capfd.readouterr().err
     served.http.shutdown()
     served.http.server_close()
 
