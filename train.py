@@ -53,7 +53,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     seed: int = option(0, "of everything random", low=0)
     steps: int = option(10, "steps; each plays, judges and learns from scenarios-per-step groups", low=0)
     scenarios_per_step: int = option(2, "groups in a step, over all ranks: a multiple of their number", low=1)
-    epoch_steps: int = option(2, "steps of an epoch: a run plays as many scenarios as these take, over and over (0: all scenarios; so too with --scenarios)", low=0)
+    epoch_steps: int = option(5, "steps of an epoch: a run plays as many scenarios as these take, over and over (0: all scenarios; so too with --scenarios)", low=0)
     group_size: int = option(6, "dialogues of one group, whose rewards are compared", low=2)
     lr: float = option(1e-4, "learning rate of AdamW", low=0)
     warmup_steps: int = option(1, "updates over which the learning rate rises to --lr", low=0)

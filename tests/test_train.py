@@ -212,16 +212,16 @@ def test_held_out_scenarios_are_of_all_kinds_and_never_trained_on():
     assert train.divide(train.Settings())[1] == []
 
 
-def test_an_epoch_of_two_steps_plays_the_same_scenarios_over_and_over():
+def test_an_epoch_of_five_steps_plays_the_same_scenarios_over_and_over():
     alone, few = types.SimpleNamespace(rank=0, size=1), {}
     for seed in (0, 1):
         cfg = train.Settings(seed=seed, eval_every=1)
         scenarios, held = train.divide(cfg)
         steps = [[group[0].scenario.id for group in train.deal(scenarios, cfg, step, alone)] for step in range(1, 11)]
         few[seed] = {s.id for s in scenarios}
-        assert len(few[seed]) == 4 and not few[seed] & {s.id for s in held}
-        assert all(set(steps[i] + steps[i + 1]) == few[seed] for i in range(0, 10, 2))  # each once in each epoch
-        assert len({tuple(step) for step in steps}) > 2  # in another order
+        assert len(few[seed]) == 10 and not few[seed] & {s.id for s in held}
+        assert all(set(sum(steps[i:i + 5], [])) == few[seed] for i in (0, 5))  # each once in each epoch
+        assert steps[:5] != steps[5:]  # in another order
     assert few[0] != few[1]
 
 
@@ -229,9 +229,9 @@ def test_an_epoch_has_room_for_every_rank_and_never_cuts_what_somebody_brings(mo
     count = lambda *flags: len(train.divide(train.read_settings(list(flags)))[0])
     everything = count("--recipe", "paper")
     assert everything == 320 == count("--epoch-steps", "0") == count("--recipe", "paper-single") == count("--scenarios", str(data_gen.DATA / "dilemmas.jsonl"))
-    assert count() == count("--recipe", "single") == 4 and count("--epoch-steps", "3") == 6
+    assert count() == count("--recipe", "single") == 10 and count("--epoch-steps", "3") == 6
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert count() == 16
+    assert count() == 40
 
 
 def test_lines_are_json_whatever_a_step_came_to(tmp_path):
