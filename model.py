@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import dataclasses
 import hashlib
+import inspect
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from safetensors import SafetensorError
@@ -145,6 +147,9 @@ def prepare(model):
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None):
         raise UserError(f"--model: {model.config.model_type} caps its attention scores, which our attention function does not; use another model")
+    if "cache" not in inspect.signature(inner(model).forward).parameters:  # it would swallow ours without a word
+        raise UserError(f"--model: {model.config.model_type} takes no cache in transformers {transformers.__version__}; "
+                        "run python -m pip install -r requirements.txt, or use another model")
     odd_layers = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     both_ways = any(getattr(module, "is_causal", True) is False for module in model.modules())
     if odd_layers or both_ways or not model._can_set_attn_implementation():

@@ -54,6 +54,8 @@ SYSTEM = "You are {me}. {creed} You talk with {other}, and look for a plan that 
 MARKER_RULE = " When you accept the plan on the table, end your turn with the word AGREED."
 # The dilemma opens the first user message, and a question ends each but the last: a small model hardly reads its system prompt, and what it says drifts.
 CASE = "{dilemma}\n\nTalk it over with {other}. Say in one or two sentences what you propose and why.\n\n"
+SYSTEM_ALONE = "You are {me}. {creed} You look for a plan that both you and {other} can carry out."  # without a negotiation
+CASE_ALONE = "{dilemma}\n\n"
 ASK = "What do you propose?"
 EARLIER = "(The two of you have been talking for a while.)"
 SILENCE = "(says nothing)"
@@ -219,11 +221,12 @@ def voice(model, tokenizer):
 class View:
     """One agent's view of a dialogue: it turns a list of turns into a Sample that ends where this agent is to speak."""
 
-    def __init__(self, chat, me, scenario, marker):
+    def __init__(self, chat, me, scenario, marker, alone=False):
         mine, other = scenario.personas[me], scenario.personas[1 - me]
         self.chat, self.me, self.other = chat, me, other
         words = {"me": mine["name"], "creed": mine["creed"], "other": other["name"], "dilemma": scenario.dilemma, "marker": MARKER_RULE if marker else ""}
-        self.head = chat.head(fill(SYSTEM, words)) + chat.plain(fill(CASE, words))
+        system, case = (SYSTEM_ALONE, CASE_ALONE) if alone else (SYSTEM, CASE)
+        self.head = chat.head(fill(system, words)) + chat.plain(fill(case, words))
 
     def before(self, turns, closing=None, train=None, cut=False):
         """The Sample of `turns` as this agent sees them, up to the point where it speaks next.
@@ -456,7 +459,7 @@ def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token
         jobs.append(job)
 
     for dialogue in dialogues:
-        views = [View(v.chat, me, dialogue.scenario, settings.agreement == "marker") for me, v in enumerate(voices)]
+        views = [View(v.chat, me, dialogue.scenario, settings.agreement == "marker", settings.max_turns == 0) for me, v in enumerate(voices)]
         limits = [context_limit(v.model) for v in voices]
         advance(dialogue, negotiate(dialogue, views, settings, judge, seed, limits, partner), None)
     with packed(*{v.model for v in voices}), shared_cores() as leave:

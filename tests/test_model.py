@@ -243,6 +243,14 @@ def test_a_nucleus_is_renormalised():
         assert value == pytest.approx((row[token] - row[inside].logsumexp(0)).item(), abs=1e-4)
 
 
+def test_a_model_that_would_swallow_our_cache_is_refused(monkeypatch):
+    """As those of older transformers do, whose argument has another name: every token would be read without what stands before it."""
+    model = helpers.tiny()
+    monkeypatch.setattr(type(model.model), "forward", lambda self, input_ids, past_key_values=None, **more: None)
+    with pytest.raises(cli.UserError, match="llama takes no cache in transformers 5.*requirements.txt"):
+        lm.prepare(model)
+
+
 @pytest.mark.parametrize("kind, rates", [("gpt2", dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)), ("llama", dict(attention_dropout=0.5)),
                                          ("phi3", dict(attention_dropout=0.5, resid_pdrop=0.5, embd_pdrop=0.5)), ("opt", {})])
 def test_dropout_is_off_whatever_the_config_says(kind, rates):

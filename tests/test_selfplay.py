@@ -184,6 +184,13 @@ def test_views_read_as_the_template_renders_them(template, me):
     assert chat.tokenizer.decode(closed.ids) == rendered.replace(f"{words[3 - me]}\n\n{selfplay.ASK}", f"{words[3 - me]}\n\nSum up.")
 
 
+def test_who_answers_alone_is_not_told_to_talk():
+    d, = play(talker(), helpers.dialogues(1, 1), settings(max_turns=0))
+    text = helpers.tokenizer().decode(d.final_sample.ids)
+    assert text.count(d.scenario.dilemma) == 1 and "is not here to talk with" in text and not d.turns
+    assert "Talk it over" not in text and "You talk with" not in text and selfplay.ASK not in text
+
+
 def test_a_window_does_not_pretend_to_be_the_opening():
     d, = play(talker(), helpers.dialogues(1, 1), settings(context_turns=2, max_turns=5))
     texts = [[helpers.tokenizer().decode(s.ids) for s in stream] for stream in d.streams]
