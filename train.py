@@ -315,20 +315,21 @@ def learn(groups, learner, settings, world):
 def summary(groups, world):
     """What the step's dialogues were like, over all ranks: the keys of metrics.jsonl that no gradient is needed for."""
     facts = [fact for facts in world.gather([{
-        "reward": d.reward, "agreed": d.agreed, "turns": len(d.turns), "failed": d.reward is None, "group": d.group,
+        "reward": d.reward, "agreed": d.agreed, "turns": len(d.turns), "failed": d.reward is None, "group": d.group, "scenario": d.scenario.id,
         "truncated": [t.truncated for t in d.turns] + ([d.final_truncated] if d.final is not None else []),
         "sampled": sum(len(t.logprobs) for t in d.turns) + (sum(d.final_sample.mask) if d.final_sample else 0),
     } for group in groups for d in group]) for fact in facts]
     rewards = [f["reward"] for f in facts if f["reward"] is not None]
-    by_group = {}
+    by_group, by_scenario = {}, {}
     for f in facts:
         by_group.setdefault(f["group"], []).append(f["reward"])
+        by_scenario.setdefault(f["scenario"], []).extend([f["reward"]] * (f["reward"] is not None))
     uniform = [len({r for r in rs if r is not None}) < 2 for rs in by_group.values()]
     mean = lambda xs: statistics.fmean(xs) if xs else None
     cut = [t for f in facts for t in f["truncated"]]
     return {"reward_mean": mean(rewards), "reward_std": statistics.stdev(rewards) if len(rewards) > 1 else None,
             "reward_min": min(rewards, default=None), "reward_max": max(rewards, default=None), "agreed_rate": mean([f["agreed"] for f in facts]),
-            "turns_mean": mean([f["turns"] for f in facts]), "missing_rewards": sum(f["failed"] for f in facts), "uniform_groups": mean(uniform),
+            "rewards": {name: mean(rs) for name, rs in by_scenario.items()}, "turns_mean": mean([f["turns"] for f in facts]), "missing_rewards": sum(f["failed"] for f in facts), "uniform_groups": mean(uniform),
             "truncated_rate": mean(cut), "sampled_tokens": sum(f["sampled"] for f in facts)}
 
 
@@ -412,6 +413,27 @@ def show(row, dialogue, settings, started):
           f"  |  play {row['seconds_play']:.0f} s ({row['tokens_per_second']:.0f} tokens/s), judge {row['seconds_judge']:.0f} s, learn {row['seconds_learn']:.0f} s"
           f"  |  {row['peak_memory_gb']:.1f} GB, {left / 60:.0f} min left")
     print(selfplay.transcript(dialogue, indent="    "), flush=True)
+
+
+def epoch_news(rows, step, settings, scenarios):
+    """What the epoch that ended with this step earned on the scenarios of the first one, as a line; "" where none ended, or it was the first.
+
+    rows: the lines of metrics.jsonl. Steps play different scenarios, which differ by more than a few steps teach; a second visit to the same ones does not.
+    """
+    epoch, before = (n * settings.scenarios_per_step // scenarios for n in (step, step - 1))
+    if epoch == before or epoch < 2:
+        return ""
+    visits = {}
+    for row in rows:
+        for name, value in row.get("rewards", {}).items():
+            visits.setdefault(name, []).append(value)
+    pairs = [(v[0], v[epoch - 1]) for v in visits.values() if len(v) >= epoch and None not in (v[0], v[epoch - 1])]
+    if len(pairs) < 2:
+        return ""
+    first, now = (statistics.fmean(column) for column in zip(*pairs))
+    error = statistics.stdev(b - a for a, b in pairs) / len(pairs) ** 0.5
+    return (f"    epoch {epoch}: reward {now:.2f}, in the first epoch {first:.2f} on the same {len(pairs)} scenarios: {now - first:+.2f} "
+            f"(standard error {error:.2f}), higher on {sum(b > a for a, b in pairs)}")
 
 
 def show_plan(settings):
@@ -572,6 +594,8 @@ def run(settings, world, stack):
             append(out / "dialogues.jsonl", records)
             append(out / "metrics.jsonl", [row])
             show({**row, "steps_here": step - start}, shown, settings, began)
+            if news := epoch_news(whole_lines(out / "metrics.jsonl"), step, settings, len(scenarios)):
+                print(news, flush=True)
         bad_judge = bad_judge + 1 if row["missing_rewards"] > len(records) / 2 else 0
         bad_steps = bad_steps + 1 if row["skipped"] else 0
         if signs := collapse(row, first):

@@ -42,7 +42,7 @@ def judge():
 def finished(tiny, judge, tmp_path_factory):
     """A run of three steps that has ended well: (folder, stdout)."""
     out = tmp_path_factory.mktemp("run") / "run"
-    run = runs.Run(runs.flags(tiny, judge.url, out, save_every=1, keep=2))
+    run = runs.Run(runs.flags(tiny, judge.url, out, save_every=1, keep=2, epoch_steps=1))
     code, said, err = run.wait()
     assert code == 0, err
     assert run.gone()
@@ -95,6 +95,10 @@ def test_checkpoints_load_like_any_model(finished, tiny):
 def test_the_terminal_shows_each_step_and_a_transcript(finished):
     said = finished[1]
     assert all(f"step {s}/3" in said for s in (1, 2, 3)) and said.count("dilemma:") == 3 and "checkpoint" in said and str(finished[0]) in said
+    assert "2 scenarios over and over (--epoch-steps 0: all), 2 x 3 dialogues a step" in said
+    earned = {s: [r["reward"] for r in runs.rows(finished[0], "dialogues.jsonl") if r["step"] == s] for s in (1, 2, 3)}
+    for s in (2, 3):
+        assert f"epoch {s}: reward {sum(earned[s]) / 6:.2f}, in the first epoch {sum(earned[1]) / 6:.2f} on the same 2 scenarios" in said
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------------------
@@ -223,6 +227,15 @@ def test_an_epoch_of_five_steps_plays_the_same_scenarios_over_and_over():
         assert all(set(sum(steps[i:i + 5], [])) == few[seed] for i in (0, 5))  # each once in each epoch
         assert steps[:5] != steps[5:]  # in another order
     assert few[0] != few[1]
+
+
+def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
+    cfg, row = train.Settings(scenarios_per_step=2), lambda *pairs: {"rewards": dict(pairs)}
+    rows = [row(("a", 1.0), ("b", 2.0)), row(("c", 3.0), ("d", None)), {"heldout": {}}, row(("d", 5.0), ("a", 2.0)), row(("b", 2.5), ("c", 3.0))]
+    assert [train.epoch_news(rows, step, cfg, 4) for step in (1, 2, 3)] == [""] * 3
+    assert train.epoch_news(rows, 4, cfg, 4) == ("    epoch 2: reward 2.50, in the first epoch 2.00 on the same 3 scenarios: +0.50 "
+                                                 "(standard error 0.29), higher on 2")  # differences 1, 0.5, 0; d has no first reward
+    assert train.epoch_news(rows[:3], 4, cfg, 4) == ""  # the lines of an older run have no rewards, or too few
 
 
 def test_an_epoch_has_room_for_every_rank_and_never_cuts_what_somebody_brings(monkeypatch):
