@@ -10,6 +10,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import model as lm
 from cli import UserError
-from report import best_step
+from report import best_step, checkpoints_of
 
 
 def claim(out, stack):
@@ -50,9 +51,9 @@ def open_run(settings):
         if out.exists() and (not out.is_dir() or any(p.name != ".config.json.tmp" for p in out.iterdir())):
             raise UserError(f"--out {out}: something is already there; choose another folder, or go on with --resume {out}")
         return out, None
-    complete = [p for p in sorted((out / "checkpoints").glob("step_*")) if (p / "COMPLETE").exists()]
-    for leftover in (out / "checkpoints").glob("*"):
-        if leftover not in complete:
+    complete = checkpoints_of(out)
+    for leftover in (out / "checkpoints").glob("*step_*"):
+        if re.fullmatch(r"(\.writing-)?step_\d{6,}", leftover.name) and leftover not in complete and not leftover.is_symlink():
             shutil.rmtree(leftover)
     for leftover in out.glob(".*.tmp"):
         leftover.unlink()
@@ -149,7 +150,7 @@ def save_checkpoint(out, step, settings, model, tokenizer, optimizer, world):
         print(f"no checkpoint at step {step}: cannot write {folder} ({error}); the one before is kept", file=sys.stderr, flush=True)
         return None
     best = out / "checkpoints" / f"step_{best_step(out):06d}"
-    for old in [p for p in sorted((out / "checkpoints").glob("step_*")) if p != best][:-settings.keep]:
+    for old in [p for p in checkpoints_of(out) if p != best][:-settings.keep]:
         (old / "COMPLETE").unlink(missing_ok=True)  # first, so that half a checkpoint never passes for a whole one
         shutil.rmtree(old)
     return folder

@@ -66,12 +66,17 @@ class Client:
     """
 
     def __init__(self, url, concurrency=8, timeout=60.0, attempts=4, batch_seconds=600.0, budget=0, cache=None, key="JUDGE_API_KEY"):
-        parts = urllib.parse.urlsplit(url)
+        try:
+            parts = urllib.parse.urlsplit(url)
+        except ValueError:  # half a bracket of an IPv6 address
+            parts = urllib.parse.urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise UserError("--judge-url: must look like http://127.0.0.1:8000/v1, without a user, password or query")
         self.url, self.loopback = url.rstrip("/"), parts.hostname in ("127.0.0.1", "localhost", "::1")
         self.timeout, self.attempts, self.batch_seconds, self.budget, self.cache = timeout, attempts, batch_seconds, budget, cache
-        self.key, self._key, self._lock, self._closing, self._spent = key, os.environ.get(key, ""), threading.Lock(), threading.Event(), 0
+        self.key, self._key, self._lock, self._closing, self._spent = key, os.environ.get(key, "").strip(), threading.Lock(), threading.Event(), 0
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UserError(f"{key}: holds characters that no header can carry; set it again, without quotes")
         self._own, self._wires, self.stats, self.asked = threading.local(), [], {}, []
         self._pool = concurrent.futures.ThreadPoolExecutor(concurrency, "judge", initializer=self._open_session)
         self.take_stats()

@@ -67,13 +67,20 @@ FREE = {"baseline", "baseline_temperature", "limit", "seeds", "batch", "judge2_u
 
 
 def read_settings(command, argv):
-    """({"A": Settings, "B": Settings}, path of the results): each side with what to load as its `model`; no "B" without --baseline."""
+    """({"A": Settings, "B": Settings}, path of the results): each side with what to load as its `model`; no "B" without --baseline.
+
+    A side plays as its run was trained; one without a run, as the other one does (but beside a single-answer run it negotiates).
+    """
     given = {}
     settings = command_line(Settings, argv, f"eval.py {command}", base=lambda flags: given.update(flags) or {})
     sides, names, home = {}, [command], None
-    for side, name in [("A", settings.model), ("B", settings.baseline)][:2 if settings.baseline else 1]:
-        folder, run = report.locate(name)
-        saved = report.config_of(run) if run else {}
+    found = {side: report.locate(name) for side, name in (("A", settings.model), ("B", settings.baseline)) if name}
+    trained = {side: report.config_of(run) for side, (_, run) in found.items() if run}
+    lent = {} if len(trained) != 1 else next(iter(trained.values()))
+    if lent.get("max_turns") == 0:
+        lent = {key: value for key, value in lent.items() if key not in ("max_turns", "agreement")}
+    for side, (folder, run) in found.items():
+        saved = trained.get(side, lent)
         # but for the end without agreement: the protocol's evaluation writes a final completion all the same
         play = {f.name: saved[f.name] for f in dataclasses.fields(selfplay.PlaySettings) if f.name in saved and f.name not in {*given, "on_impasse"}}
         heat = settings.baseline_temperature if side == "B" else 0.0
@@ -81,7 +88,9 @@ def read_settings(command, argv):
         sides[side] = dataclasses.replace(settings, model=folder, **play)
         home = run if side == "A" else home
         names.append("-".join(([run.name] if run else []) + [Path(folder).name] + [f"T{heat:g}"] * bool(heat)))
-    stem = re.sub(r"[^\w.-]+", "_", "-".join(names) + "-greedy" * settings.greedy)
+    more = "".join(f"-{key}_{value}" for key, value in given.items() if key not in FREE | {"model", "greedy"})  # other results, another file
+    more = more if len(more) < 80 else "-" + hashlib.sha256(more.encode()).hexdigest()[:8]
+    stem = re.sub(r"[^\w.-]+", "_", "-".join(names) + "-greedy" * settings.greedy + more)
     return sides, Path(settings.out or (home or Path("runs")) / "eval" / (stem + ".json"))
 
 
@@ -449,6 +458,8 @@ def main(argv=None):
     sides, out = read_settings(argv[0], argv[1:])
     found = {"command": argv[0], "settings": {side: dataclasses.asdict(s) for side, s in sides.items()}, "judge": "no judge", "judge_counts": {}}
     try:
+        if out.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
         items = Items(out.with_suffix(".items.jsonl"), sides["A"].batch)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name a file in a folder of yours")

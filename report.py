@@ -49,12 +49,18 @@ def best_step(run):
     return max((pair for pair in scored if pair[0] is not None), default=(0.0, -1))[1]
 
 
+def checkpoints_of(run):
+    """The complete checkpoints of a run folder, in their order. What somebody else put beside them, a copy say, is not among them."""
+    ours = [p for p in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name) and not p.is_symlink() and (p / "COMPLETE").exists()]
+    return sorted(ours, key=lambda p: int(p.name[5:]))
+
+
 def locate(name):
     """(what to load, the folder of the run that it belongs to or None). A run folder stands for its best checkpoint by held-out reward,
     or, where none was measured or kept, for the newest complete one."""
     folder = Path(name)
     if (folder / "checkpoints").is_dir():
-        steps = sorted(p for p in (folder / "checkpoints").glob("step_*") if (p / "COMPLETE").exists())
+        steps = checkpoints_of(folder)
         if not steps:
             raise UserError(f"{name}: this run holds no complete checkpoint; let it train on, or name another folder")
         folder = next((p for p in steps if p.name == f"step_{best_step(folder):06d}"), steps[-1])
@@ -62,11 +68,16 @@ def locate(name):
 
 
 def write(path, text):
-    """Write a file at once: whoever looks sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file at once: whoever looks sees the old one or the new one. Raises UserError where it cannot be written."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror}); name a file in a folder of yours")
 
 
 @dataclasses.dataclass

@@ -26,7 +26,8 @@ from cli import UserError, command_line, option, run_cli
 from model import RaggedCache, context_limit, load, own_device, packed, project
 
 LONGEST_REQUEST = 1 << 20  # bytes of a request's body
-CORES = max(1, (os.cpu_count() or 2) // 2)  # that the embedded judge computes on
+USABLE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2  # a scheduler may have given us some cores only
+CORES = max(1, USABLE // 2)  # that the embedded judge computes on
 BARE_FRAME = ["", "\n\n"]  # what stands around a text where a model has no chat template
 
 
@@ -262,7 +263,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return self._send(413 if size.isdigit() else 411, f"a Content-Length of at most {LONGEST_REQUEST} is needed")
         try:
-            body = json.loads(self.rfile.read(int(size)))
+            body = self._body(int(size))
             if not answer:
                 raise Refuse(404, "unknown path")
             if not isinstance(body, dict):
@@ -278,8 +279,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._send(200, answer(ask))
         except Refuse as refusal:
             self._send(*refusal.args)
+
+    def _body(self, size):
+        try:
+            body = json.loads(self.rfile.read(size))
+            json.dumps(body, ensure_ascii=False).encode()  # no tokenizer takes half of a surrogate pair
+            return body
         except (ValueError, RecursionError):
-            self._send(400, "the body is not JSON")
+            raise Refuse(400, "the body is not JSON, or holds half a character")
 
     def _send(self, status, content):
         if status != 200:

@@ -118,7 +118,7 @@ def read_settings(argv=None):
         if changed and not given.get("force"):
             names = ", ".join("--" + k.replace("_", "-") for k in changed)
             raise UserError(f"--resume {given['resume']}: {names} would change the mathematics of the run; leave out, or add --force")
-        return {**{f.name: saved[f.name] for f in dataclasses.fields(Settings) if f.name in saved}, "out": given["resume"]}
+        return {"epoch_steps": 0, **{f.name: saved[f.name] for f in dataclasses.fields(Settings) if f.name in saved}, "out": given["resume"]}
 
     settings = command_line(Settings, argv, prog="train.py", base=base)
     if settings.train_tokens != "dialogue" and settings.final_temperature == 0:
@@ -239,11 +239,12 @@ def deal(scenarios, settings, step, world):
 
     Scenarios come in the order of a permutation per epoch, a function of seed and step alone.
     """
+    places = [divmod((step - 1) * settings.scenarios_per_step + g, len(scenarios)) for g in range(settings.scenarios_per_step)]
+    drawn = [int(np.random.default_rng([settings.seed, epoch]).permutation(len(scenarios))[at]) for epoch, at in places]
     groups = []
     for g in range(world.rank, settings.scenarios_per_step, world.size):
-        epoch, at = divmod((step - 1) * settings.scenarios_per_step + g, len(scenarios))
-        scenario = scenarios[np.random.default_rng([settings.seed, epoch]).permutation(len(scenarios))[at]]
-        groups.append([selfplay.Dialogue(scenario, step, g, member) for member in range(settings.group_size)])
+        again = drawn[:g].count(drawn[g]) * settings.group_size  # a scenario that comes twice in a step goes on counting: other members, other draws
+        groups.append([selfplay.Dialogue(scenarios[drawn[g]], step, g, again + member) for member in range(settings.group_size)])
     return groups
 
 

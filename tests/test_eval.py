@@ -175,7 +175,36 @@ def test_a_run_plays_as_it_was_trained(tmp_path, models):
     flags = ["--max-turns", "2", "--greedy", "--baseline-temperature", "0.5"]
     sides, out = evaluation.read_settings("open", ["--model", models[1], "--baseline", str(step), *flags])
     assert (sides["B"].max_turns, sides["B"].temperature, sides["B"].final_temperature) == (2, 0.5, 0.5) and sides["A"].temperature == 0
-    assert str(out) == "runs/eval/open-tiny-1-single-0-step_000004-T0.5-greedy.json"
+    assert str(out) == "runs/eval/open-tiny-1-single-0-step_000004-T0.5-greedy-max_turns_2.json"
+    name = lambda *flags: evaluation.read_settings("open", ["--model", models[1], *flags])[1].name
+    assert name("--limit", "3", "--judge-attempts", "9") == name() == "open-tiny-1.json"  # what changes no item changes no name
+    assert len({name("--judge-url", f"http://{host}:8000/v1", "--judge-model", "m" * 90) for host in "ab"} | {name()}) == 3
+
+
+def test_a_model_without_a_run_plays_as_the_other_side_was_trained(tmp_path, models):
+    for name, play in (("paper-0", {"max_turns": 7, "turn_tokens": 256, "temperature": 0.7, "top_p": 0.95, "context_turns": 2, "on_impasse": "zero"}),
+                       ("single-0", {"max_turns": 0, "agreement": "none", "final_tokens": 99})):
+        shutil.copytree(models[0], tmp_path / name / "checkpoints" / "step_000004")
+        (tmp_path / name / "checkpoints" / "step_000004" / "COMPLETE").write_text("")
+        (tmp_path / name / "config.json").write_text(json.dumps(play))
+    sides = lambda *flags: evaluation.read_settings("conflict", list(flags))[0]
+    for run, plain in (sides("--model", str(tmp_path / "paper-0"), "--baseline", models[1]).values(),
+                       reversed(sides("--model", models[1], "--baseline", str(tmp_path / "paper-0")).values())):
+        assert dataclasses.replace(run, model="") == dataclasses.replace(plain, model="")
+        assert (plain.max_turns, plain.turn_tokens, plain.top_p, plain.on_impasse) == (7, 256, 0.95, "complete")
+    found = sides("--model", str(tmp_path / "single-0"), "--baseline", str(tmp_path / "paper-0"))  # two runs: each as it was trained
+    assert (found["A"].max_turns, found["B"].max_turns, found["B"].final_tokens) == (0, 7, selfplay.PlaySettings.final_tokens)
+    found = sides("--model", str(tmp_path / "single-0"), "--baseline", models[1])  # beside a single answer it negotiates
+    assert (found["B"].max_turns, found["B"].agreement, found["B"].final_tokens) == (selfplay.PlaySettings.max_turns, "judge", 99)
+
+
+def test_a_copy_of_a_checkpoint_is_not_taken_for_one(tmp_path):
+    for name in ("step_000002", "step_000010", "step_000010_backup", "step_1000000", "best"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "COMPLETE").write_text("")
+    (tmp_path / "checkpoints" / "step_9999999").symlink_to("step_000002")
+    assert [p.name for p in report.checkpoints_of(tmp_path)] == ["step_000002", "step_000010", "step_1000000"]
+    assert report.locate(str(tmp_path))[0].endswith("step_1000000")
 
 
 def test_mistakes_are_told_in_one_line(tmp_path):
@@ -185,6 +214,12 @@ def test_mistakes_are_told_in_one_line(tmp_path):
             evaluation.main(argv)
     with pytest.raises(UserError, match="--out .*/x.json: cannot be written"):
         evaluation.main(["conflict", "--out", str(tmp_path / "file" / "x.json")] if (tmp_path / "file").write_text("") == 0 else [])
+    for path in (tmp_path, tmp_path / "file" / "x.html"):
+        with pytest.raises(UserError, match="--out .*: cannot be written"):
+            report.write(path, "page")
+    with pytest.raises(UserError, match="--out .*: cannot be written .it is a folder"):
+        evaluation.main(["general", "--out", str(tmp_path)])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
     with pytest.raises(UserError, match=r"bad.jsonl:1: an unknown check, .*use min_words, "):
         (tmp_path / "bad.jsonl").write_text('{"id": "a", "kind": "instruction", "prompt": "Say.", "checks": [{"type": "loud"}]}\n')
         evaluation.main(["general", "--data", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "g.json")])

@@ -283,6 +283,22 @@ def test_a_mixture_of_all_faults_gives_exact_counts():
 # ---- key, cache, preflight ----------------------------------------------------------------------------------------------
 
 
+def test_a_key_that_no_header_can_carry_is_told_before_the_first_request(monkeypatch):
+    with JudgeServer(offers=("json",)) as server:
+        monkeypatch.setenv("JUDGE_API_KEY", " sk-secret\r\n")  # as a mounted file has it
+        judge = open_judge(server)
+        assert judge.score(DILEMMA, PERSONAS, TURNS, "Well.").result(20).value is not None
+        assert {headers["Authorization"] for _, _, headers, _ in server.requests} == {"Bearer sk-secret"}
+        judge.close()
+        for bad in ("\u201csk-secret\u201d", "sk-\nsecret"):
+            monkeypatch.setenv("JUDGE_API_KEY", bad)
+            with pytest.raises(cli.UserError, match="^JUDGE_API_KEY: holds characters") as error:
+                client.Client(server.url)
+            assert "secret" not in str(error.value)
+    with pytest.raises(cli.UserError, match="^--judge-url: must look like"):
+        client.Client("http://[::1/v1")
+
+
 def test_the_key_goes_to_the_origin_only_and_is_shown_nowhere(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("JUDGE_API_KEY", "sk-secret")
     with JudgeServer(offers=("json",)) as other, JudgeServer(offers=("json",)) as server:

@@ -134,7 +134,7 @@ def test_bad_requests_get_a_400_in_the_openai_shape_and_the_server_lives(monkeyp
     for path, body in BAD:
         reply = served.post(path, **body)
         assert reply.status_code == 400 and set(reply.json()["error"]) == {"message", "type", "param", "code"}, (path, str(body)[:80])
-    for data in (b"{", b"\xff", b"[1]", b'"x"', b"[" * 50000):
+    for data in (b"{", b"\xff", b"[1]", b'"x"', b"[" * 50000, b'{"prompt": "half of \\ud83d"}'):
         assert requests.post(served.url + "/completions", data=data, timeout=20).status_code == 400
     assert served.post("/chat/completions", model="gpt-9", messages=[{"role": "user", "content": "x"}]).status_code == 404
     assert requests.get(served.url + "/nothing", timeout=20).status_code == 404 == served.post("/nothing").status_code

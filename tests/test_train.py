@@ -229,6 +229,17 @@ def test_an_epoch_of_five_steps_plays_the_same_scenarios_over_and_over():
     assert few[0] != few[1]
 
 
+def test_a_scenario_that_comes_twice_in_a_step_is_played_by_other_members():
+    cfg, one = train.Settings(scenarios_per_step=3), [helpers.scenario("only")]
+    whole = train.deal(one, cfg, 1, types.SimpleNamespace(rank=0, size=1))
+    assert [[d.member for d in group] for group in whole] == [[*range(6)], [*range(6, 12)], [*range(12, 18)]]
+    shares = [train.deal(one, cfg, 1, types.SimpleNamespace(rank=rank, size=3))[0] for rank in range(3)]
+    assert [[d.member for d in group] for group in shares] == [[d.member for d in group] for group in whole]
+    for step in range(1, 9):  # three scenarios, two a step: every other step holds the end of one epoch and the beginning of the next
+        groups = train.deal([helpers.scenario(name) for name in "abc"], train.Settings(), step, types.SimpleNamespace(rank=0, size=1))
+        assert len({(d.scenario.id, d.member) for group in groups for d in group}) == 12
+
+
 def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
     cfg, row = train.Settings(scenarios_per_step=2), lambda *pairs: {"rewards": dict(pairs)}
     rows = [row(("a", 1.0), ("b", 2.0)), row(("c", 3.0), ("d", None)), {"heldout": {}}, row(("d", 5.0), ("a", 2.0)), row(("b", 2.5), ("c", 3.0))]
@@ -268,6 +279,21 @@ def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(tiny, judge, tmp_pat
     code, _, err = runs.Run(["--resume", str(out)]).wait()
     again = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert code == 0 and again == whole, err
+
+
+def test_resume_removes_what_a_kill_left_and_nothing_else(tmp_path):
+    out = tmp_path / "run"
+    for name in ("step_000001", "step_000002", "step_000003", ".writing-step_000004", "step_000002_backup", "best"):
+        (out / "checkpoints" / name).mkdir(parents=True)
+    for name in ("step_000001", "step_000002", "step_000002_backup", "best"):
+        (out / "checkpoints" / name / "COMPLETE").write_text("")
+    (out / "checkpoints" / "notes.txt").write_text("mine")
+    (out / "checkpoints" / "latest").symlink_to("step_000002")
+    (out / "config.json").write_text("{}")
+    cfg = train.read_settings(["--resume", str(out)])
+    assert cfg.epoch_steps == 0  # a run of before that setting played all scenarios
+    assert checkpoint.open_run(cfg) == (out, out / "checkpoints" / "step_000002")
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["best", "latest", "notes.txt", "step_000001", "step_000002", "step_000002_backup"]
 
 
 def test_resume_refuses_what_would_change_the_mathematics(finished, capfd):
