@@ -330,7 +330,8 @@ def summary(groups, world):
     cut = [t for f in facts for t in f["truncated"]]
     return {"reward_mean": mean(rewards), "reward_std": statistics.stdev(rewards) if len(rewards) > 1 else None,
             "reward_min": min(rewards, default=None), "reward_max": max(rewards, default=None), "agreed_rate": mean([f["agreed"] for f in facts]),
-            "rewards": {name: mean(rs) for name, rs in by_scenario.items()}, "turns_mean": mean([f["turns"] for f in facts]), "missing_rewards": sum(f["failed"] for f in facts), "uniform_groups": mean(uniform),
+            "rewards": {name: mean(rs) for name, rs in by_scenario.items()}, "turns_mean": mean([f["turns"] for f in facts]),
+            "missing_rewards": sum(f["failed"] for f in facts), "uniform_groups": mean(uniform),
             "truncated_rate": mean(cut), "sampled_tokens": sum(f["sampled"] for f in facts)}
 
 
