@@ -150,7 +150,7 @@ def save_checkpoint(out, step, settings, model, tokenizer, optimizer, world):
         print(f"no checkpoint at step {step}: cannot write {folder} ({error}); the one before is kept", file=sys.stderr, flush=True)
         return None
     best = out / "checkpoints" / f"step_{best_step(out):06d}"
-    for old in [p for p in checkpoints_of(out) if p != best][:-settings.keep]:
+    for old in [p for p in checkpoints_of(out) if p != best and not p.is_symlink()][:-settings.keep]:  # a link: somebody has moved it away to keep it
         (old / "COMPLETE").unlink(missing_ok=True)  # first, so that half a checkpoint never passes for a whole one
         shutil.rmtree(old)
     return folder

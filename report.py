@@ -51,7 +51,7 @@ def best_step(run):
 
 def checkpoints_of(run):
     """The complete checkpoints of a run folder, in their order. What somebody else put beside them, a copy say, is not among them."""
-    ours = [p for p in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name) and not p.is_symlink() and (p / "COMPLETE").exists()]
+    ours = [p for p in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name) and (p / "COMPLETE").exists()]
     return sorted(ours, key=lambda p: int(p.name[5:]))
 
 
@@ -219,13 +219,17 @@ def readable(record, label, trained, decode):
 
 
 def reader(run, limit, decode):
-    """Per scenario the best and the worst dialogue of its first and of its last step; first the scenarios with most steps between."""
+    """Per scenario the best and the worst dialogue of its first and of its last step; first the scenarios with most steps between.
+
+    The page opens on the first and the last of a scenario's dialogues: so these are the best before and the best after training.
+    """
     out, trained = [], run.config.get("train_tokens", "dialogue")
     for name, slot in sorted(run.kept.items(), key=lambda item: min(item[1])[0] - max(item[1])[0])[:limit]:
         dialogues = []
         for (step, source), records in sorted(slot.items()):
             ranked = sorted(records, key=lambda r: (r["reward"] is not None, r["reward"]), reverse=True)
-            for rank, record in list({"best": ranked[0], "worst": ranked[-1]}.items())[:len(ranked)]:
+            ends = list({"best": ranked[0], "worst": ranked[-1]}.items())[:len(ranked)]
+            for rank, record in ends[::-1] if (step, source) == max(slot) else ends:
                 dialogues.append(readable(record, f"step {step}, {source}, {rank} of {len(ranked)}", trained, decode))
         case = next(iter(slot.values()))[0]
         out.append({"id": name, "dilemma": case["dilemma"], "personas": case["personas"], "dialogues": dialogues})

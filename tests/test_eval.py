@@ -202,8 +202,9 @@ def test_a_copy_of_a_checkpoint_is_not_taken_for_one(tmp_path):
     for name in ("step_000002", "step_000010", "step_000010_backup", "step_1000000", "best"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "COMPLETE").write_text("")
-    (tmp_path / "checkpoints" / "step_9999999").symlink_to("step_000002")
-    assert [p.name for p in report.checkpoints_of(tmp_path)] == ["step_000002", "step_000010", "step_1000000"]
+    (tmp_path / "checkpoints" / "step_000003").symlink_to("best")  # moved elsewhere, and still one
+    (tmp_path / "checkpoints" / "latest").symlink_to("step_000002")
+    assert [p.name for p in report.checkpoints_of(tmp_path)] == ["step_000002", "step_000003", "step_000010", "step_1000000"]
     assert report.locate(str(tmp_path))[0].endswith("step_1000000")
 
 

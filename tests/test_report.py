@@ -81,8 +81,8 @@ def test_gains_compare_what_both_runs_played(run):
 def test_the_reader_shows_what_was_trained(run):
     data = json.loads(re.search(r'id="data">(.*?)</script>', make(run), re.DOTALL).group(1))
     dialogues = data[0]["dialogues"]
-    assert [d["label"] for d in dialogues] == [f"step {s}, training, {r} of 2" for s in (1, 2) for r in ("best", "worst")]
-    assert [d["reward"] for d in dialogues] == [3.5, None] * 2 and dialogues[0]["raw"] == EVIL
+    assert [d["label"] for d in dialogues] == [f"step {s}, training, {r} of 2" for s, r in ((1, "best"), (1, "worst"), (2, "worst"), (2, "best"))]
+    assert [d["reward"] for d in dialogues] == [3.5, None, None, 3.5] and dialogues[0]["raw"] == EVIL
     read, *sampled = dialogues[0]["streams"][1]["spans"]
     assert read[1] is None and [logp for _, logp in sampled] == [-0.5] * 3 and read[0] + "".join(text for text, _ in sampled) == "system: we share"
 
@@ -132,8 +132,13 @@ def test_the_page_works_and_no_text_runs(run, tmp_path):
     dom, console = open_page(run / "report.html", tmp_path)
     assert console == [] and "owned" not in re.search(r"<title>(.*?)</title>", dom).group(1)
     assert dom.count('class="pane"') == 2 and dom.count('class="final"') == 2 and dom.count("<i title=") == 2 * 2 * 3
-    assert "score 3.50" in dom and "score missing" in dom and "advantage +0.70" in dom
-    assert dom.count("background: rgba(60, 120, 220, 0.28)") == 6 and "<img src=x" not in dom.replace("&lt;", "")
+    assert dom.count("score 3.50") == 2 and "step 1, training, best of 2" in dom and "step 2, training, best of 2" in dom and "advantage +0.70" in dom
+    assert dom.count("background: rgba(60, 120, 220, 0.28)") == 12 and "<img src=x" not in dom.replace("&lt;", "")
+    lines = (run / "dialogues.jsonl").read_text().splitlines(keepends=True)
+    (run / "dialogues.jsonl").write_text("".join(lines[:2]))  # one step: its worst beside its best
+    make(run)
+    dom, console = open_page(run / "report.html", tmp_path)
+    assert console == [] and dom.count("score 3.50") == 1 == dom.count("score missing") and dom.count("background: rgba(60, 120, 220, 0.28)") == 6
 
 
 @browser
