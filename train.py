@@ -67,7 +67,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     beta: float = option(0.0, "weight of the KL to the reference policy (the model before training)", low=0)
     updates_per_rollout: int = option(1, "optimizer steps on the same dialogues", low=1)
     tis_cap: float = option(0.0, "cap of the importance weight that corrects for sampler and learner differing (0: off)", low=0)
-    micro_tokens: int = option(768, "tokens in one forward and backward pass", low=1)
+    micro_tokens: int = option(600, "tokens in one forward and backward pass", low=1)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
     dtype: str = option("auto", "of the computation; the weights that are trained are always fp32", choices=("auto", "fp32", "bf16"))
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks (FSDP2)")
