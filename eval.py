@@ -114,7 +114,6 @@ class Items:
     judge = ""
 
     def __init__(self, path, batch):
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.done, self.batch = {tuple(item["key"]): item["value"] for item in report.whole_lines(path)}, batch
         self.file = open(path, "ab")
         if self.file.tell():
@@ -457,12 +456,8 @@ def main(argv=None):
         raise UserError(f"say what: python eval.py {'|'.join(COMMANDS)}|report ...; each has a --help")
     sides, out = read_settings(argv[0], argv[1:])
     found = {"command": argv[0], "settings": {side: dataclasses.asdict(s) for side, s in sides.items()}, "judge": "no judge", "judge_counts": {}}
-    try:
-        if out.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
+    with report.writing(out):
         items = Items(out.with_suffix(".items.jsonl"), sides["A"].batch)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name a file in a folder of yours")
     try:
         with contextlib.nullcontext() if argv[0] == "general" else reward.open_judge(sides["A"]) as judge:
             if judge:

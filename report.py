@@ -67,17 +67,24 @@ def locate(name):
     return (str(folder), folder.parent.parent) if folder.parent.name == "checkpoints" else (name, None)
 
 
-def write(path, text):
-    """Write a file at once: whoever looks sees the old one or the new one. Raises UserError where it cannot be written."""
-    part = path.with_name(f".{path.name}.part")
+@contextlib.contextmanager
+def writing(path):
+    """Inside this block an OSError means that `path`, which somebody named with --out, cannot be written: a UserError."""
     try:
         if path.is_dir():
             raise IsADirectoryError(21, "it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        yield
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror}); name a file in a folder of yours")
+
+
+def write(path, text):
+    """Write a file at once: whoever looks sees the old one or the new one. Raises UserError where it cannot be written."""
+    part = path.with_name(f".{path.name}.part")
+    with writing(path):
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
 
 
 @dataclasses.dataclass
