@@ -365,7 +365,7 @@ def memory_plan(config, settings, ranks, dtype, head, cuda=True):
         blocks = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n or ".h." in n)
         with saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
             zeros = torch.zeros(1, tree.tokens, dtype=torch.long)
-            inner(model)(input_ids=zeros, position_ids=zeros, use_cache=False, tree=tree)
+            inner(model)(input_ids=zeros, position_ids=zeros, use_cache=False, tree=tree, masks={})
     text = config.get_text_config()
     L, V = text.num_hidden_layers, text.vocab_size
     activations = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)

@@ -208,11 +208,12 @@ class Voice:
     """Somebody who can speak: a model and its chat format."""
     model: object
     chat: ChatFormat
+    half: bool = False  # on a CPU it reads its weights in fp16 (model.packed)
 
 
-def voice(model, tokenizer):
+def voice(model, tokenizer, half=False):
     """A model and its tokenizer as a Voice. Raises UserError for a template that cannot be used."""
-    return Voice(model, ChatFormat(tokenizer, model))
+    return Voice(model, ChatFormat(tokenizer, model), half)
 
 
 # ---- one dialogue ---------------------------------------------------------------------------------------------------
@@ -462,7 +463,7 @@ def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token
         views = [View(v.chat, me, dialogue.scenario, settings.agreement == "marker", settings.max_turns == 0) for me, v in enumerate(voices)]
         limits = [context_limit(v.model) for v in voices]
         advance(dialogue, negotiate(dialogue, views, settings, judge, seed, limits, partner), None)
-    with packed(*{v.model for v in voices}), shared_cores() as leave:
+    with packed(*{v.model for v in voices}, half=any(v.half for v in voices)), shared_cores() as leave:
         while jobs or waiting:
             for job in [j for j in jobs if j.void or (j.spoken and not j.held)]:
                 jobs.remove(job)

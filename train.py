@@ -69,7 +69,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     tis_cap: float = option(0.0, "cap of the importance weight that corrects for sampler and learner differing (0: off)", low=0)
     micro_tokens: int = option(600, "tokens in one forward and backward pass", low=1)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
-    dtype: str = option("auto", "of the computation; the weights that are trained are always fp32", choices=("auto", "fp32", "bf16"))
+    dtype: str = option("auto", "of the computation; the weights that are trained are always fp32 (auto: bf16 where it is fast, else fp32, and a CPU plays from fp16 weights then)", choices=("auto", "fp32", "bf16"))
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks (FSDP2)")
     lora_rank: int = option(0, "train adapters of this rank instead of the whole model (0: the whole model)", low=0)
     plan: bool = option(False, "print the memory that a card needs, from the model's config alone, and end")
@@ -566,7 +566,7 @@ def run(settings, world, stack):
     model, player, tokenizer, optimizer, reference = build(settings, world, checkpoint if checkpoint and not settings.lora_rank else None)
     start = load_trainer(checkpoint, optimizer) if checkpoint else 0
     publish(model, player)
-    voice = selfplay.voice(player, tokenizer)
+    voice = selfplay.voice(player, tokenizer, lm.half_weights(settings.dtype, world.device))
     if settings.final_tokens + selfplay.room(settings) >= lm.context_limit(model):
         raise UserError(f"--turn-tokens, --final-tokens: {settings.model} holds {lm.context_limit(model)} tokens in all; use fewer")
     learner = grpo.Learner(model, optimizer, settings, reference)
@@ -581,7 +581,7 @@ def run(settings, world, stack):
     due = lambda step: held and (step % settings.eval_every == 0 or step == settings.steps)
     save = lambda: world.gather(save_checkpoint(out, done, settings, model, tokenizer, optimizer, world))[0]
     say = print if world.rank == 0 else lambda *a, **k: None
-    say(f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}; {len(scenarios)} scenarios"
+    say(f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}{' (played from fp16 weights)' * voice.half}; {len(scenarios)} scenarios"
         f"{' over and over (--epoch-steps 0: all)' if settings.epoch_steps else ''}, {settings.scenarios_per_step} x {settings.group_size} dialogues "
         f"a step; results in {out}/", flush=True)
     if due(start) and not world.gather(any("heldout" in row and row["step"] == start for row in whole_lines(out / "metrics.jsonl")))[0]:

@@ -108,7 +108,7 @@ def main(argv=None):
                               micro_tokens=b.micro_tokens, lr=1e-6)
     world = train.start_world()
     model, player, tokenizer, optimizer, reference = train.build(settings, world)
-    voice = selfplay.voice(player, tokenizer)
+    voice = selfplay.voice(player, tokenizer, lm.half_weights(b.dtype, world.device))
     voice.chat.ends = set()  # nothing ends a turn but its limit
     learner = grpo.Learner(model, optimizer, settings, reference)
     scenarios = [data_gen.Scenario(f"bench-{s}", "", PLACES[s % 4] + DILEMMA, PERSONAS) for s in range(b.scenarios)]
@@ -132,7 +132,7 @@ def main(argv=None):
     dtype = next(model.parameters()).dtype
     print(f"play   {play:6.1f} s  {sampled / play:6.1f} sampled tokens/s")
     print(f"learn  {learn:6.1f} s  {last[3] / learn:6.1f} trained tokens/s")
-    print(f"step   {whole:6.1f} s  peak memory {train.peak_memory_gb(world.device):.1f} GB   {dtype}, {torch.get_num_threads()} threads, median of {b.repeats}")
+    print(f"step   {whole:6.1f} s  peak memory {train.peak_memory_gb(world.device):.1f} GB   {dtype}{' (played from fp16 weights)' * voice.half}, {torch.get_num_threads()} threads, median of {b.repeats}")
     flops, bandwidth = rates(dtype, world.device)
     packed = [grpo.pack(group, "dialogue", 1 << 40) for group in last[5]]  # every token of every stream, once
     low = floor_seconds(model, last[4], packed, flops, bandwidth)

@@ -521,3 +521,14 @@ def test_a_head_that_fills_the_cache_to_the_last_place_is_copied(n):
     cache.copy(0, [1, 2], n)
     said = cache.feed(model, [0, 1, 2], [[7]] * 3)
     assert torch.equal(said[1], said[0]) and torch.equal(said[2], said[0]) and cache.lengths == [n + 1] * 3
+
+
+def test_fp16_weights_are_for_a_cpu_without_bf16_that_was_not_told_otherwise(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["x86", "fbgemm"])
+    assert lm.half_weights("auto") and not any(lm.half_weights(name) for name in ("fp32", "bf16")) and not lm.half_weights("auto", "cuda")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert not lm.half_weights("auto")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"sve": True})
+    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["qnnpack"])
+    assert not lm.half_weights("auto")
