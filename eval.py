@@ -37,7 +37,7 @@ import selfplay
 from cli import UserError, command_line, option, run_cli
 from client import BudgetSpent
 from data_gen import DATA
-from measure import SAME, auc, diversity, figure, measure, outcome, passed, pearson, spearman, table, win_rate, words
+from measure import SAME, auc, diversity, figure, measure, opening, outcome, passed, pearson, spearman, table, win_rate, words
 
 # ---- settings -----------------------------------------------------------------------------------------------------------
 
@@ -233,8 +233,10 @@ def compact(record):
 
 
 def measured(records):
-    """{(scenario, seed number): measures} of records, a column for `table`."""
-    return {(r["scenario_id"], r["member"]): measure(r) for r in records}
+    """{(scenario, seed number): measures} of records, a column for `table`. own_opening: no other final of these records begins alike."""
+    count = collections.Counter(opening(r["final"]) for r in records if r["final"])
+    own = lambda final: float(count[opening(final)] == 1) if final else None
+    return {(r["scenario_id"], r["member"]): {**measure(r), "own_opening": own(r["final"])} for r in records}
 
 
 def compared(records, sides, items, judge, questions):

@@ -74,6 +74,11 @@ def measure(record):
             "grounding": grounding(final, sources)}
 
 
+def opening(text):
+    """The first four words of a text, by which two finals are said to begin alike."""
+    return tuple(words(text)[:4])
+
+
 def diversity(records):
     """What a batch of dialogues is like: means of `measure`, distinct-2 over all their texts, share of distinct first four words of finals."""
     measured = [measure(r) for r in records]
@@ -81,7 +86,7 @@ def diversity(records):
     finals = [r["final"] for r in records if r["final"]]
     means = {k: mean([m[k] for m in measured if m[k] is not None]) for k in ("overlap", "repetition", "grounding", "final_words", "agreed_at_once")}
     return {**means, "distinct_2": distinct([t["text"] for r in records for t in r["turns"]] + finals),
-            "distinct_openings": len({tuple(words(f)[:4]) for f in finals}) / len(finals) if finals else None}
+            "distinct_openings": len(set(map(opening, finals))) / len(finals) if finals else None}
 
 
 def collapse(now, first):

@@ -71,6 +71,13 @@ def test_conflict_counts_and_pairs(run):
     assert 8 <= len(endorsing) <= 2 * 16 and all(sum(creed in q for creed in creeds) == 1 for q in endorsing)
 
 
+def test_an_opening_is_a_finals_own_if_no_other_final_has_it():
+    finals = ["We will share the well today.", "we will SHARE the cost", "We share the well today.", "", None]
+    blank = {"dilemma": "", "personas": [], "turns": [], "agreed": False, "final_truncated": False, "reward": None, "member": 0}
+    rows = evaluation.measured([{**blank, "scenario_id": str(i), "final": final} for i, final in enumerate(finals)])
+    assert [rows[str(i), 0]["own_opening"] for i in range(5)] == [0.0, 0.0, 1.0, None, None]
+
+
 def test_a_judge_that_always_says_a_wins_nothing(run):
     class Biased(JudgeServer):
         def share(self, kind, prompt):
