@@ -87,14 +87,14 @@ def rates(dtype, device):
     return 2 * n**3 / seconds(lambda: a @ a), block.numel() * 4 / seconds(block.sum)
 
 
-def floor_seconds(model, dialogues, packed, flops, bandwidth):
-    """(play, learn) seconds that arithmetic and reading the weights once per decoded token would take."""
+def floor_seconds(model, dialogues, packed, flops, bandwidth, size):
+    """(play, learn) seconds that arithmetic and reading the weights, `size` bytes each, once per decoded token would take."""
     head = model.get_output_embeddings().weight
     body = sum(p.numel() for p in lm.inner(model).parameters()) - lm.inner(model).get_input_embeddings().weight.numel()
     sampled = sum(len(t.ids) for d in dialogues for t in d.turns) + sum(sum(d.final_sample.mask) for d in dialogues)
     trees = [tree for group in packed for tree, _ in group]
     read = sum(tree.tokens for tree in trees)
-    reads = sampled / len(dialogues) * (body + head.numel()) * head.element_size() / bandwidth
+    reads = sampled / len(dialogues) * (body + head.numel()) * size / bandwidth
     play = max(reads, (2 * body * (read + sampled / 3) + 2 * head.numel() * sampled) / flops)
     trained = sum(len(row.wanted) for group in packed for _, rows in group for row in rows)
     return play, (6 * body * read + 8 * head.numel() * trained) / flops  # the projection is computed once more in backward
@@ -135,7 +135,7 @@ def main(argv=None):
     print(f"step   {whole:6.1f} s  peak memory {train.peak_memory_gb(world.device):.1f} GB   {dtype}{' (played from fp16 weights)' * voice.half}, {torch.get_num_threads()} threads, median of {b.repeats}")
     flops, bandwidth = rates(dtype, world.device)
     packed = [grpo.pack(group, "dialogue", 1 << 40) for group in last[5]]  # every token of every stream, once
-    low = floor_seconds(model, last[4], packed, flops, bandwidth)
+    low = floor_seconds(model, last[4], packed, flops, bandwidth, 2 if voice.half else dtype.itemsize)
     print(f"floor  {sum(low):6.1f} s  (play {low[0]:.1f}, learn {low[1]:.1f}): {sum(low) / whole:.0%} of the step; {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s")
     if b.judge_latency:
         slow = timed(SlowJudge(b.judge_latency))
