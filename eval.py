@@ -458,6 +458,8 @@ def main(argv=None):
         raise UserError(f"say what: python eval.py {'|'.join(COMMANDS)}|report ...; each has a --help")
     sides, out = read_settings(argv[0], argv[1:])
     found = {"command": argv[0], "settings": {side: dataclasses.asdict(s) for side, s in sides.items()}, "judge": "no judge", "judge_counts": {}}
+    for side in sides.values() if argv[0] != "audit" else ():  # audit speaks with no model
+        lm.find(side.model)  # before a judge starts and a file is made
     with report.writing(out):
         items = Items(out.with_suffix(".items.jsonl"), sides["A"].batch)
     try:

@@ -125,21 +125,34 @@ def half_weights(name, device="cpu"):
     return name == "auto" and torch.device(device).type == "cpu" and compute_dtype(name) == torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines
 
 
+@contextlib.contextmanager
+def reading_model(name):
+    """Inside this block, what from_pretrained raises for means that `--model` leads to no causal language model: a UserError."""
+    try:
+        yield
+    # no such id, no weights, unknown kind, a package that is missing, broken or other weights
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"--model {name}: not smollm2-135m, a folder with a causal LM, or a reachable Hugging Face id ({reason})")
+
+
+def find(name):
+    """(folder or Hugging Face id, its config) of a model's name; see `load`. Raises UserError when there is no such model."""
+    folder = str(default_model_folder()) if name == "smollm2-135m" else name
+    with reading_model(name):
+        return folder, AutoConfig.from_pretrained(folder)
+
+
 def load(name, dtype="auto", device="cpu"):
     """Load `(model, tokenizer)`: `name` is "smollm2-135m", a folder or a Hugging Face id; dtype "auto", "fp32" or "bf16".
 
     The model comes in evaluation mode with every dropout at 0 and our attention function. Raises UserError when the
     name leads to no causal language model, or when the model needs an attention feature that `attend` lacks.
     """
-    folder = str(default_model_folder()) if name == "smollm2-135m" else name
-    try:
-        config = AutoConfig.from_pretrained(folder)
+    folder, config = find(name)
+    with reading_model(name):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model, report = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=compute_dtype(dtype, device), output_loading_info=True)
-    # what from_pretrained raises for: no such id, no weights, unknown kind, a package that is missing, broken or other weights
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"--model {name}: not smollm2-135m, a folder with a causal LM, or a reachable Hugging Face id ({reason})")
     if report["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"--model {name}: its weights lack {sorted(report['missing_keys'])[0]}; fetch or save it again")
     return prepare(model.to(device)), tokenizer

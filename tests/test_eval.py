@@ -215,7 +215,7 @@ def test_a_copy_of_a_checkpoint_is_not_taken_for_one(tmp_path):
     assert report.locate(str(tmp_path))[0].endswith("step_1000000")
 
 
-def test_mistakes_are_told_in_one_line(tmp_path):
+def test_mistakes_are_told_in_one_line(tmp_path, models):
     for argv, says in ((["conflicts"], "conflict|open|general|cross|audit|report"), ([], "say what"), (["report"], "name the folder of a run"),
                        (["report", str(tmp_path)], "no metrics.jsonl"), (["conflict", "--seeds", "0"], "--seeds 0: must be at least 1")):
         with pytest.raises(UserError, match=says.replace("|", r"\|")):
@@ -227,6 +227,9 @@ def test_mistakes_are_told_in_one_line(tmp_path):
             report.write(path, "page")
     with pytest.raises(UserError, match="--out .*: cannot be written .it is a folder"):
         evaluation.main(["general", "--out", str(tmp_path)])
+    for model, baseline in (("no such model", ""), (models[0], "no such model")):  # and no judge is started, no file is made
+        with pytest.raises(UserError, match="--model no such model: not smollm2-135m, a folder"):
+            evaluation.main(["conflict", "--model", model, "--baseline", baseline, "--judge-url", "http://127.0.0.1:9/v1", "--out", str(tmp_path / "x.json")])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
     with pytest.raises(UserError, match=r"bad.jsonl:1: an unknown check, .*use min_words, "):
         (tmp_path / "bad.jsonl").write_text('{"id": "a", "kind": "instruction", "prompt": "Say.", "checks": [{"type": "loud"}]}\n')
