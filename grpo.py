@@ -299,7 +299,10 @@ class Optimizer:
     @staticmethod
     def _into_master(master):
         def hook(p):
-            master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            for total, part in zip(master.grad.view(-1).split(1 << 18), p.grad.reshape(-1).split(1 << 18)):
+                total.add_(part)  # in pieces: each is widened to fp32 first, and a whole one would be fresh memory every time
             p.grad = None
         return hook
 

@@ -47,9 +47,11 @@ def glibc(function, *numbers):
         getattr(ctypes.CDLL(None), function)(*numbers)
 
 
-# glibc else moves this limit (M_MMAP_THRESHOLD) as blocks are freed, and the gaps in its heap differ from run to run: 1.39 to 1.57 GB where 1.20 are
-# in use, with the limit 1.36 to 1.38. What is larger goes back to the system as soon as it is freed.
-glibc("mallopt", -3, 16 << 20)
+# glibc gives a large block back to the system as soon as it is freed, so the next one comes as pages to be mapped and zeroed, over a million in a small
+# step, and every thread has a heap of its own with its own gaps. Here all share one (M_ARENA_MAX), large blocks lie in it (M_MMAP_MAX), and what is free
+# stays (M_TRIM_THRESHOLD) until `release_memory`.
+for setting, number in ((-8, 1), (-4, 0), (-1, (1 << 31) - 1)):
+    glibc("mallopt", setting, number)
 # oneDNN keeps 1024 compiled products, one for each shape, and every new length is a new shape: up to half a gigabyte for nothing.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
 
