@@ -298,11 +298,13 @@ class Optimizer:
 
     @staticmethod
     def _into_master(master):
+        piece = master.numel() if master.is_cuda else 1 << 18  # a CPU widens a gradient to fp32 before it adds: in its caches, not in fresh memory
+
         def hook(p):
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-            for total, part in zip(master.grad.view(-1).split(1 << 18), p.grad.reshape(-1).split(1 << 18)):
-                total.add_(part)  # in pieces: each is widened to fp32 first, and a whole one would be fresh memory every time
+            for total, part in zip(master.grad.view(-1).split(piece), p.grad.view(-1).split(piece)):
+                total.add_(part)
             p.grad = None
         return hook
 
