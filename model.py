@@ -139,10 +139,10 @@ def reading_model(name):
 
 
 def find(name):
-    """(folder or Hugging Face id, its config) of a model's name; see `load`. Raises UserError when there is no such model."""
+    """(folder or Hugging Face id, config, tokenizer) of a model's name; see `load`. Raises UserError when there is no such model."""
     folder = str(default_model_folder()) if name == "smollm2-135m" else name
     with reading_model(name):
-        return folder, AutoConfig.from_pretrained(folder)
+        return folder, AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def load(name, dtype="auto", device="cpu"):
@@ -151,9 +151,8 @@ def load(name, dtype="auto", device="cpu"):
     The model comes in evaluation mode with every dropout at 0 and our attention function. Raises UserError when the
     name leads to no causal language model, or when the model needs an attention feature that `attend` lacks.
     """
-    folder, config = find(name)
+    folder, config, tokenizer = find(name)
     with reading_model(name):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         model, report = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=compute_dtype(dtype, device), output_loading_info=True)
     if report["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"--model {name}: its weights lack {sorted(report['missing_keys'])[0]}; fetch or save it again")

@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
 import data_gen
 import grpo
@@ -440,12 +439,7 @@ def epoch_news(rows, step, settings, scenarios):
 
 def show_plan(settings):
     """`--plan`: what one card must hold, where it fits, and what to change where it does not."""
-    source = lm.default_model_folder() if settings.model == "smollm2-135m" else settings.model
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--model {settings.model}: not smollm2-135m, a folder with a config and a tokenizer, or a reachable id ({reason})")
+    _, config, tokenizer = lm.find(settings.model)
     dtype = torch.float32 if settings.dtype == "fp32" else torch.bfloat16
     glue = lambda s: len(tokenizer(selfplay.SYSTEM + selfplay.CASE + s.dilemma + max((p["creed"] for p in s.personas), key=len))["input_ids"])
     head = max(glue(s) for s in data_gen.load_scenarios(settings.scenarios or None, settings.seed))
