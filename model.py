@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import itertools
 import math
 import os
 import re
@@ -315,8 +316,8 @@ AT_ONCE = 1024  # tokens, pads included, of one forward pass that reads turns
 class RaggedCache(Cache):
     """Keys and values of `rows` streams of unequal lengths, preallocated: row r uses its first `lengths[r]` places.
 
-    `read` hands each chosen row its next tokens in one forward pass. The rows of a decoding batch are kept at the
-    front (`to_front`), so that the model reads them as a view of the store, never as a copy. A row is cropped by
+    `read` hands each chosen row its next tokens in one forward pass. The rows of a decoding batch are brought side by
+    side (`together`), so that the model reads them as a view of the store, never as a copy. A row is cropped by
     lowering its length, and what lies beyond a length is never seen.
     """
 
@@ -332,13 +333,10 @@ class RaggedCache(Cache):
             self.store[layer_idx] = tuple(x.new_zeros(len(self.place), x.shape[1], self.capacity, x.shape[3]) for x in (key_states, value_states))
         views = []
         for whole, new in zip(self.store[layer_idx], (key_states, value_states)):
-            if self._span is None:  # scattered slots (reading an opponent's turn): gather them
-                whole[self._slots[:, None], :, self._positions] = new.transpose(1, 2)  # (b, q, Hkv, D)
-                views.append(whole[self._slots, :, :self._visible])
-            else:  # slots 0..b-1 (decoding): a view, of the whole capacity, because a matrix product would copy anything less
-                front = whole[:self._span]
-                front[self._slots[:, None], :, self._positions] = new.transpose(1, 2)
-                views.append(front)
+            whole[self._slots[:, None], :, self._positions] = new.transpose(1, 2)  # (b, q, Hkv, D)
+            # scattered slots (reading an opponent's turn) are gathered; slots side by side (decoding) are a view, of the whole
+            # capacity, because a matrix product would copy anything less
+            views.append(whole[self._slots, :, :self._visible] if self._span is None else whole[self._span])
         return tuple(views)
 
     def _grow(self, needed):
@@ -349,11 +347,14 @@ class RaggedCache(Cache):
         for layer, pair in self.store.items():
             self.store[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in pair)
 
-    def to_front(self, rows):
-        """Swap slots until `rows` occupy slots 0..len(rows)-1 in some order; return them in slot order."""
+    def together(self, rows):
+        """Swap slots until `rows` lie side by side in some order, where most of them are already; return them in slot order."""
         wanted, owner = set(rows), {slot: row for row, slot in enumerate(self.place)}
-        free = [slot for slot in range(len(rows)) if owner[slot] not in wanted]
-        for row in [r for r in rows if self.place[r] >= len(rows)]:
+        before = [0, *itertools.accumulate(owner[slot] in wanted for slot in range(len(owner)))]  # how many of them lie before a slot
+        start = max(range(len(owner) - len(rows) + 1), key=lambda at: before[at + len(rows)] - before[at])
+        window = range(start, start + len(rows))
+        free = [slot for slot in window if owner[slot] not in wanted]
+        for row in [r for r in rows if self.place[r] not in window]:
             a, b = self.place[row], free.pop()
             n = max(self.lengths[row], self.lengths[owner[b]])
             for pair in self.store.values():
@@ -399,9 +400,10 @@ class RaggedCache(Cache):
         width, lengths = max(counts), [self.lengths[r] for r in rows]
         self._grow(max(lengths) + width)
         ids = torch.tensor([t + [t[-1]] * (width - len(t)) for t in tokens], device=device)  # (b, q) padded on the right
-        self._slots = torch.tensor([self.place[r] for r in rows], device=device)
+        slots = [self.place[r] for r in rows]
+        self._slots = torch.tensor(slots, device=device)
         self._positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(width, device=device)  # (b, q)
-        self._span = len(rows) if [self.place[r] for r in rows] == list(range(len(rows))) else None
+        self._span = slice(slots[0], slots[0] + len(rows)) if slots == list(range(slots[0], slots[0] + len(rows))) else None
         longest = max(n + c for n, c in zip(lengths, counts))
         self._visible = longest if self._span is None else self.capacity
         unseen = torch.arange(self._visible, device=device) > self._positions[:, :, None]  # (b, q, K)

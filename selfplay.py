@@ -399,7 +399,8 @@ def sample(logits, temperature, top_p, uniform):
     total = cdf[:, -1]
     point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))  # below the total: never a token of weight 0
     ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
-    ids = torch.where(greedy, logits.argmax(1), ids)
+    if greedy.any():
+        ids = torch.where(greedy, logits.argmax(1), ids)
     return ids, logp.gather(1, ids[:, None])[:, 0], cut, mass
 
 
@@ -437,7 +438,7 @@ def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token
     caches = {id(v.model): RaggedCache(2 * len(dialogues)) for v in voices}
     models = {id(caches[id(v.model)]): v for v in voices}
     read = {id(c): [[] for _ in c.lengths] for c in caches.values()}  # ids that each row's cache holds
-    first_row = {id(d): 2 * i for i, d in enumerate(dialogues)}
+    first_row = {id(d): i for i, d in enumerate(dialogues)}  # of agent 0; those of agent 1 follow, because one side mostly speaks at a time
     heads, jobs, waiting = {}, [], []
 
     def advance(dialogue, script, answer):
@@ -452,7 +453,7 @@ def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token
             waiting.append((wish, dialogue, script))
             return
         cache = caches[id(voices[wish.speaker].model)]
-        job = Job(dialogue, script, wish, cache, first_row[id(dialogue)] + wish.speaker)
+        job = Job(dialogue, script, wish, cache, first_row[id(dialogue)] + wish.speaker * len(dialogues))
         held = read[id(cache)][job.row]
         common = next((i for i, (a, b) in enumerate(zip(held, wish.ids)) if a != b), min(len(held), len(wish.ids)))
         cache.lengths[job.row] = min(common, len(wish.ids) - 1)  # crop: what differs is read again, the last id always
@@ -506,7 +507,7 @@ def speak(batch, speaker, heads, read, on_token=None):
         if targets:
             cache.copy(heads[key], targets, len(key[1]))
     if all(len(job.unread) == 1 for job in batch):
-        order = {row: i for i, row in enumerate(cache.to_front([job.row for job in batch]))}
+        order = {row: i for i, row in enumerate(cache.together([job.row for job in batch]))}
         batch = sorted(batch, key=lambda job: order[job.row])
     logits = cache.feed(speaker.model, [job.row for job in batch], [job.unread for job in batch])
     as_tensor = lambda values: torch.tensor(values, dtype=torch.float32, device=logits.device)

@@ -176,7 +176,7 @@ class Engine:
                 for line in live:
                     line.draw(self.tokenizer, self.ends)
                 by_row = {line.row: line for line in live if not line.finish}
-                live = [by_row[row] for row in self.cache.to_front(list(by_row))]
+                live = [by_row[row] for row in self.cache.together(list(by_row))]
                 logits = self.cache.feed(self.model, [x.row for x in live], [x.ids[-1:] for x in live]) if live else []
                 for line, new in zip(live, logits):
                     line.logits = new

@@ -102,7 +102,8 @@ def test_rows_of_the_cache_keep_apart(kind, at_once, monkeypatch):
                 rows[r] = rows[chosen[0]][:length]
         elif act in ("read", "decode"):
             if act == "decode":
-                assert sorted(chosen) == sorted(chosen := cache.to_front(chosen)) and [cache.place[r] for r in chosen] == list(range(len(chosen)))
+                assert sorted(chosen) == sorted(chosen := cache.together(chosen))
+                assert [cache.place[r] - cache.place[chosen[0]] for r in chosen] == list(range(len(chosen)))
             new = [some_ids(1 if act == "decode" else rng.choice([1, 2, 9, 17]), rng) for _ in chosen]
             logits = cache.feed(model, chosen, new)
             fed += len(chosen)
