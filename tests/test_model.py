@@ -118,6 +118,21 @@ def test_rows_of_the_cache_keep_apart(kind, at_once, monkeypatch):
     assert fed > 60 and cache.capacity > 8
 
 
+def test_rows_are_brought_together_where_most_of_them_are():
+    """A batch in the middle of the cache moves nothing; a stray row takes the gap that is left, with what it holds."""
+    rng, model = random.Random(0), helpers.tiny("llama")
+    cache, rows = lm.RaggedCache(6, capacity=8), [some_ids(n, rng) for n in (3, 5, 2, 6, 4, 1)]
+    cache.feed(model, list(range(6)), rows)
+    assert cache.together([4, 3, 2]) == [2, 3, 4] and cache.together([]) == [] and cache.place == [0, 1, 2, 3, 4, 5]
+    assert cache.together([5, 3, 2]) == [2, 3, 5] and cache.place == [0, 1, 2, 3, 5, 4]
+    for row in (4, 5):
+        alone = lm.RaggedCache(1)
+        alone.feed(model, [0], [rows[row]])
+        for layer, pair in alone.store.items():
+            for expected, stored in zip(pair, cache.store[layer]):
+                torch.testing.assert_close(stored[cache.place[row], :, :len(rows[row])], expected[0, :, :len(rows[row])], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("pads", [0, 1, 8])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
 def test_pads_move_nothing(kind, pads):
