@@ -1,7 +1,7 @@
 """A run's folder: one writer, lines that are whole, checkpoints that are complete or not there at all.
 
     config.json  metrics.jsonl  dialogues.jsonl  heldout.jsonl
-    checkpoints/step_NNNNNN/    a plain Hugging Face folder, trainer.pt with the optimizer's moments, COMPLETE
+    checkpoints/step_NNNNNN/    a plain Hugging Face folder, adapter.safetensors of --lora-rank, trainer.pt with the optimizer's moments, COMPLETE
 
 There is no random state to keep: what a step draws is a function of (seed, step, scenario, member, turn).
 """
@@ -68,8 +68,8 @@ def open_run(settings):
     return out, complete[-1] if complete else None
 
 
-def begin(out, settings, model, stack):
-    """Make the run folder this run's own, now that nothing else can be wrong, and write its settings there.
+def begin(out, settings, contents, model, stack):
+    """Make the run folder this run's own, now that nothing else can be wrong, and write its settings there, with the digests of its files.
 
     Raises UserError where not one checkpoint would fit: weights and two moments in fp32 of what is trained, the rest as it is.
     """
@@ -79,7 +79,8 @@ def begin(out, settings, model, stack):
             raise UserError(f"--out {out}: not one checkpoint fits there ({lack}); make room, or choose another folder")
         claim(out, stack)
         open_run(settings)  # nobody else has begun there meanwhile
-    write_atomically(out / "config.json", json.dumps(dataclasses.asdict(dataclasses.replace(settings, resume="", force=False)), indent=1))
+    saved = dataclasses.asdict(dataclasses.replace(settings, resume="", force=False))
+    write_atomically(out / "config.json", json.dumps({**saved, "contents": contents}, indent=1))
 
 
 def lacking(place, needed):
@@ -139,6 +140,8 @@ def save_checkpoint(out, step, settings, model, tokenizer, optimizer, world):
             raise OSError(28, lack)
         lm.save(model.config, model.generation_config, tokenizer, weights, scratch)
         torch.save({"step": step, "updates": optimizer.updates, "moments": moments, "adapters": adapters}, scratch / "trainer.pt")
+        if adapters:
+            lm.save_adapter(adapters, settings.lora_rank, 2 * settings.lora_rank, scratch / "adapter.safetensors")
         for file in scratch.iterdir():
             sync(file)
         write_atomically(scratch / "COMPLETE", f"step {step}\n")

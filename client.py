@@ -77,7 +77,7 @@ class Client:
         self.key, self._key, self._lock, self._closing, self._spent = key, os.environ.get(key, "").strip(), threading.Lock(), threading.Event(), 0
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(f"{key}: holds characters that no header can carry; set it again, without quotes")
-        self._own, self._wires, self.stats, self.asked = threading.local(), [], {}, []
+        self._own, self._wires, self.stats = threading.local(), [], {}
         self._pool = concurrent.futures.ThreadPoolExecutor(concurrency, "judge", initializer=self._open_session)
         self.take_stats()
         self.start_batch()
@@ -85,11 +85,6 @@ class Client:
     def start_batch(self):
         """From now on there are `batch_seconds` for all that is submitted before the next call."""
         self.ends = time.monotonic() + self.batch_seconds
-
-    @property
-    def busy(self):
-        """Whether an answer is awaited."""
-        return any(not future.done() for future in self.asked)
 
     def take_stats(self):
         """The counters since the last take: a dict; `missing` holds a dict of its own, by reason."""
@@ -108,14 +103,15 @@ class Client:
         """Run `job(*args, ends)` on a worker; a Future. `ends` is the deadline of the present batch, but a question that comes late,
         because playing took long, has time for one attempt all the same. Only workers may `ask`."""
         now, one = time.monotonic(), min(self.timeout, self.batch_seconds)
-        future = self._pool.submit(job, *args, self.ends if self.ends > now + one / 2 else now + one)
-        self.asked = [f for f in self.asked if not f.done()] + [future]
-        return future
+        return self._pool.submit(job, *args, self.ends if self.ends > now + one / 2 else now + one)
 
-    def ask(self, path, payload, parse, ends=math.inf):
-        """`parse(reply)` of a POST of `payload` (None: a GET). Raises Missing when no answer parses in time, BudgetSpent."""
+    def ask(self, path, payload, parse, ends=math.inf, root=False):
+        """`parse(reply)` of a POST of `payload` (None: a GET). Raises Missing when no answer parses in time, BudgetSpent.
+
+        root: `path` stands beside /v1, not below it."""
+        url = (self.url.removesuffix("/v1") if root else self.url) + path
         body = None if payload is None else json.dumps(payload, sort_keys=True).encode()
-        digest = hashlib.sha256(b"\0".join([self.url.encode(), path.encode(), body or b""])).hexdigest()
+        digest = hashlib.sha256(b"\0".join([url.encode(), body or b""])).hexdigest()
         kept = self.cache and body and Path(self.cache, digest[:2], digest + ".json")
         if kept:
             with contextlib.suppress(OSError, ValueError, Missing):  # not there, or not whole: ask
@@ -125,7 +121,7 @@ class Client:
         jitter = random.Random(digest)
         for attempt in range(1, self.attempts + 1):
             try:
-                reply = self._once(path, body, ends)
+                reply = self._once(url, body, ends)
                 value = parse(reply)
                 break
             except Missing as miss:
@@ -150,20 +146,20 @@ class Client:
             print(f"warning: --judge-cache: cannot write ({error.strerror}); going on without it", file=sys.stderr, flush=True)
             self.cache = None
 
-    def _once(self, path, body, ends):
+    def _once(self, url, body, ends):
         """One attempt: the decoded JSON of a reply with status 200; else Missing."""
         limit, started, text = min(self.timeout, ends - time.monotonic()), time.monotonic(), b""
         if limit <= 0 or self._closing.is_set():
             raise Missing("deadline")
         with self._lock:
-            if self.budget and self._spent >= self.budget:
+            if self.budget and self._spent >= self.budget and body is not None:
                 raise BudgetSpent(f"--judge-budget {self.budget}: all calls are used")
-            self._spent += 1
+            self._spent += body is not None  # asking for the list of models costs nothing
             self.stats["calls"] += 1
         clock = threading.Timer(limit, _cut, [self._own.wire])  # a trickle of bytes never trips a socket's own time-out
         clock.start()
         try:
-            with self._own.session.request("GET" if body is None else "POST", self.url + path, data=body, stream=True, allow_redirects=False,
+            with self._own.session.request("GET" if body is None else "POST", url, data=body, stream=True, allow_redirects=False,
                                            timeout=(min(10.0, limit), limit)) as reply:
                 for chunk in reply.iter_content(1 << 16):
                     text += chunk
@@ -171,7 +167,9 @@ class Client:
                         raise Missing("too large")
         except requests.RequestException as error:
             late = isinstance(error, requests.Timeout) or time.monotonic() - started >= limit
-            raise Missing("timeout" if late else "connection", self._hide(str(error)), again=True) from None
+            kinds = {requests.exceptions.SSLError: "tls", requests.exceptions.ProxyError: "proxy"}
+            why = "timeout" if late else kinds.get(type(error), "connection")
+            raise Missing(why, self._hide(str(error)), again=why not in kinds.values()) from None
         finally:
             clock.cancel()
         if time.monotonic() - started >= limit:

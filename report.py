@@ -44,8 +44,9 @@ def config_of(run):
 
 
 def best_step(run):
-    """The step with the highest held-out reward so far; -1 without an evaluation."""
-    scored = [(row["heldout"]["reward"], row["step"]) for row in whole_lines(run / "metrics.jsonl") if "heldout" in row]
+    """The step with the highest held-out reward (of a warm start: the lowest held-out loss) so far; -1 without an evaluation."""
+    held = [(row["heldout"], row["step"]) for row in whole_lines(run / "metrics.jsonl") if "heldout" in row]
+    scored = [(-found["loss"] if found.get("loss") is not None else found.get("reward"), step) for found, step in held]
     return max((pair for pair in scored if pair[0] is not None), default=(0.0, -1))[1]
 
 
@@ -116,6 +117,8 @@ def read_run(folder):
                 slot.setdefault((step, source), []).append(record)
                 for middle in sorted(key for key in slot if key[1] == source)[1:-1]:
                     del slot[middle]
+    if config_of(folder).get("demonstrations"):
+        raise UserError(f"{folder}: no dialogue was played in it; what a warm start learnt stands in its metrics.jsonl")
     held = [{**m["heldout"], "step": m["step"]} for m in metrics if "heldout" in m]
     return Run(Path(folder).resolve().name, config_of(folder), [m for m in metrics if "heldout" not in m], held, diverse, kept,
                {key: float(np.mean(rewards)) for key, rewards in scores.items()})

@@ -18,6 +18,7 @@ import dataclasses
 import math
 import re
 import sys
+import textwrap
 import zlib
 
 import jinja2
@@ -27,7 +28,7 @@ import torch
 import data_gen
 import reward
 from cli import UserError, command_line, option, run_cli
-from model import RaggedCache, context_limit, load, own_device, packed, shared_cores
+from model import WARM_MODEL, RaggedCache, context_limit, load, own_device, packed
 from reward import fill
 
 
@@ -35,16 +36,16 @@ from reward import fill
 class PlaySettings:
     """How a dialogue is played."""
     max_turns: int = option(3, "turns at most, both agents together; 0: agent 0 answers alone, without a negotiation", low=0)
-    turn_tokens: int = option(28, "tokens a turn may have", low=2)
-    final_tokens: int = option(44, "tokens the joint final completion may have", low=2)
+    turn_tokens: int = option(56, "tokens a turn may have", low=2)
+    final_tokens: int = option(112, "tokens the joint final completion may have", low=2)
     context_turns: int = option(0, "turns that an agent sees beside the scenario (0: all of them; the paper: 2)", low=0)
     agreement: str = option("judge", "who finds that the agents agree: the judge after each turn, a marker in both last turns, or nobody (all turns are played)",
                             choices=("judge", "marker", "none"))
     on_impasse: str = option("complete", "no agreement at the last turn: write the final completion all the same, or none and a reward of zero",
                              choices=("complete", "zero"))
-    temperature: float = option(0.8, "of the dialogue", above=0)
+    temperature: float = option(0.7, "of the dialogue", above=0)
     top_p: float = option(1.0, "nucleus of the dialogue; the learner renormalises over the same nucleus", above=0, high=1)
-    final_temperature: float = option(0.4, "of the final completion (0: greedy)", low=0)
+    final_temperature: float = option(0.5, "of the final completion (0: greedy)", low=0)
     final_top_p: float = option(1.0, "nucleus of the final completion", above=0, high=1)
 
 
@@ -59,10 +60,10 @@ CASE_ALONE = "{dilemma}\n\n"
 ASK = "What do you propose?"
 EARLIER = "(The two of you have been talking for a while.)"
 SILENCE = "(says nothing)"
-FINAL = ("Thank you. {other}'s creed is: \"{creed}\" Now sum up the plan that you and {other} will carry out. Name who does what and when, and say how it "
-         "helps both of you. Two or three sentences, beginning with: We will")
-ALONE = ("{other} is not here to talk with. {other}'s creed is: \"{creed}\" Write the plan that you and {other} will carry out. Name who does what and when, "
-         "and say how it helps both of you. Two or three sentences, beginning with: We will")
+FINAL = ("Thank you. {other}'s creed is: \"{creed}\" Now sum up the plan that you and {other} will carry out: who does what and when, what happens if it "
+         "fails, and how it helps both of you. Two or three sentences.")
+ALONE = ("{other} is not here to talk with. {other}'s creed is: \"{creed}\" Write the plan that you and {other} will carry out: who does what and when, what "
+         "happens if it fails, and how it helps both of you. Two or three sentences.")
 
 
 # ---- what travels ---------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ class Dialogue:
     turns: list = dataclasses.field(default_factory=list)
     streams: list = dataclasses.field(default_factory=lambda: [[], []])  # per agent: list of Sample
     agreed: bool = False
-    stop: str = ""  # "agreed", "max_turns" or "context"
+    stop: str = ""  # "agreed", "max_turns" or "context"; "written" where nobody played it
     final: str = None
     final_sample: Sample = None
     final_truncated: bool = False
@@ -224,7 +225,7 @@ class View:
 
     def __init__(self, chat, me, scenario, marker, alone=False):
         mine, other = scenario.personas[me], scenario.personas[1 - me]
-        self.chat, self.me, self.other = chat, me, other
+        self.chat, self.me = chat, me
         words = {"me": mine["name"], "creed": mine["creed"], "other": other["name"], "dilemma": scenario.dilemma, "marker": MARKER_RULE if marker else ""}
         system, case = (SYSTEM_ALONE, CASE_ALONE) if alone else (SYSTEM, CASE)
         self.head = chat.head(fill(system, words)) + chat.plain(fill(case, words))
@@ -303,7 +304,7 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
     """
     case, turns = (dialogue.scenario.dilemma, dialogue.scenario.personas), dialogue.turns
     draws = lambda n: np.random.default_rng([seed, dialogue.step, zlib.crc32(dialogue.scenario.id.encode()), dialogue.member, n])
-    request = fill(FINAL if settings.max_turns else ALONE, {"other": views[0].other["name"], "creed": views[0].other["creed"]})
+    request = final_request(dialogue.scenario, FINAL if settings.max_turns else ALONE)
     last = yield from talk(dialogue, views, settings, judge and (lambda: judge.agreed(*case, turns[:])), draws, limits, partner, request)
     dialogue.streams = [streams_of(view, turns, settings.context_turns) for view in views]
     if not dialogue.agreed and turns and settings.on_impasse == "zero":
@@ -367,6 +368,36 @@ def streams_of(view, turns, context_turns):
         first = lambda i: max(0, i - context_turns) if context_turns else 0
         return [view.until(turns[first(i):i], turns[i], train=[], cut=first(i) > 0) for i in own]
     return [view.until(turns[:own[-1]], turns[own[-1]])] if own else []
+
+
+# ---- a negotiation that somebody wrote, as if it had been played --------------------------------------------------------
+
+
+def imitate(demonstration, chat, settings):
+    """A data_gen.Demonstration as a Dialogue: the streams that two agents of this chat format would have, had they said just this.
+
+    Nobody sampled its tokens, so each log-prob is NaN, and the advantage is 1: the learner then takes the gradient of plain likelihood.
+    """
+    scenario = demonstration.scenario
+    dialogue = Dialogue(scenario, 0, 0, 0, agreed=demonstration.agreed, stop="written", final=demonstration.final, advantage=1.0)
+    dialogue.turns = [written(chat, t % 2, text) for t, text in enumerate(demonstration.turns)]
+    views = [View(chat, me, scenario, settings.agreement == "marker") for me in (0, 1)]
+    dialogue.streams = [streams_of(view, dialogue.turns, settings.context_turns) for view in views]
+    closing = final_request(scenario, FINAL)
+    dialogue.final_sample = views[0].until(dialogue.turns, written(chat, 0, demonstration.final), train=[], closing=closing)
+    return dialogue
+
+
+def written(chat, speaker, text):
+    """A text as the Turn of a speaker who ended it properly."""
+    ids = [*chat.plain(text), chat.end]
+    return Turn(speaker, text, False, ids, [math.nan] * len(ids))
+
+
+def final_request(scenario, template):
+    """The words that ask agent 0 for the joint solution."""
+    other = scenario.personas[1]
+    return fill(template, {"other": other["name"], "creed": other["creed"]})
 
 
 # ---- many dialogues in one batch ------------------------------------------------------------------------------------
@@ -464,7 +495,7 @@ def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token
         views = [View(v.chat, me, dialogue.scenario, settings.agreement == "marker", settings.max_turns == 0) for me, v in enumerate(voices)]
         limits = [context_limit(v.model) for v in voices]
         advance(dialogue, negotiate(dialogue, views, settings, judge, seed, limits, partner), None)
-    with packed(*{v.model for v in voices}, half=any(v.half for v in voices)), shared_cores() as leave:
+    with packed(*{v.model for v in voices}, half=any(v.half for v in voices)):
         while jobs or waiting:
             for job in [j for j in jobs if j.void or (j.spoken and not j.held)]:
                 jobs.remove(job)
@@ -475,7 +506,6 @@ def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token
             batch = choose_batch(jobs)
             pending = [j.say.unless for j in jobs if j.held] + [w[0] for w in waiting]
             if batch:
-                leave(judge.cores_taken() if judge else 0)
                 speak(batch, models[id(batch[0].cache)], heads, read[id(batch[0].cache)], on_token)
             elif pending:
                 concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -536,19 +566,23 @@ def printable(text):
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def transcript(dialogue, indent="", width=300):
-    """One dialogue as lines of text: who said what, how it ended, the joint solution and its score."""
+def transcript(dialogue, indent="", width=120, longest=1000):
+    """One dialogue as lines of text, wrapped at `width`: who said what, how it ended, the joint solution and its score.
+
+    A text of more than `longest` characters ends, after a whole word, in "...".
+    """
     names = [p["name"] for p in dialogue.scenario.personas]
     lines = [f"dilemma: {dialogue.scenario.dilemma}"] + [f"{names[t.speaker]}: {t.text}{' [cut off]' if t.truncated else ''}" for t in dialogue.turns]
     score = "no score" if dialogue.reward is None else f"{dialogue.reward:.2f}"
     lines.append(f"joint solution ({dialogue.stop}, {score}): {dialogue.final if dialogue.final is not None else '(none)'}")
-    return "\n".join(indent + printable(line)[:width] for line in lines)
+    whole = [textwrap.shorten(printable(line), longest, placeholder=" ...") for line in lines]
+    return "\n".join(textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False) for line in whole)
 
 
 @dataclasses.dataclass(frozen=True)
 class WatchSettings(PlaySettings, reward.JudgeSettings):
     """Watch one negotiation in the terminal, token by token."""
-    model: str = option("smollm2-135m", "smollm2-135m, a folder (a checkpoint), or a Hugging Face id")
+    model: str = option(WARM_MODEL, f"{WARM_MODEL}, smollm2-135m, a folder (a checkpoint), or a Hugging Face id")
     dilemma: str = option("", "the dilemma (empty: one of the shipped ones, drawn by --seed)")
     persona_a: str = option("", "who opens, as 'Name: creed' (empty: the scenario's)")
     persona_b: str = option("", "who answers, as 'Name: creed' (empty: the scenario's)")

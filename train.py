@@ -10,6 +10,7 @@ never on the rank, the clock or the order in which the judge answers. So there i
 """
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import resource
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 import data_gen
 import grpo
+import judge_server
 import model as lm
 import reward
 import selfplay
@@ -43,9 +45,10 @@ from report import best_step, whole_lines
 @dataclasses.dataclass(frozen=True)
 class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     """Everything that a run depends on; saved as config.json in its folder."""
-    recipe: str = option("debug", "a set of settings to start from", choices=("debug", "paper", "single", "paper-single"))
-    model: str = option("smollm2-135m", "smollm2-135m, a folder, or a Hugging Face id")
+    recipe: str = option("debug", "a set of settings to start from", choices=("debug", "paper", "single", "paper-single", "warm-start"))
+    model: str = option(lm.WARM_MODEL, f"{lm.WARM_MODEL} (smollm2-135m after --recipe warm-start), smollm2-135m, a folder, or a Hugging Face id")
     scenarios: str = option("", "a JSON Lines file of scenarios (empty: the shipped dilemmas and personas)")
+    demonstrations: str = option("", "a JSON Lines file of written negotiations to imitate instead of playing (recipe warm-start: the shipped ones)")
     out: str = option("", "run folder (empty: runs/RECIPE-SEED)")
     resume: str = option("", "run folder to go on with, from its newest complete checkpoint")
     force: bool = option(False, "resume even with settings that change the mathematics")
@@ -56,6 +59,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     group_size: int = option(6, "dialogues of one group, whose rewards are compared", low=2)
     lr: float = option(1e-4, "learning rate of AdamW", low=0)
     warmup_steps: int = option(1, "updates over which the learning rate rises to --lr", low=0)
+    lr_decay: bool = option(False, "let the learning rate fall to zero by the last step, in a straight line")
     grad_clip: float = option(1.0, "largest norm of the gradient (0: no clipping)", low=0)
     train_tokens: str = option("dialogue", "which sampled tokens are trained", choices=("dialogue", "final", "both"))
     advantage_scale: str = option("std", "divide the centred rewards of a group by their standard deviation, or not", choices=("std", "none"))
@@ -85,13 +89,17 @@ RECIPES = {
     "paper": dict(epoch_steps=0, max_turns=7, context_turns=2, agreement="judge", on_impasse="zero", temperature=0.7, top_p=0.95, final_temperature=0.1,
                   final_top_p=0.95, group_size=8, scenarios_per_step=2, lr=5e-6, beta=0.0, steps=1900, train_tokens="dialogue",
                   aggregate="token", advantage_scale="std", turn_tokens=256, final_tokens=512, save_every=50),
+    # likelihood on written negotiations, adapters only: what made the default model out of smollm2-135m
+    "warm-start": dict(model="smollm2-135m", demonstrations=str(data_gen.DATA / "demonstrations.jsonl"), lora_rank=16, lr=1e-3, warmup_steps=5, lr_decay=True, steps=72,
+                       scenarios_per_step=16, train_tokens="both", temperature=1.0, final_temperature=1.0, keep=1),
     "single": dict(max_turns=0, train_tokens="final", agreement="none"),
     "paper-single": dict(epoch_steps=0, max_turns=0, train_tokens="final", agreement="none", temperature=1.0, final_temperature=1.0, top_p=1.0,
                          final_top_p=1.0, beta=0.04, group_size=8, scenarios_per_step=4, lr=5e-6, steps=2150, final_tokens=512, save_every=50),
 }
 # Settings that may differ on resume: they change where and how fast a run computes, not what.
-FREE_ON_RESUME = {"resume", "force", "out", "steps", "save_every", "keep", "micro_tokens", "gradient_checkpointing", "judge_url", "judge_model",
-                  "judge_concurrency", "judge_timeout", "judge_deadline", "judge_attempts", "judge_budget", "judge_cache"}  # a server may move
+FREE_ON_RESUME = {"resume", "force", "out", "steps", "save_every", "keep", "micro_tokens", "gradient_checkpointing", "judge_url",
+                  "judge_concurrency", "judge_timeout", "judge_deadline", "judge_wait", "judge_attempts", "judge_budget", "judge_cache",
+                  "rubric", "scenarios", "demonstrations"}  # a server or a file may move; what a file holds may not change: see `contents`
 
 
 def read_settings(argv=None):
@@ -104,8 +112,6 @@ def read_settings(argv=None):
             own["scenarios_per_step"] = -(-own["scenarios_per_step"] // ranks) * ranks  # a group is never split: each rank has its own
             if given.get("scenarios"):
                 own["epoch_steps"] = 0  # somebody's own set: all of it
-            if recipe == "paper-single" and not given.get("judge_url"):  # the paper's baseline is its own judge: as it was at first
-                own["judge_model"] = given.get("model", Settings.model)
             return own
         try:
             saved = json.loads(Path(given["resume"], "config.json").read_text())
@@ -113,7 +119,8 @@ def read_settings(argv=None):
             raise UserError(f"--resume {given['resume']}: its config.json cannot be read ({error}); name the folder of a run")
         if given.get("out", given["resume"]) != given["resume"]:
             raise UserError(f"--out {given['out']}: a run that is resumed stays in its folder; leave --out away")
-        changed = [k for k in given if k not in FREE_ON_RESUME and k in saved and given[k] != saved[k]]
+        free = FREE_ON_RESUME - ({"steps"} if saved.get("lr_decay") else set())  # then the last step decides the learning rate of all
+        changed = [k for k in given if k not in free and k in saved and given[k] != saved[k]]
         if changed and not given.get("force"):
             names = ", ".join("--" + k.replace("_", "-") for k in changed)
             raise UserError(f"--resume {given['resume']}: {names} would change the mathematics of the run; leave out, or add --force")
@@ -130,6 +137,28 @@ def read_settings(argv=None):
     if settings.beta > 0 and nucleus < 1:  # policy and reference would be renormalised over different tokens
         raise UserError("--beta: the KL to the reference needs trained tokens that were sampled without a nucleus; add --top-p 1 --final-top-p 1")
     return settings
+
+
+def contents(settings):
+    """{what: digest} of all that a run's mathematics takes from files, whatever their paths: scenarios, rubric, the embedded judge."""
+    found = {"scenarios": [dataclasses.asdict(s) for s in data_gen.load_scenarios(settings.scenarios or None, settings.seed)],
+             "rubric": reward.load_rubric(settings.rubric)}
+    if settings.demonstrations:
+        found["demonstrations"] = [dataclasses.asdict(d) for d in data_gen.load_demonstrations(settings.demonstrations, settings.scenarios or None)]
+    elif not settings.judge_url:
+        found["embedded judge"] = judge_server.heads_digest()
+    return {what: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16] for what, value in found.items()}
+
+
+def check_contents(settings):
+    """Raise UserError where a resumed run would go on with another file than it began with. Returns `contents(settings)`."""
+    now = contents(settings)
+    if settings.resume and not settings.force:
+        saved = json.loads(Path(settings.resume, "config.json").read_text()).get("contents", {})
+        if changed := sorted(what for what in {**saved, **now} if saved and saved.get(what) != now.get(what)):
+            raise UserError(f"--resume {settings.resume}: other {' and '.join(changed)} than the run began with would change its mathematics; "
+                            "put the files back, or add --force")
+    return now
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------------
@@ -201,7 +230,8 @@ def build(settings, world, weights=None):
         register_fsdp_forward_method(model, "token_logprobs")
     if settings.beta > 0 and settings.lora_rank:
         reference = player  # with its adapters off
-    optimizer = grpo.Optimizer(model, settings.lr, settings.warmup_steps, settings.grad_clip, torch.float32 if sharded else dtype)
+    decay_steps = settings.steps * settings.updates_per_rollout if settings.lr_decay else 0
+    optimizer = grpo.Optimizer(model, settings.lr, settings.warmup_steps, settings.grad_clip, torch.float32 if sharded else dtype, decay_steps)
     return model, player, tokenizer, optimizer, reference
 
 
@@ -279,7 +309,7 @@ def settle(group, settings):
             verdict = reward.Verdict(None, "budget spent") if spent else d.verdict.result()
             d.reward, d.judge = verdict.value, {"raw": verdict.raw, "failures": [verdict.reason] if verdict.reason else []}
     rewards = torch.tensor([[float("nan") if d.reward is None else d.reward for d in group]], dtype=torch.float64)
-    for d, a in zip(group, grpo.group_advantages(rewards, settings.advantage_scale)[0].tolist()):
+    for d, a in zip(group, grpo.group_advantages(rewards, settings.advantage_scale, noise=settings.judge_noise)[0].tolist()):
         d.advantage = None if d.reward is None else a
 
 
@@ -315,16 +345,16 @@ def learn(groups, learner, settings, world):
 def summary(groups, world):
     """What the step's dialogues were like, over all ranks: the keys of metrics.jsonl that no gradient is needed for."""
     facts = [fact for facts in world.gather([{
-        "reward": d.reward, "agreed": d.agreed, "turns": len(d.turns), "failed": d.reward is None, "group": d.group, "scenario": d.scenario.id,
+        "reward": d.reward, "advantage": d.advantage, "agreed": d.agreed, "turns": len(d.turns), "failed": d.reward is None, "group": d.group, "scenario": d.scenario.id,
         "truncated": [t.truncated for t in d.turns] + ([d.final_truncated] if d.final is not None else []),
         "sampled": sum(len(t.logprobs) for t in d.turns) + (sum(d.final_sample.mask) if d.final_sample else 0),
     } for group in groups for d in group]) for fact in facts]
     rewards = [f["reward"] for f in facts if f["reward"] is not None]
     by_group, by_scenario = {}, {}
     for f in facts:
-        by_group.setdefault(f["group"], []).append(f["reward"])
+        by_group.setdefault(f["group"], []).append(f["advantage"])
         by_scenario.setdefault(f["scenario"], []).extend([f["reward"]] * (f["reward"] is not None))
-    uniform = [len({r for r in rs if r is not None}) < 2 for rs in by_group.values()]
+    uniform = [not any(advantages) for advantages in by_group.values()]  # nothing to learn from
     mean = lambda xs: statistics.fmean(xs) if xs else None
     cut = [t for f in facts for t in f["truncated"]]
     return {"reward_mean": mean(rewards), "reward_std": statistics.stdev(rewards) if len(rewards) > 1 else None,
@@ -359,6 +389,8 @@ def alarm(row, records, bad_judge, bad_steps, say):
         say(f"    warning: {row['missing_rewards']} of {len(records)} rewards are missing: {row['judge_missing']}", flush=True)
     if row["truncated_rate"] and row["truncated_rate"] > 0.5 and row["step"] % 10 == 1:  # the line of each step tells the share
         say("    warning: more than half of the texts were cut off at their limit; raise --turn-tokens or --final-tokens", flush=True)
+    if row["no_evidence"]:
+        say("    no reward of this step differs from its group's others by more than --judge-noise: nothing was learnt", flush=True)
     if row["skipped"]:
         say("    warning: the loss or a gradient is not finite; the step was skipped", flush=True)
     if any("budget spent" in r["judge"]["failures"] for r in records):
@@ -368,6 +400,109 @@ def alarm(row, records, bad_judge, bad_steps, say):
     if bad_steps >= 5:
         return 3, f"stopped: {bad_steps} steps in a row were not finite; lower --lr, then --resume"
     return 0, "done"
+
+
+# ---- the warm start: learn from negotiations that were written ---------------------------------------------------------
+
+
+def imitation_sets(settings, chat):
+    """(Dialogues to learn from, Dialogues of a held-out tenth of the scenarios). Raises UserError for a bad --demonstrations file."""
+    demonstrations = data_gen.load_demonstrations(settings.demonstrations, settings.scenarios or None)
+    names = list(dict.fromkeys(d.scenario.id for d in demonstrations))
+    held = set(data_gen.spread(names, max(1, len(names) // 10)))
+    sets = [], []
+    for d in demonstrations:
+        sets[d.scenario.id in held].append(selfplay.imitate(d, chat, settings))
+    if not sets[0]:
+        raise UserError(f"--demonstrations {settings.demonstrations}: one scenario is too few; a tenth of them is held out")
+    return sets
+
+
+def imitation_step(step, dialogues, learner, settings, world):
+    """Learn from the step's share of the demonstrations. Returns the learner's means.
+
+    Their log-probs are NaN and their advantages 1, so the learner takes the gradient of plain likelihood: the policy gradient at ratio 1.
+    """
+    batch = deal_demonstrations(dialogues, settings, step)[world.rank::world.size]
+    trees = [tree for dialogue in batch for tree in grpo.pack([dialogue], settings.train_tokens, settings.micro_tokens)]
+    most = max(world.gather(len(trees)))
+    for tree, rows in trees:
+        learner.backward(tree, rows)
+    for _ in range(most - len(trees)):
+        learner.idle()
+    return learner.step()
+
+
+def steps_an_epoch(dialogues, settings):
+    """Steps that it takes to see each demonstration once."""
+    return -(-len(dialogues) // settings.scenarios_per_step)
+
+
+def deal_demonstrations(dialogues, settings, step):
+    """The demonstrations of a step, over all ranks: the next ones of a permutation per epoch, a function of seed and step alone."""
+    epoch, at = divmod(step - 1, steps_an_epoch(dialogues, settings))
+    order = np.random.default_rng([settings.seed, epoch]).permutation(len(dialogues))
+    return [dialogues[i] for i in order[at * settings.scenarios_per_step:][:settings.scenarios_per_step]]
+
+
+def imitate(settings, world, stack):
+    """The warm start, from the settings to the checkpoint of the epoch with the lowest held-out loss. Returns the exit code."""
+    check_ranks(settings, world)
+    files = check_contents(settings)
+    if settings.resume and world.rank == 0:
+        claim(Path(settings.resume), stack)
+    out, checkpoint = world.gather(open_run(settings) if world.rank == 0 else None)[0]
+    model, _, tokenizer, optimizer, reference = build(settings, world, checkpoint if checkpoint and not settings.lora_rank else None)
+    done = load_trainer(checkpoint, optimizer) if checkpoint else 0
+    dialogues, held = imitation_sets(settings, selfplay.ChatFormat(tokenizer, model))
+    longest, limit = max(len(d.final_sample.ids) for d in dialogues + held), lm.context_limit(model)
+    if longest > limit:
+        raise UserError(f"--demonstrations: one takes {longest} tokens and {settings.model} holds {limit}; shorten it, or use another model")
+    learner = grpo.Learner(model, optimizer, settings, reference)
+    if world.rank == 0:
+        begin(out, settings, files, model, stack)
+    stop, epoch_steps = Stop(world), steps_an_epoch(dialogues, settings)
+    known = [row["heldout"]["loss"] for row in whole_lines(out / "metrics.jsonl") if "heldout" in row]
+    losses = world.gather([loss for loss in known if loss is not None])[0]
+    say = print if world.rank == 0 else lambda *a, **k: None
+    say(f"{settings.model} on {world.size} x {world.device}: {len(dialogues)} negotiations to learn from, {len(held)} held out, {epoch_steps} steps an epoch; "
+        f"results in {out}/", flush=True)
+
+    def check():
+        """Log the held-out loss; True where it is the lowest so far, on all ranks alike."""
+        total, tokens = learner.surprise(held)
+        losses.append(world.gather(total / tokens)[0])
+        if world.rank == 0:
+            append(out / "metrics.jsonl", [{"step": done, "heldout": {"loss": losses[-1], "tokens": tokens}}])
+        say(f"after step {done} ({done / epoch_steps:.0f} epochs): held-out loss {losses[-1]:.3f} nats a token", flush=True)
+        return losses[-1] == min(losses)
+
+    code, reason = 0, "done"
+    if not losses:
+        check()
+    bar = stack.enter_context(tqdm(total=settings.steps, initial=done, desc="steps", disable=world.rank > 0))
+    for step in range(done + 1, settings.steps + 1):
+        began = time.perf_counter()
+        means = imitation_step(step, dialogues, learner, settings, world)
+        done, seconds = step, time.perf_counter() - began
+        if world.rank == 0:
+            append(out / "metrics.jsonl", [{"step": step, **means, "loss": means["entropy"], "seconds_step": seconds,
+                                            "peak_memory_gb": peak_memory_gb(world.device)}])
+        bar.set_postfix_str(f"loss {means['entropy']:.3f}, {means['trained_tokens'] / seconds:.0f} tokens/s")
+        bar.update()
+        code, reason = max(world.gather(stop.verdict))
+        ends = step % epoch_steps == 0 or step == settings.steps
+        if ends and not check() and not code:
+            reason = "done: the held-out loss rises, so the checkpoint before is the one to use"
+            break
+        if code or ends or settings.save_every and step % settings.save_every == 0:
+            saved = world.gather(save_checkpoint(out, done, settings, model, tokenizer, optimizer, world) is not None)[0]
+            code, reason = (code, reason) if saved else (3, "a checkpoint could not be saved; make room, then --resume")
+        if code:
+            break
+    bar.close()
+    say(f"{reason}: {out}/metrics.jsonl (one line a step), {out}/checkpoints/ (use one with --model)", flush=True)
+    return code
 
 
 # ---- held-out scenarios ------------------------------------------------------------------------------------------------
@@ -510,7 +645,7 @@ def main(argv=None):
     world = start_world()
     try:
         with contextlib.ExitStack() as stack:
-            code = run(settings, world, stack)
+            code = (imitate if settings.demonstrations else run)(settings, world, stack)
     except BudgetSpent as spent:
         raise UserError(f"{spent}; raise it")
     except torch.OutOfMemoryError:
@@ -528,7 +663,7 @@ def check_ranks(settings, world):
     """Raise UserError where this number of ranks, or of machines, cannot do what the settings say."""
     if settings.scenarios_per_step % world.size:
         raise UserError(f"--scenarios-per-step {settings.scenarios_per_step}: {world.size} ranks need a multiple of {world.size}")
-    if not settings.judge_url and world.size > int(os.environ.get("LOCAL_WORLD_SIZE", world.size)):
+    if not (settings.judge_url or settings.demonstrations) and world.size > int(os.environ.get("LOCAL_WORLD_SIZE", world.size)):
         raise UserError("--judge-url: the embedded judge serves one machine only; name a server that all nodes reach")
 
 
@@ -553,6 +688,7 @@ def train_step(step, scenarios, voice, learner, player, settings, judge, stop, w
 def run(settings, world, stack):
     """The whole run, from the settings to the last checkpoint."""
     check_ranks(settings, world)
+    files = check_contents(settings)
     scenarios, held = divide(settings)
     if settings.resume and world.rank == 0:
         claim(Path(settings.resume), stack)
@@ -565,10 +701,13 @@ def run(settings, world, stack):
         raise UserError(f"--turn-tokens, --final-tokens: {settings.model} holds {lm.context_limit(model)} tokens in all; use fewer")
     learner = grpo.Learner(model, optimizer, settings, reference)
     asking = dataclasses.replace(settings, judge_budget=calls_left(settings, out, world))
-    judge = stack.enter_context(reward.open_judge(asking, world.rank, lambda url: world.gather(url)[0]))
+    judge = stack.enter_context(reward.open_judge(asking, world.rank, lambda value: world.gather(value)[0]))
+    if settings.agreement == "judge" and settings.max_turns and not judge.can("agreed"):
+        raise UserError(f"--agreement judge: {judge.model} is a reward model and knows scores only; add --agreement marker, or none")
+    settings = dataclasses.replace(settings, judge_model=judge.model, judge_mode=judge.mode)  # decided once: a resumed run reads as this one does
     judge.take_stats()  # without the first question, so that a resumed run counts what an unbroken one counts
     if world.rank == 0:
-        begin(out, settings, model, stack)
+        begin(out, settings, files, model, stack)
     stop, began, bad_judge, bad_steps, code, reason = Stop(world), time.time(), 0, 0, 0, "done"
     done = saved = start if checkpoint else -1
     first = next((row for row in whole_lines(out / "metrics.jsonl") if "heldout" not in row), {})

@@ -57,10 +57,6 @@ class SlowJudge:
     def __init__(self, latency):
         self.latency, self.pool = latency, concurrent.futures.ThreadPoolExecutor(8)
 
-    def cores_taken(self):
-        """It only sleeps."""
-        return 0
-
     def score(self, dilemma, personas, turns, final):
         """A Future of a verdict."""
         def answer():

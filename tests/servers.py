@@ -3,7 +3,7 @@
     with JudgeServer(lambda text: 5 * ("together" in text)) as server:
         judge = reward.Judge(settings, server.url)
 
-`offers` says which endpoints it has: "contrast" (echoed log-probs), "expect" (top log-probs), "json". `faults` is a list with one
+`offers` says what it has: "expect" (top log-probs), "json"; "pooling", "classify" (as vLLM has them), "sglang" (its /classify). `faults` is a list with one
 entry per POST, in order of arrival (None: answer properly), or a function (number, path) -> entry; FAULTS names what there is.
 """
 import email.utils
@@ -16,8 +16,6 @@ import struct
 import threading
 import time
 
-import reward
-
 FAULTS = ("hang", "hang in the middle", "trickle", "trickle headers", "reset", "429", "429 seconds", "429 date", "500", "503 long", "408",
           "cut short", "not json", "wrong type", "huge", "redirect", "prose", "refusal", "empty", "nan", "out of range", "two scores", "truncated",
           "400", "401")
@@ -26,17 +24,15 @@ REPLIES = {"prose": "I would give it a 4.", "refusal": "I cannot help with that.
 
 
 def texts_of(prompt):
-    """What stands between equal markers in a prompt: {name: text}; in the bare prompts of `contrast`, what follows "Solution:"."""
-    marked = {name: text for name, _, text in re.findall(r"^([\w ]+) ([0-9a-f]{8}):\n(.*?)\n\2$", prompt, re.DOTALL | re.MULTILINE)}
-    return marked or {"solution": (re.findall(r"^Solution: (.*)$", prompt, re.MULTILINE) or [""])[-1], "dialogue": prompt}
+    """What stands between equal markers in a prompt: {name: text}."""
+    return {name: text for name, _, text in re.findall(r"^([\w ]+) ([0-9a-f]{8}):\n(.*?)\n\2$", prompt, re.DOTALL | re.MULTILINE)}
 
 
 class JudgeServer:
     """A scripted judge. rule(solution) -> 0..5; agree(dialogue) -> bool; `requests` holds (path, body, headers, time) of each POST."""
 
-    def __init__(self, rule=lambda text: 3, agree=lambda text: False, offers=("contrast", "expect", "json"), faults=(), models=("scripted",),
-                 hang=30.0, shift=False):
-        self.rule, self.agree, self.offers, self.faults, self.models, self.hang, self.shift = rule, agree, offers, faults, models, hang, shift
+    def __init__(self, rule=lambda text: 3, agree=lambda text: False, offers=("expect", "json"), faults=(), models=("scripted",), hang=30.0):
+        self.rule, self.agree, self.offers, self.faults, self.models, self.hang = rule, agree, offers, faults, models, hang
         self.requests, self.in_flight, self.most_in_flight, self.lock = [], 0, 0, threading.Lock()
         self.closing, self.retry_after, self.elsewhere = threading.Event(), 1, "http://127.0.0.1:9/v1"
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
@@ -64,9 +60,12 @@ class JudgeServer:
         """(status, reply) to a request without a fault."""
         if path.endswith("/chat/completions") and {"expect", "json"} & set(self.offers):
             return 200, self._chat(body)
-        if path.endswith("/completions") and "contrast" in self.offers:
-            prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
-            return 200, {"choices": [self._echo(p) for p in prompts], "usage": {"prompt_tokens": 10, "completion_tokens": 1}}
+        if path == "/pooling" and "pooling" in self.offers:
+            return 200, {"object": "list", "data": [{"index": 0, "object": "pooling", "data": [self.rule(body["messages"][-1]["content"])]}]}
+        if path == "/classify" and "classify" in self.offers and "messages" in body:
+            return 200, {"data": [{"index": 0, "label": "LABEL_0", "probs": [self.rule(body["messages"][-1]["content"]) / 5], "num_classes": 1}]}
+        if path == "/classify" and "sglang" in self.offers and "text" in body:
+            return 200, [{"embedding": [self.rule(body["text"].split("\n\n")[-1])], "meta_info": {"id": "x"}}]
         return 404, {"error": {"message": "no such endpoint"}}
 
     def share(self, kind, prompt):
@@ -101,25 +100,6 @@ class JudgeServer:
                 said = "Well, that depends."
         return {"choices": [{"message": {"content": said}, "finish_reason": "stop", **extra}], "usage": {"prompt_tokens": 10, "completion_tokens": 2}}
 
-    def _echo(self, prompt):
-        """Echoed tokens (words), the statement at the end with a mean log-prob that makes the client read our share."""
-        tokens = re.findall(r"\s*\S+", prompt)
-        mean = -1.0 if prompt.endswith("M N O P Q R S T") else -6.0
-        for how, kind in ((how, "agreed" if kind == "agreed" else "score") for kind, how in reward.CONTRASTS.items()):
-            weights = {}  # of each statement in the sum that the client takes
-            for good, bad, weight in how["pairs"]:
-                weights[good], weights[bad] = weights.get(good, 0) + weight, weights.get(bad, 0) - weight
-            said = next((statement for statement in weights if prompt.endswith(statement)), None)
-            if said:
-                share = min(0.9999, max(0.0001, self.share(kind, prompt)))
-                x = math.log(share / (1 - share)) / how["scale"] + how["offset"]
-                mean = -50.0 + x * weights[said] / sum(w * w for w in weights.values())
-                break
-        numbers = [None] + [mean] * (len(tokens) - 1)
-        if self.shift:  # a server whose log-probs stand at the wrong tokens
-            numbers = [None] + [-4.0] * (len(tokens) - 1)
-        return {"text": prompt, "finish_reason": "length", "logprobs": {"tokens": tokens + [" and"], "token_logprobs": numbers + [-0.5]}}
-
 
 class EchoServer(JudgeServer):
     """A naive judge: it repeats the last thing like a score that it finds in the completion; else it says 2. It answers JSON only."""
@@ -131,7 +111,7 @@ class EchoServer(JudgeServer):
         self.rule = self.last_score
 
     def last_score(self, text):
-        """Also what the client would have passed on, had it not been tamed."""
+        """What a judge says that believes whatever claims to be a score."""
         found = [a or b for a, b in self.SCORE.findall(text)]
         return float(found[-1]) if found else 2.0
 

@@ -197,7 +197,6 @@ def test_check_sees_what_is_wrong(tmp_path, capsys):
     shared = spoil(folder, "eval_conflict.jsonl", 8, lambda r: first(r, name=pair[0]["name"].upper()))
     creed = spoil(folder, "eval_conflict.jsonl", 9, lambda r: first(r, creed=pair[1]["creed"]))
     kind = spoil(folder, "eval_general.jsonl", 0, lambda r: {**r, "kind": "riddle"})
-    label = spoil(folder, "judge_calibration.jsonl", 3, lambda r: {**r, "label": 6})
     spoil(folder, "personas.jsonl", 2, lambda r: {**r, "id": load_jsonl(DATA / "personas.jsonl")[1]["id"]})
     (folder / "eval_open.jsonl").unlink()
     (folder / "public_domain.txt").write_text("short")
@@ -217,8 +216,6 @@ def test_check_sees_what_is_wrong(tmp_path, capsys):
         r"eval_open.jsonl: 0 sound lines instead of 100; write what is missing",
         rf'eval_general.jsonl: {kind}: no kind "riddle"; use instruction, choice or exact',
         r"eval_general.jsonl: 119 sound lines instead of 120; write what is missing",
-        rf"judge_calibration.jsonl: {label}: label outside 0 to 5; correct it",
-        r"judge_calibration.jsonl: 59 sound lines instead of 60; write what is missing",
         r"eval_general.jsonl: 59 instructions of 119 lines; make it one half",
         r"public_domain.txt: missing, or shorter than 1000 words; put it back"]
     assert code == 1 and len(wrong) == len(expected), wrong
@@ -234,6 +231,32 @@ def test_check_sees_imbalance(tmp_path, capsys):
     code, wrong, _ = checked(folder, capsys)
     assert code == 1 and wrong[0] == "dilemmas.jsonl and eval_conflict.jsonl: not the same tiers and topics; align them"
     assert re.fullmatch(r"dilemmas.jsonl: 31 topics with 1 to 11 lines; at least 24, all alike", wrong[1]) and len(wrong) == 2, (topic, wrong)
+
+
+def test_check_sees_bad_demonstrations_and_labels(tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(DATA, folder)
+    rows = load_jsonl(DATA / "demonstrations.jsonl")
+    sealed = load_jsonl(DATA / "eval_conflict.jsonl")[0]
+    rows[0] = {**rows[0], "turns": [rows[0]["turns"][0], "Agreed."]}
+    rows[1] = {**rows[1], "final": rows[2]["final"]}
+    rows[3] = {**rows[3], "personas": sealed["personas"]}
+    lost = rows[4]["scenario_id"]
+    write(folder / "demonstrations.jsonl", *[r for r in rows if r["scenario_id"] != lost])
+    labels = load_jsonl(DATA / "judge_labels.jsonl")
+    labels[0] = {**labels[0], "score": 2.3}
+    labels[1] = {**labels[1], "scenario_id": sealed["id"]}
+    other = next(i for i, r in enumerate(labels) if r["scenario_id"] == labels[2]["scenario_id"] and i > 2)
+    labels[other] = {**labels[other], "split": "neither"}
+    write(folder / "judge_labels.jsonl", *labels)
+    code, wrong, _ = checked(folder, capsys)
+    assert code == 1 and wrong[0] == "demonstrations.jsonl:1: a turn has 1 words; write 15 to 35", wrong
+    assert re.fullmatch(r"demonstrations.jsonl:3: a final is nearly another one \(.*\); write it anew", wrong[1])
+    assert wrong[2] == "demonstrations.jsonl:4: personas that are no pair of personas.jsonl; take one of its pairs"
+    assert wrong[3] == f"demonstrations.jsonl: none for 1 dilemmas, {lost} among them; write what is missing"
+    assert wrong[4:6] == ["judge_labels.jsonl:1: a rating that is no half point from 0 to 5; correct it",
+                          f"judge_labels.jsonl:2: {sealed['id']} is no training dilemma; sealed ones must not be judged here"]
+    assert f"judge_labels.jsonl:{other + 1}: {labels[2]['scenario_id']} is in both parts; keep a dilemma in one" in wrong[6:]
 
 
 # ---- the generator --------------------------------------------------------------------------------------------------
@@ -497,25 +520,11 @@ def test_an_out_of_another_kind_is_refused_and_left_alone(run, tmp_path):
             run("dilemmas", "--out", tmp_path / "busy", "--url", url, "--model", "m")
 
 
-def test_without_url_the_embedded_server_is_started_and_ended(serve, monkeypatch, tmp_path, capsys):
-    llm, ended = serve(), []
-
-    class Embedded:
-        def __init__(self, model):
-            self.url, self.model = llm.url, model
-
-        def close(self):
-            ended.append(self.model)
-    monkeypatch.setattr(data_gen, "start_embedded", Embedded)
-    monkeypatch.setattr(sys, "argv", ["data_gen.py", "dilemmas", "--n", "1", "--out", str(tmp_path / "o")])
-    assert data_gen.main() == 0 and ended == ["smollm2-135m"] and llm.payloads[0]["model"] == "smollm2-135m"
-    assert "no --url: asking the embedded server; its 135M model writes poor dilemmas, most replies will be refused" in capsys.readouterr().err
-
-
 def test_the_command_line_says_what_to_do(run):
     for argv, says in ((["dilemmas"], "--out: names no file; say --out my.jsonl"),
                        ([], "no command: say python data_gen.py check, dilemmas or personas, and --help behind it"),
                        (["dilemmas", "--out", "x", "--url", "http://h/v1"], "--model: names no model; say which one the server is to use"),
+                       (["dilemmas", "--out", "x"], "--url: names no server; say --url http://127.0.0.1:8000/v1"),
                        (["dilemmas", "--n", "0"], "--n 0: must be at least 1")):
         with pytest.raises(UserError) as error:
             run(*argv)

@@ -172,11 +172,16 @@ def test_a_run_plays_as_it_was_trained(tmp_path, models):
     shutil.copytree(models[0], step)
     (step / "COMPLETE").write_text("")
     shutil.copytree(models[0], tmp_path / "single-0" / "checkpoints" / "step_000009")  # not complete
-    trained = {"max_turns": 0, "agreement": "none", "temperature": 0.8, "on_impasse": "zero", "model": "x", "seed": 7}
+    trained = {"max_turns": 0, "agreement": "none", "temperature": 0.8, "on_impasse": "zero", "model": "x", "seed": 7,
+               "judge_url": "http://judge:8000/v1", "judge_model": "strong", "judge_mode": "expect", "judge_attempts": 9}
     (tmp_path / "single-0" / "config.json").write_text(json.dumps(trained))
     sides, out = evaluation.read_settings("conflict", ["--model", str(tmp_path / "single-0"), "--baseline", models[1]])
     a, b = sides["A"], sides["B"]
     assert (a.model, a.max_turns, a.agreement, a.temperature, a.on_impasse, a.seed) == (str(step), 0, "none", 0.8, "complete", 0)
+    for side in (a, b):  # by the judge that trained A, read as it was then
+        assert (side.judge_url, side.judge_model, side.judge_mode, side.judge_attempts) == ("http://judge:8000/v1", "strong", "expect", 4)
+    other = evaluation.read_settings("conflict", ["--model", str(tmp_path / "single-0"), "--judge-url", "http://other:1/v1"])[0]["A"]
+    assert (other.judge_url, other.judge_model, other.judge_mode) == ("http://other:1/v1", "", "auto")
     assert (b.model, b.max_turns, b.agreement) == (models[1], selfplay.PlaySettings.max_turns, "judge")
     assert out == tmp_path / "single-0" / "eval" / "conflict-single-0-step_000004-tiny-1.json"
     flags = ["--max-turns", "2", "--greedy", "--baseline-temperature", "0.5"]
@@ -228,7 +233,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, models):
     with pytest.raises(UserError, match="--out .*: cannot be written .it is a folder"):
         evaluation.main(["general", "--out", str(tmp_path)])
     for model, baseline in (("no such model", ""), (models[0], "no such model")):  # and no judge is started, no file is made
-        with pytest.raises(UserError, match="--model no such model: not smollm2-135m, a folder"):
+        with pytest.raises(UserError, match="--model no such model: not negotiator-135m, smollm2-135m, a folder"):
             evaluation.main(["conflict", "--model", model, "--baseline", baseline, "--judge-url", "http://127.0.0.1:9/v1", "--out", str(tmp_path / "x.json")])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
     with pytest.raises(UserError, match=r"bad.jsonl:1: an unknown check, .*use min_words, "):
@@ -302,34 +307,40 @@ def test_cross_swaps_partners(run, tmp_path):
         assert turns == evaluation.PARTNERS[script][:1] if script else turns[0] not in sum(evaluation.PARTNERS.values(), [])
 
 
-def test_audit(run):
-    """A judge who knows the labels: all is perfect. One whose scores are lengths: as good as length alone."""
-    rows_ = [row for file in ("judge_calibration", "judge_calibration_extra") for row in data_gen.load_jsonl(data_gen.DATA / f"{file}.jsonl")]
-    label = {reward.tame(row["solution"])[:60]: row["label"] for row in rows_}
-    agreed = {row["turns"][-1]["text"][:30]: row["agreed"] for row in data_gen.load_jsonl(data_gen.DATA / "agreement_calibration.jsonl")}
-    agree = lambda text: any(there and end in text for end, there in agreed.items())
-    by_label, by_length = lambda text: label.get(text[:60], 0), lambda text: min(5, len(text.split()) / 40)
-    with JudgeServer(by_label, agree, offers=("json",)) as server, JudgeServer(by_length, offers=("json",)) as second:
-        _, rows = run("audit", server, "--judge2-url", second.url, "--batch", "60", baseline=False)
-    assert rows["exact", "judge, judge again"]["value"] == 1.0 and rows["kappa", "judge, judge again"]["n"] == len(rows_)
-    assert rows["kappa", "judge, second judge"]["value"] < 0.8 and rows["pearson", "judge, second judge"]["low"] < 1
-    assert rows["auc_good", "judge, test"]["value"] > 0.95 and rows["auc_good", "length alone, test"]["value"] < 0.9
-    assert abs(rows["auc_good", "second judge, test"]["value"] - rows["auc_good", "length alone, test"]["value"]) < 0.15
-    assert rows["auc_short_good_long_bad", "length alone, test"]["value"] < 0.3
-    assert rows["order_consistent", "judge"]["value"] == 1.0 and rows["order_right", "judge, consistent pairs"]["value"] > 0.95
-    assert rows["first_place", "judge"]["value"] == 0.5 and rows["agreement_right", "judge"]["n"] == 24
+def labels(n=40):
+    """Labelled solutions on ten dilemmas, four each: the longer, the better."""
+    return [{"id": f"l{i}", "scenario_id": f"dilemma {i // 4}", "personas": [{"name": "Ana", "creed": "You."}, {"name": "Ben", "creed": "Your."}],
+             "solution": "They share the well number %d. " % i + "Then they talk. " * (i % 4), "score": float(i % 4), "split": "test"} for i in range(n)]
 
 
-def test_audit_of_ones_own_labels_and_without_finals(run, tmp_path):
-    rows_ = data_gen.load_jsonl(data_gen.DATA / "judge_calibration.jsonl")[:10]
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_))
+def test_audit(run, tmp_path):
+    """A judge who knows the labels: all is perfect. One who sees the opposite: nothing is."""
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels()))
+    by_label, by_contrary = lambda text: text.count("talk"), lambda text: 4 - text.count("talk")
+    with JudgeServer(by_label, offers=("json",)) as server, JudgeServer(by_contrary, offers=("json",)) as second:
+        _, rows = run("audit", server, "--judge2-url", second.url, "--data", str(tmp_path / "own.jsonl"), "--batch", "60", baseline=False)
+    assert rows["exact", "judge, judge again"]["value"] == 1.0 and rows["kappa", "judge, judge again"]["n"] == 40
+    assert rows["pearson", "judge, second judge"]["value"] == pytest.approx(-1)
+    assert rows["spearman", "judge"]["value"] == rows["pairs_right", "judge"]["value"] == 1.0 and rows["pairs_right", "judge"]["n"] == 60
+    assert rows["spearman", "second judge"]["value"] == pytest.approx(-1) and rows["pairs_right", "second judge"]["value"] == 0
+    assert rows["pairs_right", "length alone"]["value"] > 0.95 and rows["score_length_pearson", "judge, labelled"]["value"] > 0.9
+
+
+def test_audit_of_the_shipped_labels_takes_their_test_part(run):
     with JudgeServer(lambda text: 3, offers=("json",)) as server:
-        _, rows = run("audit", server, "--data", str(tmp_path / "own.jsonl"), baseline=False)
-        assert rows["exact", "judge, judge again"]["n"] == 10
-        with pytest.raises(UserError, match="--finals .*own.jsonl: no finals of a conflict run in it"):
-            run("audit", server, "--finals", str(tmp_path / "own.jsonl"), baseline=False)
-        with pytest.raises(UserError, match="--finals nowhere: no finals"):
-            run("audit", server, "--finals", "nowhere", baseline=False)
+        _, rows = run("audit", server, "--limit", "30", baseline=False)
+    shipped = data_gen.load_jsonl(data_gen.DATA / "judge_labels.jsonl")
+    assert rows["exact", "judge, judge again"]["n"] == 30 and rows["pairs_right", "judge"]["value"] in (0.5, None)
+    test = [row["scenario_id"] for row in shipped if row["split"] == "test"]
+    assert not set(test) & {row["scenario_id"] for row in shipped if row["split"] == "fit"}
+
+
+def test_audit_without_finals_says_so(run, tmp_path):
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels(8)))
+    with JudgeServer(lambda text: 3, offers=("json",)) as server:
+        for name in (str(tmp_path / "own.jsonl"), "nowhere"):
+            with pytest.raises(UserError, match=f"--finals {name}: no finals"):
+                run("audit", server, "--data", str(tmp_path / "own.jsonl"), "--finals", name, baseline=False)
 
 
 def test_a_judge_that_is_another_one_is_asked_again(run):

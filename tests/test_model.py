@@ -388,14 +388,14 @@ def test_a_folder_that_is_no_model_is_one_clear_error(folder, tmp_path, damage):
     shutil.copytree(folder, tmp_path / "m")
     lm.load(str(tmp_path / "m"), "fp32")
     damage(tmp_path / "m")
-    with pytest.raises(cli.UserError, match=r"^--model [^\n]*/m: (not smollm2-135m, a folder|its weights lack model.layers.1.mlp.up_proj)[^\n]*$"):
+    with pytest.raises(cli.UserError, match=r"^--model [^\n]*/m: (not negotiator-135m, smollm2-135m, a folder|its weights lack model.layers.1.mlp.up_proj)[^\n]*$"):
         lm.load(str(tmp_path / "m"), "fp32")
 
 
 @pytest.mark.parametrize("name", ["no such model", "", "nobody/nothing"])
 def test_an_unknown_name_is_one_clear_error(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(cli.UserError, match=f"^--model {name}: not smollm2-135m, a folder with a causal LM, or a reachable Hugging Face id"):
+    with pytest.raises(cli.UserError, match=f"^--model {name}: not negotiator-135m, smollm2-135m, a folder with a causal LM, or a reachable Hugging Face id"):
         lm.load(name, "fp32")
 
 

@@ -292,11 +292,11 @@ def test_a_run_begins_only_where_a_checkpoint_fits(more, tiny, tmp_path, monkeyp
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=0.95 * size))
     with contextlib.ExitStack() as stack, pytest.raises(cli.UserError, match="--out .*run: not one checkpoint fits there .* GB are needed, .* are free.*; make room"):
-        checkpoint.begin(out, settings, model, stack)
+        checkpoint.begin(out, settings, {}, model, stack)
     assert not out.parent.exists()
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1.1 * size))
     with contextlib.ExitStack() as stack:
-        checkpoint.begin(out, settings, model, stack)
+        checkpoint.begin(out, settings, {}, model, stack)
     assert [p.name for p in out.iterdir()] == ["config.json"]
 
 

@@ -46,9 +46,6 @@ class Script:
     def __init__(self, rule, moment="asked", seed=0):
         self.rule, self.moment, self.rng, self.pending = rule, moment, np.random.default_rng(seed), []
 
-    def cores_taken(self):
-        return 0
-
     def agreed(self, dilemma, personas, turns):
         future = concurrent.futures.Future()
         due = {"asked": 0, "last": math.inf, "random": int(self.rng.integers(0, 120))}[self.moment]
@@ -291,22 +288,6 @@ def test_a_dialogue_is_the_same_in_any_company():
         assert not any(plain(a) == plain(b) for a, b in zip(again, alone))
     twice = play(speaker, helpers.dialogues(1, 1) * 1 + helpers.dialogues(1, 1), cfg, Script(sometimes))  # equal ones keep apart
     assert plain(twice[0]) == plain(twice[1]) == plain(alone[0])
-
-
-def test_cores_that_the_judge_needs_are_left_to_it():
-    before, seen, judge = torch.get_num_threads(), [], Script(lambda *_: None)
-    judge.cores_taken = lambda: [0, 1, 5][len(seen) // 3]
-    torch.set_num_threads(3)
-    try:
-        def watch(job, token):
-            seen.append(torch.get_num_threads())
-            if len(seen) == 9:
-                raise InterruptedError
-        with pytest.raises(InterruptedError):
-            selfplay.play((talker(),) * 2, helpers.dialogues(1, 1), settings(), judge, on_token=watch)
-        assert seen == [3, 3, 3, 2, 2, 2, 1, 1, 1] and torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_two_models_each_keep_their_own_stream():

@@ -20,7 +20,7 @@ import helpers
 import model as lm
 import runs
 import train
-from servers import REPLIES
+from servers import REPLIES, JudgeServer
 
 METRICS = set("""step reward_mean reward_std reward_min reward_max agreed_rate turns_mean judge_failures uniform_groups truncated_rate loss grad_norm
 clip_frac kl_ref entropy logprob_gap sampled_tokens trained_tokens seconds_play seconds_judge seconds_learn seconds_step peak_memory_gb""".split())
@@ -89,7 +89,8 @@ def test_checkpoints_load_like_any_model(finished, tiny):
         assert lm.load(str(folder))[0].config.model_type == "llama"
     config = json.loads((finished[0] / "config.json").read_text())
     assert config["group_size"] == 3 and config["lr"] == 1e-3 and config["recipe"] == "debug"
-    assert set(config) == {f for f in train.Settings.__dataclass_fields__}
+    assert set(config) == {f for f in train.Settings.__dataclass_fields__} | {"contents"}
+    assert config["judge_mode"] == "json" and config["judge_model"] == "scripted"  # as they were found
 
 
 def test_the_terminal_shows_each_step_and_a_transcript(finished):
@@ -132,12 +133,12 @@ BAD = {
     "greedy finals trained": (dict(train_tokens="final", final_temperature=0), r"--final-temperature 0"),
     "a KL under a nucleus": (dict(beta=0.1, top_p=0.9), r"--beta.*--top-p 1"),
     "no room for a turn": (dict(turn_tokens=1200, final_tokens=500), r"--turn-tokens, --final-tokens.*4096"),
-    "unreachable judge": (dict(judge_url="http://127.0.0.1:9/v1", judge_attempts=1), r"127.0.0.1:9"),
+    "unreachable judge": (dict(judge_url="http://127.0.0.1:9/v1", judge_attempts=1, judge_wait=0), r"127.0.0.1:9"),
     "judge that is no address": (dict(judge_url="localhost:8000"), r"--judge-url"),
-    "judge without the model": (dict(judge_model="gpt-17"), r"--judge-model gpt-17.*scripted"),
     "no scenarios file": (dict(scenarios="/no/such/file.jsonl"), r"/no/such/file.jsonl"),
     "no run to resume": (dict(resume="/no/such/run", out=None), r"--resume /no/such/run"),
     "budget that ends before it begins": (dict(judge_budget=1, judge_mode="auto"), r"--judge-budget 1"),
+    "a rubric that is none": (dict(rubric="/dev/null"), r"--rubric /dev/null"),
 }
 
 
@@ -159,9 +160,6 @@ def test_the_recipes_are_the_papers(tmp_path):
     assert paper.train_tokens == "dialogue" and paper.updates_per_rollout == 1 and paper.judge_sees == "final"
     assert (single.max_turns, single.train_tokens, single.beta, single.steps) == (0, "final", 0.04, 2150)
     assert single.group_size * single.scenarios_per_step == 32 and (single.final_temperature, single.final_top_p) == (1.0, 1.0)
-    assert single.judge_model == "M"  # self-rewarded
-    elsewhere = train.read_settings(["--recipe", "paper-single", "--judge-url", "http://127.0.0.1:1/v1"])
-    assert elsewhere.judge_model == "" and elsewhere.model == "smollm2-135m"
 
 
 def test_every_rank_has_a_group_of_its_own(monkeypatch):
@@ -184,6 +182,42 @@ def test_a_broken_scenarios_file_is_named_with_its_line(tiny, judge, tmp_path, c
     file = tmp_path / "mine.jsonl"
     file.write_text(good + "\n" + good.replace('"a"', '"b"')[:-3] + "\n")
     assert f"{file}:2" in complaint(runs.flags(tiny, judge.url, tmp_path / "run", scenarios=file), capfd)
+
+
+def test_a_resumed_run_keeps_its_rubric_and_its_scenarios_whatever_their_paths(tiny, judge, tmp_path, capfd):
+    """PITFALLS 37: contents are compared, not names; a server may move."""
+    line = {"id": "a", "tier": "everyday", "dilemma": "Who gets the water?", "personas": list(helpers.PERSONAS)}
+    file, rubric, out = tmp_path / "mine.jsonl", tmp_path / "rubric.json", tmp_path / "run"
+    file.write_text(json.dumps(line) + "\n")
+    rubric.write_text(json.dumps(train.reward.RUBRIC))
+    more = dict(scenarios=file, rubric=rubric, steps=1, scenarios_per_step=1)
+    assert runs.Run(runs.flags(tiny, judge.url, out, **more)).wait()[0] == 0
+    moved = tmp_path / "moved.jsonl"
+    file.rename(moved)
+    with runs.judge() as elsewhere:
+        code, _, err = runs.Run(["--resume", str(out), "--steps", "2", "--scenarios", str(moved), "--judge-url", elsewhere.url]).wait()
+    assert code == 0, err
+    resume = ["--resume", str(out), "--steps", "3", "--judge-url", judge.url]
+    moved.write_text(json.dumps({**line, "dilemma": "Who gets the wine?"}) + "\n")
+    assert "other scenarios than the run began with" in complaint([*resume, "--scenarios", str(moved)], capfd)
+    moved.write_text(json.dumps(line) + "\n")
+    rubric.write_text(json.dumps({**train.reward.RUBRIC, "parties": "Only the first one counts."}))
+    assert "other rubric than the run began with" in complaint([*resume, "--scenarios", str(moved)], capfd)
+    assert "--judge-model would change the mathematics" in complaint([*resume, "--judge-model", "other"], capfd)
+    assert "--judge-mode would change the mathematics" in complaint([*resume, "--judge-mode", "expect"], capfd)
+    assert runs.Run([*resume, "--scenarios", str(moved), "--force"]).wait()[0] == 0
+    assert [r["step"] for r in runs.rows(out)] == [1, 2, 3]
+
+
+def test_a_reward_model_cannot_tell_whether_they_agree(tiny, tmp_path, capfd):
+    with JudgeServer(lambda text: len(set(text)) / 8, offers=("pooling",)) as server:
+        flags = runs.flags(tiny, server.url, tmp_path / "run", judge_mode=None)
+        assert "is a reward model and knows scores only; add --agreement marker, or none" in complaint([*flags, "--agreement", "judge"], capfd)
+        assert not (tmp_path / "run").exists()
+        code, _, err = runs.Run(flags, ranks=2).wait()  # asked alike by both ranks
+        assert code == 0, err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["judge_mode"] == "rm"
+    assert all(r["reward"] is not None for r in runs.rows(tmp_path / "run", "dialogues.jsonl"))
 
 
 def test_a_folder_that_holds_something_is_left_alone(finished, tiny, judge, tmp_path, capfd):

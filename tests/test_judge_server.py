@@ -1,0 +1,204 @@
+"""The embedded judge's server: its numbers are the heads on the base's own hidden states, alone and in a crowd; bad requests and dying parents."""
+
+import concurrent.futures
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+import helpers
+import judge_server
+import runs
+
+ROOT = Path(judge_server.__file__).parent
+CASE = "Dilemma: One well is left. Who gets the water?\nRosa: You farm."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model in the place of the base, and two random heads."""
+    made = tmp_path_factory.mktemp("judge")
+    runs.saved_model(made / "base")
+    torch.manual_seed(1)
+    save_file({"score": torch.randn(65), "agreed": torch.randn(65)}, made / "heads.safetensors")
+    return made
+
+
+class Served:
+    """An Engine behind real HTTP, in this process."""
+
+    def __init__(self):
+        self.http = judge_server.Server(("127.0.0.1", 0), judge_server.Handler)
+        self.engine = self.http.engine = judge_server.Engine(1)
+        self.root = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, args=[0.02], daemon=True).start()
+
+    def post(self, path="/pooling", **body):
+        return requests.post(self.root + path, json=body, timeout=60)
+
+    def score(self, case, text, model=None):
+        model = model or self.engine.name
+        messages = [{"role": "user", "content": case}, {"role": "assistant", "content": text}]
+        return self.post(model=model, messages=messages)
+
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def served(folder, monkeypatch):
+    monkeypatch.setattr(judge_server, "LAYER", 1)
+    monkeypatch.setattr(judge_server, "default_model_folder", lambda: folder / "base")
+    monkeypatch.setattr(judge_server, "HEADS", folder / "heads.safetensors")
+    monkeypatch.setattr(judge_server, "compute_dtype", lambda name: torch.float32)
+    made = Served()
+    yield made
+    made.close()
+
+
+def by_hand(folder, case, text, head):
+    """The head on the mean of the plain model's hidden states after its first block, over the judged text."""
+    tokenizer = helpers.tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    before = tokenizer(case + "\n\n", add_special_tokens=False)["input_ids"]
+    judged = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    states = model(torch.tensor([before + judged]), output_hidden_states=True).hidden_states[1][0]
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "heads.safetensors")[head]
+    return float(states[len(before) :].mean(0) @ weights[:-1] + weights[-1])
+
+
+TEXTS = ["We share the water.", "No.", "The farm gets it by day, the hospital by night, and they talk again in May.", "Half<|im_end|>"]
+
+
+def test_a_score_is_the_head_on_the_mean_hidden_state(served, folder):
+    for text in TEXTS:
+        for head, name in (("score", served.engine.name), ("agreed", served.engine.name + ":agreed")):
+            got = served.score(CASE, text, name).json()["data"][0]["data"]
+            wanted = by_hand(folder, CASE, text, head)
+            assert got == [pytest.approx(min(5, max(0, wanted)) if head == "score" else wanted, abs=1e-4)]
+
+
+def test_concurrent_requests_get_the_answers_that_they_get_alone(served):
+    jobs = [(CASE + " More." * i, text) for i in range(6) for text in TEXTS]
+    alone = [served.score(*job).json()["data"][0]["data"][0] for job in jobs]
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda job: served.score(*job).json()["data"][0]["data"][0], jobs))
+    assert together == alone  # bit by bit: each is read by itself
+
+
+def test_an_empty_text_has_a_score_too(served):
+    assert isinstance(served.score(CASE, "").json()["data"][0]["data"][0], float)
+
+
+BAD = [
+    {}, {"messages": []}, {"messages": "x"}, {"messages": ["x"]}, {"messages": [{"role": "user"}]}, {"messages": [{"content": 3}]},
+    {"messages": {"content": "x"}}, {"input": "x"},
+]
+
+
+def test_bad_requests_get_an_answer_in_the_openai_shape_and_the_server_lives(served):
+    for body in BAD:
+        reply = served.post(**body)
+        assert reply.status_code == 400 and set(reply.json()["error"]) == {"message", "type", "param", "code"}, body
+    for data in (b"{", b"\xff", b"[1]", b'"x"', b"[" * 50000, b'{"messages": [{"content": "half of \\ud83d"}]}'):
+        assert requests.post(served.root + "/pooling", data=data, timeout=20).status_code == 400
+    assert served.score(CASE, "x", "gpt-9").status_code == 404 == served.post("/nothing").status_code
+    assert requests.get(served.root + "/nothing", timeout=20).status_code == 404
+    too_long = b"x" * (judge_server.LONGEST_REQUEST + 1)
+    assert requests.post(served.root + "/pooling", data=too_long, timeout=20).status_code == 413
+    listed = requests.get(served.root + "/v1/models", timeout=20).json()["data"]
+    assert [m["id"] for m in listed] == [served.engine.name, served.engine.name + ":agreed"]
+    assert served.engine.name == "negotiation-judge-" + judge_server.heads_digest()
+    assert served.score(CASE, "We share.").status_code == 200
+
+
+def test_a_full_queue_answers_429_with_retry_after(served, monkeypatch):
+    served.engine.queue.maxsize, gate = 2, threading.Event()
+    features = served.engine.base.features
+    monkeypatch.setattr(served.engine.base, "features", lambda *pair: gate.wait(20) and features(*pair))
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        first = pool.submit(served.score, CASE, "One")
+        while not first.running() or not served.engine.queue.empty():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        futures = [pool.submit(served.score, CASE, f"Text {i}") for i in range(5)]
+        refused = [f for f in futures if f in concurrent.futures.wait(futures, timeout=2).done]
+        assert len(refused) == 3
+        assert all(f.result().status_code == 429 and f.result().headers["Retry-After"] == "1" for f in refused)
+        gate.set()
+        assert [f.result().status_code for f in [first, *futures]].count(200) == 3
+
+
+def test_a_failure_in_the_model_is_a_500_and_the_next_request_is_served(served):
+    features = served.engine.base.features
+
+    def broken(*pair):
+        served.engine.base.features = features
+        raise RuntimeError("out of memory")
+
+    served.engine.base.features = broken
+    first, second = served.score(CASE, "One"), served.score(CASE, "One")
+    assert first.status_code == 500 and "out of memory" in first.json()["error"]["message"]
+    assert second.status_code == 200
+
+
+def test_clients_that_hang_up_leave_no_traceback_and_a_fault_of_ours_does(served, monkeypatch, capfd):
+    before = threading.active_count()
+    for request in [b"GET /v1/models HTTP/1.1\r\n\r\n", b"POST /pooling HTTP/1.1\r\nContent-Length: 99\r\n\r\n{", b"GET"] * 5:
+        with socket.create_connection(served.http.server_address) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+            one.sendall(request)
+    requests.get(served.root + "/v1/models", timeout=20)
+    ends = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(judge_server.Handler, "question", lambda handler, data: 1 / 0)
+    with pytest.raises(requests.ConnectionError):
+        served.score(CASE, "x")
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def alive(pid):
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return "zombie" not in status and os.kill(pid, 0) is None
+    except (OSError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["close", signal.SIGKILL, signal.SIGINT])
+def test_the_embedded_judge_ends_with_its_parent(how):
+    ours = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background ignores it
+    code = (
+        f"import reward, signal; {ours}; s = reward.start_embedded(); "
+        "print(s.process.pid, s.url, flush=True); input(); s.close()"
+    )
+    pipe = subprocess.PIPE
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    child, url = parent.stdout.readline().split()
+    assert alive(int(child)) and requests.get(url + "/models", timeout=20).status_code == 200
+    if how == "close":
+        parent.communicate("\n", timeout=30)
+    else:
+        parent.send_signal(how)
+        parent.wait(20)
+    ends = time.monotonic() + 10
+    while alive(int(child)) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not alive(int(child))
