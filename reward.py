@@ -325,8 +325,10 @@ class Judge:
         if known and not (known.done() and (known.exception() or known.result().value is None)):
             self.client.count(cache_hits=1)
             return known
-        self.answers[key] = self.client.submit(self._answer, kind, case)
-        return self.answers[key]
+        asked = self.client.submit(self._answer, kind, case)
+        if kind != "agreed":  # a dialogue is asked about once; its joint solution may come again
+            self.answers[key] = asked
+        return asked
 
     def _answer(self, kind, case, ends):
         """On a worker: a Verdict, whatever happens (only BudgetSpent goes up)."""
