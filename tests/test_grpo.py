@@ -558,7 +558,7 @@ def parrots(monkeypatch):
         d.turns = [say(0, word), say(1, word)]
         for t in d.turns:
             t.text = voice.chat.text(t.ids)
-        request = selfplay.fill(selfplay.FINAL, {"other": views[0].other["name"], "creed": views[0].other["creed"]})
+        request = selfplay.final_request(d.scenario, selfplay.FINAL)
         d.streams = [[views[0].until([], d.turns[0])], [views[1].until(d.turns[:1], d.turns[1])]]
         d.final_sample = views[0].until(d.turns, say(0, word), train=[], closing=request)
         group.append(d)
