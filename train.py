@@ -1,6 +1,7 @@
 """Teach a language model to negotiate: play, judge, advantages, loss, step, over and over, in one straight line.
 
-    python train.py                                          the debug recipe: SmolLM2-135M, a laptop, a quarter of an hour
+    python train.py                                          the debug recipe: a warm-started SmolLM2-135M, a laptop, some ten minutes
+    python train.py --recipe warm-start --model NAME         imitate written negotiations first, with the same streams and the same learner
     python train.py --judge-url http://127.0.0.1:8000/v1 --judge-model NAME --model Qwen/Qwen3-0.6B
     torchrun --nproc_per_node=8 train.py --recipe paper --model Qwen/Qwen3-14B --fsdp --judge-url ... --judge-model ...
 
