@@ -58,7 +58,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     scenarios_per_step: int = option(2, "groups in a step, over all ranks: a multiple of their number", low=1)
     epoch_steps: int = option(5, "steps of an epoch: a run plays as many scenarios as these take, over and over (0: all scenarios; so too with --scenarios)", low=0)
     group_size: int = option(6, "dialogues of one group, whose rewards are compared", low=2)
-    lr: float = option(5e-5, "learning rate of AdamW", low=0)
+    lr: float = option(2e-5, "learning rate of AdamW", low=0)
     warmup_steps: int = option(1, "updates over which the learning rate rises to --lr", low=0)
     lr_decay: bool = option(False, "let the learning rate fall to zero by the last step, in a straight line")
     grad_clip: float = option(1.0, "largest norm of the gradient (0: no clipping)", low=0)
