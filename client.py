@@ -3,6 +3,7 @@
 `Client` asks any OpenAI-compatible server over HTTP: many calls at once, bounded attempts, one deadline for a batch, a budget, answers kept
 on disk. What does not arrive is `Missing`, with a reason that is counted; nothing is made up in its place.
 """
+
 import concurrent.futures
 import contextlib
 import email.utils
@@ -42,7 +43,13 @@ class Missing(Exception):
 def dig(reply, *path, kind=object):
     """`reply[path[0]][path[1]]...`, which must be there and of type `kind`; else Missing("wrong shape")."""
     for step in path:
-        inside = isinstance(reply, dict) and step in reply or isinstance(reply, list) and isinstance(step, int) and step < len(reply)
+        inside = (
+            isinstance(reply, dict)
+            and step in reply
+            or isinstance(reply, list)
+            and isinstance(step, int)
+            and step < len(reply)
+        )
         reply = reply[step] if inside else None
     if not isinstance(reply, kind) or reply is None or isinstance(reply, bool):
         raise Missing("wrong shape", f"no {'.'.join(map(str, path))}")
@@ -65,20 +72,56 @@ class Client:
     The key in the environment variable `key` goes to this origin only (redirects are not followed) and is shown nowhere.
     """
 
-    def __init__(self, url, concurrency=8, timeout=60.0, attempts=4, batch_seconds=600.0, budget=0, cache=None, key="JUDGE_API_KEY"):
+    def __init__(
+        self,
+        url,
+        concurrency=8,
+        timeout=60.0,
+        attempts=4,
+        batch_seconds=600.0,
+        budget=0,
+        cache=None,
+        key="JUDGE_API_KEY",
+    ):
         try:
             parts = urllib.parse.urlsplit(url)
         except ValueError:  # half a bracket of an IPv6 address
             parts = urllib.parse.urlsplit("")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise UserError("--judge-url: must look like http://127.0.0.1:8000/v1, without a user, password or query")
-        self.url, self.loopback = url.rstrip("/"), parts.hostname in ("127.0.0.1", "localhost", "::1")
-        self.timeout, self.attempts, self.batch_seconds, self.budget, self.cache = timeout, attempts, batch_seconds, budget, cache
-        self.key, self._key, self._lock, self._closing, self._spent = key, os.environ.get(key, "").strip(), threading.Lock(), threading.Event(), 0
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.username
+            or parts.query
+        ):
+            raise UserError(
+                "--judge-url: must look like http://127.0.0.1:8000/v1, without a user, password or query"
+            )
+        self.url, self.loopback = (
+            url.rstrip("/"),
+            parts.hostname in ("127.0.0.1", "localhost", "::1"),
+        )
+        self.timeout, self.attempts, self.batch_seconds, self.budget, self.cache = (
+            timeout,
+            attempts,
+            batch_seconds,
+            budget,
+            cache,
+        )
+        self.key, self._key, self._lock, self._closing, self._spent = (
+            key,
+            os.environ.get(key, "").strip(),
+            threading.Lock(),
+            threading.Event(),
+            0,
+        )
         if not (self._key.isascii() and self._key.isprintable()):
-            raise UserError(f"{key}: holds characters that no header can carry; set it again, without quotes")
+            raise UserError(
+                f"{key}: holds characters that no header can carry; set it again, without quotes"
+            )
         self._own, self._wires, self.stats = threading.local(), [], {}
-        self._pool = concurrent.futures.ThreadPoolExecutor(concurrency, "judge", initializer=self._open_session)
+        self._pool = concurrent.futures.ThreadPoolExecutor(
+            concurrency, "judge", initializer=self._open_session
+        )
         self.take_stats()
         self.start_batch()
 
@@ -88,7 +131,15 @@ class Client:
 
     def take_stats(self):
         """The counters since the last take: a dict; `missing` holds a dict of its own, by reason."""
-        fresh = {"calls": 0, "retries": 0, "retry_seconds": 0.0, "cache_hits": 0, "prompt_tokens": 0, "completion_tokens": 0, "missing": {}}
+        fresh = {
+            "calls": 0,
+            "retries": 0,
+            "retry_seconds": 0.0,
+            "cache_hits": 0,
+            "prompt_tokens": 0,
+            "completion_tokens": 0,
+            "missing": {},
+        }
         with self._lock:
             taken, self.stats = self.stats, fresh
         return taken
@@ -96,7 +147,9 @@ class Client:
     def count(self, missing=None, **more):
         """Add to the counters."""
         with self._lock:
-            for table, name, n in [(self.stats, *item) for item in more.items()] + [(self.stats["missing"], missing, 1)] * bool(missing):
+            for table, name, n in [(self.stats, *item) for item in more.items()] + [
+                (self.stats["missing"], missing, 1)
+            ] * bool(missing):
                 table[name] = table.get(name, 0) + n
 
     def submit(self, job, *args):
@@ -125,7 +178,9 @@ class Client:
                 value = parse(reply)
                 break
             except Missing as miss:
-                pause = max(miss.pause, FIRST_PAUSE * 2 ** (attempt - 1) * (0.5 + jitter.random()))  # doubled each time, with jitter
+                pause = max(
+                    miss.pause, FIRST_PAUSE * 2 ** (attempt - 1) * (0.5 + jitter.random())
+                )  # doubled each time, with jitter
                 if not miss.again or attempt == self.attempts or time.monotonic() + pause >= ends:
                     raise
                 self.count(retries=1, retry_seconds=pause)
@@ -143,7 +198,11 @@ class Client:
             part.write_text(json.dumps(reply))
             part.replace(path)
         except OSError as error:  # a full disk costs the cache, not the run
-            print(f"warning: --judge-cache: cannot write ({error.strerror}); going on without it", file=sys.stderr, flush=True)
+            print(
+                f"warning: --judge-cache: cannot write ({error.strerror}); going on without it",
+                file=sys.stderr,
+                flush=True,
+            )
             self.cache = None
 
     def _once(self, url, body, ends):
@@ -156,11 +215,19 @@ class Client:
                 raise BudgetSpent(f"--judge-budget {self.budget}: all calls are used")
             self._spent += body is not None  # asking for the list of models costs nothing
             self.stats["calls"] += 1
-        clock = threading.Timer(limit, _cut, [self._own.wire])  # a trickle of bytes never trips a socket's own time-out
+        clock = threading.Timer(
+            limit, _cut, [self._own.wire]
+        )  # a trickle of bytes never trips a socket's own time-out
         clock.start()
         try:
-            with self._own.session.request("GET" if body is None else "POST", url, data=body, stream=True, allow_redirects=False,
-                                           timeout=(min(10.0, limit), limit)) as reply:
+            with self._own.session.request(
+                "GET" if body is None else "POST",
+                url,
+                data=body,
+                stream=True,
+                allow_redirects=False,
+                timeout=(min(10.0, limit), limit),
+            ) as reply:
                 for chunk in reply.iter_content(1 << 16):
                     text += chunk
                     if len(text) > LONGEST_REPLY:
@@ -178,28 +245,43 @@ class Client:
         if 300 <= status < 400:
             raise Missing("redirect", self._hide(reply.headers.get("Location", "")))
         if status != 200:
-            raise Missing(f"http {status}", said, status in (408, 409, 429) or status >= 500, _retry_after(reply.headers.get("Retry-After")))
+            raise Missing(
+                f"http {status}",
+                said,
+                status in (408, 409, 429) or status >= 500,
+                _retry_after(reply.headers.get("Retry-After")),
+            )
         try:
             decoded = json.loads(text)
         except (ValueError, RecursionError):
             raise Missing("not json", said) from None
         usage = decoded.get("usage") if isinstance(decoded, dict) else None
         if isinstance(usage, dict):
-            self.count(**{k: usage[k] for k in ("prompt_tokens", "completion_tokens") if type(usage.get(k)) is int})
+            self.count(
+                **{
+                    k: usage[k]
+                    for k in ("prompt_tokens", "completion_tokens")
+                    if type(usage.get(k)) is int
+                }
+            )
         return decoded
 
     def _open_session(self):
         """A worker's own session: no proxy for loopback, no .netrc. `wire` holds its latest connection, so that a clock can cut it."""
+
         def sign(request):  # set as `auth`, so that nothing overrules it
             request.headers.update({"Authorization": "Bearer " + self._key} if self._key else {})
             return request
+
         self._own.session, self._own.wire = session, wire = requests.Session(), []
         self._wires.append(wire)
         session.trust_env, session.auth = not self.loopback, sign
         session.headers.update({"Content-Type": "application/json", "Accept-Encoding": "identity"})
         adapter = requests.adapters.HTTPAdapter()
-        adapter.poolmanager.pool_classes_by_scheme = {"http": _watched(urllib3.HTTPConnectionPool, wire),
-                                                      "https": _watched(urllib3.HTTPSConnectionPool, wire)}
+        adapter.poolmanager.pool_classes_by_scheme = {
+            "http": _watched(urllib3.HTTPConnectionPool, wire),
+            "https": _watched(urllib3.HTTPSConnectionPool, wire),
+        }
         session.mount("http://", adapter)
         session.mount("https://", adapter)
 
@@ -216,10 +298,12 @@ class Client:
 
 def _watched(pool, wire):
     """A urllib3 connection pool whose connections put themselves on `wire` when they connect."""
+
     class Connection(pool.ConnectionCls):
         def connect(self):
             wire[:] = [self]
             super().connect()
+
     return type("Watched", (pool,), {"ConnectionCls": Connection})
 
 

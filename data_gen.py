@@ -12,6 +12,7 @@ form, length and word-for-word likeness; whether a dilemma is worth an hour of s
     python data_gen.py dilemmas --n 500 --out my.jsonl --url http://127.0.0.1:8000/v1 --model NAME    # key: JUDGE_API_KEY
     python data_gen.py personas --n 25 --out pairs.jsonl --url ... --model ...
 """
+
 import collections
 import concurrent.futures
 import contextlib
@@ -36,18 +37,31 @@ from measure import CHECKS
 from reward import fill
 
 DATA = Path(__file__).resolve().parent / "data"
-DILEMMA, PAIR = {"id": str, "tier": str, "topic": str, "dilemma": str}, {"id": str, "axis": str, "personas": list}
+DILEMMA, PAIR = (
+    {"id": str, "tier": str, "topic": str, "dilemma": str},
+    {"id": str, "axis": str, "personas": list},
+)
 SETS = {  # shipped file -> (how many lines, what a line holds)
-    "dilemmas.jsonl": (320, DILEMMA), "personas.jsonl": (25, PAIR), "eval_conflict.jsonl": (100, {**DILEMMA, "personas": list}),
-    "eval_open.jsonl": (100, {"id": str, "topic": str, "question": str}), "eval_general.jsonl": (120, {"id": str, "kind": str, "prompt": str})}
+    "dilemmas.jsonl": (320, DILEMMA),
+    "personas.jsonl": (25, PAIR),
+    "eval_conflict.jsonl": (100, {**DILEMMA, "personas": list}),
+    "eval_open.jsonl": (100, {"id": str, "topic": str, "question": str}),
+    "eval_general.jsonl": (120, {"id": str, "kind": str, "prompt": str}),
+}
 DEMONSTRATION = {"scenario_id": str, "personas": list, "turns": list, "agreed": bool, "final": str}
-WORDS = {"dilemma": (40, 90), "creed": (20, 50), "question": (6, 40), "prompt": (3, 100)}  # at least, at most
+WORDS = {
+    "dilemma": (40, 90),
+    "creed": (20, 50),
+    "question": (6, 40),
+    "prompt": (3, 100),
+}  # at least, at most
 NEAR = 0.3  # word 5-gram Jaccard from which two texts count as the same
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
     """What is negotiated: a dilemma, and two personas {name, creed} in speaking order."""
+
     id: str
     tier: str
     dilemma: str
@@ -57,6 +71,7 @@ class Scenario:
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
     """A negotiation that somebody wrote, to be imitated: what was said in turn (scenario.personas[0] opens), and the joint solution."""
+
     scenario: Scenario
     turns: tuple  # of texts
     agreed: bool
@@ -69,7 +84,7 @@ class Demonstration:
 def grams(text):
     """The word 5-grams of a text, case and punctuation aside; a shorter text is one gram."""
     words = re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)*", text.lower())
-    return {tuple(words[i:i + 5]) for i in range(max(1, len(words) - 4))}
+    return {tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
 
 
 def jaccard(a, b):
@@ -79,7 +94,9 @@ def jaccard(a, b):
 
 def texts_of(row):
     """The texts of a line that must not resemble another's."""
-    return [row[key] for key in WORDS if type(row.get(key)) is str] + [p["creed"] for p in row.get("personas", ())]
+    return [row[key] for key in WORDS if type(row.get(key)) is str] + [
+        p["creed"] for p in row.get("personas", ())
+    ]
 
 
 def names_of(row):
@@ -91,7 +108,11 @@ class Memory:
     """The lines that are there: nothing new may resemble them. Texts are kept by 5-gram, so only those that share one are compared."""
 
     def __init__(self):
-        self.texts, self.holders, self.names = [], collections.defaultdict(set), set()  # [(place, grams)]; gram -> indices of texts
+        self.texts, self.holders, self.names = (
+            [],
+            collections.defaultdict(set),
+            set(),
+        )  # [(place, grams)]; gram -> indices of texts
 
     def add(self, file, row):
         """From now on nothing may resemble `row`, which stands in `file`."""
@@ -114,14 +135,24 @@ class Memory:
         """Is `row` new, its texts and the names of its personas?"""
         for likeness, (file, other) in self.nearest(row)[:1]:
             if likeness >= NEAR:
-                return f"near-duplicate (Jaccard {likeness:.2f} with {other} of {file}); write it anew"
+                return (
+                    f"near-duplicate (Jaccard {likeness:.2f} with {other} of {file}); write it anew"
+                )
         taken = ", ".join(sorted(names_of(row) & self.names))
         return f"name already taken ({taken}); choose another" if taken else ""
 
 
 # ---- what is wrong with a line: each function returns "what is wrong; what to do", or "" ----------------------------
 
-TYPES = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
+TYPES = {
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 def shape_fault(row, shape):
@@ -145,7 +176,11 @@ def shape_fault(row, shape):
         fault = shape_fault(persona, {"name": str, "creed": str})
         if fault:
             return f"persona {i}: {fault}"
-    return "both personas have the same name; change one" if row["personas"][0]["name"] == row["personas"][1]["name"] else ""
+    return (
+        "both personas have the same name; change one"
+        if row["personas"][0]["name"] == row["personas"][1]["name"]
+        else ""
+    )
 
 
 def line_fault(row, shape):
@@ -154,7 +189,9 @@ def line_fault(row, shape):
     if fault:
         return fault
     creeds = [p["creed"] for p in row["personas"]] if "personas" in shape else []
-    for key, text in [(key, row[key]) for key in WORDS if key in shape] + [("creed", creed) for creed in creeds]:
+    for key, text in [(key, row[key]) for key in WORDS if key in shape] + [
+        ("creed", creed) for creed in creeds
+    ]:
         (low, high), n = WORDS[key], len(text.split())
         if not low <= n <= high:
             return f"{key} too {'short' if n < low else 'long'} ({n} words); write {low} to {high}"
@@ -171,7 +208,11 @@ def line_fault(row, shape):
 
 def answer_fault(row):
     """Does a line of the general set hold what its answer is checked by?"""
-    by = {"instruction": {"checks": list}, "choice": {"choices": list, "answer": int}, "exact": {"answers": list}}.get(row["kind"])
+    by = {
+        "instruction": {"checks": list},
+        "choice": {"choices": list, "answer": int},
+        "exact": {"answers": list},
+    }.get(row["kind"])
     if by is None:
         return f'no kind "{row["kind"]}"; use instruction, choice or exact'
     if fault := shape_fault(row, by):
@@ -190,18 +231,28 @@ def load_jsonl(path, fault_of=lambda row: ""):
     """
     try:
         data = Path(path).read_bytes()
-        lines = data.decode("utf-8-sig").split("\n")  # not splitlines: U+2028 may stand inside a JSON text
+        lines = data.decode("utf-8-sig").split(
+            "\n"
+        )  # not splitlines: U+2028 may stand inside a JSON text
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); pass a JSON Lines file, one JSON object per line")
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); pass a JSON Lines file, one JSON object per line"
+        )
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text; pass a JSON Lines file, one JSON object per line")
+        raise UserError(
+            f"{path}:{line}: not UTF-8 text; pass a JSON Lines file, one JSON object per line"
+        )
     rows = []
     for n, line in [(n, line) for n, line in enumerate(lines, 1) if line.strip()]:
         try:
             rows.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            reason = (
+                f"{error.msg}, column {error.colno}"
+                if isinstance(error, json.JSONDecodeError)
+                else str(error)
+            )
             raise UserError(f"{path}:{n}: not JSON ({reason}); write one JSON object per line")
         fault = fault_of(rows[-1])
         if fault:
@@ -225,7 +276,7 @@ def spread(items, n):
     Multiples of the golden ratio, modulo 1, fill the unit interval evenly: so the items whose multiple is small lie evenly too,
     and a larger `n` only adds some.
     """
-    chosen = sorted(range(len(items)), key=lambda i: i * 0.6180339887498949 % 1)[:n or None]
+    chosen = sorted(range(len(items)), key=lambda i: i * 0.6180339887498949 % 1)[: n or None]
     return [items[i] for i in sorted(chosen)]
 
 
@@ -255,10 +306,15 @@ def load_scenarios(path=None, seed=0, personas=None):
     if "personas" in shape:
         pairs = [row["personas"] for row in rows]
     else:
-        pairs = load_jsonl(personas or DATA / "personas.jsonl", lambda row: shape_fault(row, {"personas": list}))
+        pairs = load_jsonl(
+            personas or DATA / "personas.jsonl", lambda row: shape_fault(row, {"personas": list})
+        )
         pairs = deal_pairs([row["personas"] for row in pairs], len(rows), seed)
     keep = lambda pair: tuple({"name": p["name"], "creed": p["creed"]} for p in pair)
-    return [Scenario(row["id"], row["tier"], row["dilemma"], keep(pair)) for row, pair in zip(rows, pairs)]
+    return [
+        Scenario(row["id"], row["tier"], row["dilemma"], keep(pair))
+        for row, pair in zip(rows, pairs)
+    ]
 
 
 def deal_pairs(pairs, n, seed):
@@ -266,7 +322,10 @@ def deal_pairs(pairs, n, seed):
     rng = random.Random(seed)
     swapped, dealt = [rng.random() < 0.5 for _ in pairs], []
     for turn in range(-(-n // len(pairs))):
-        dealt += [pairs[k][::-1] if swapped[k] ^ turn % 2 else pairs[k] for k in shuffled(range(len(pairs)), rng)]
+        dealt += [
+            pairs[k][::-1] if swapped[k] ^ turn % 2 else pairs[k]
+            for k in shuffled(range(len(pairs)), rng)
+        ]
     return dealt[:n]
 
 
@@ -284,14 +343,27 @@ def load_demonstrations(path=None, scenarios=None):
             return f'scenario_id "{row["scenario_id"]}" is not in {scenarios or "data/dilemmas.jsonl"}; correct it, or name its file with --scenarios'
         if len(row["turns"]) < 2:
             return f'"turns" holds {len(row["turns"])}; a negotiation has at least two'
-        odd = [turn for turn in row["turns"] if type(turn) is not str or not turn.strip() or any("\ud800" <= c <= "\udfff" for c in turn)]
+        odd = [
+            turn
+            for turn in row["turns"]
+            if type(turn) is not str
+            or not turn.strip()
+            or any("\ud800" <= c <= "\udfff" for c in turn)
+        ]
         return f'"turns" holds {json.dumps(odd[0])[:40]}; write each turn as a text' if odd else ""
 
     def demonstration(row):
         scenario = dataclasses.replace(known[row["scenario_id"]], personas=tuple(row["personas"]))
-        return Demonstration(scenario, tuple(turn.strip() for turn in row["turns"]), row["agreed"], row["final"].strip())
+        return Demonstration(
+            scenario,
+            tuple(turn.strip() for turn in row["turns"]),
+            row["agreed"],
+            row["final"].strip(),
+        )
 
-    return [demonstration(row) for row in load_jsonl(path or DATA / "demonstrations.jsonl", fault_of)]
+    return [
+        demonstration(row) for row in load_jsonl(path or DATA / "demonstrations.jsonl", fault_of)
+    ]
 
 
 # ---- check the shipped data -----------------------------------------------------------------------------------------
@@ -300,6 +372,7 @@ def load_demonstrations(path=None, scenarios=None):
 @dataclasses.dataclass(frozen=True)
 class CheckSettings:
     """What to check."""
+
     data: str = option(str(DATA), "the folder with the sets")
 
 
@@ -314,20 +387,32 @@ def check(settings):
             rows = []
         sets[file] = {}  # id -> line
         for row in rows:
-            fault = line_fault(row, shape) or memory.fault(row) or ("id occurs twice; change it" if row["id"] in sets[file] else "")
+            fault = (
+                line_fault(row, shape)
+                or memory.fault(row)
+                or ("id occurs twice; change it" if row["id"] in sets[file] else "")
+            )
             if fault:
                 faults.append(f"{file}: {row['id']}: {fault}")
             else:
-                across += [(likeness, (file, row["id"]), place) for likeness, place in memory.nearest(row) if place[0] != file]
+                across += [
+                    (likeness, (file, row["id"]), place)
+                    for likeness, place in memory.nearest(row)
+                    if place[0] != file
+                ]
                 memory.add(file, row)
                 sets[file][row["id"]] = row
         if len(sets[file]) != lines:
-            faults.append(f"{file}: {len(sets[file])} sound lines instead of {lines}; write what is missing")
+            faults.append(
+                f"{file}: {len(sets[file])} sound lines instead of {lines}; write what is missing"
+            )
     faults += balance_faults(sets) + demonstration_faults(folder) + label_faults(folder)
     text = folder / "public_domain.txt"
     if not text.is_file() or len(text.read_text(encoding="utf-8", errors="replace").split()) < 1000:
         faults.append("public_domain.txt: missing, or shorter than 1000 words; put it back")
-    print("  ".join(f"{file} {len(rows)}" for file, rows in sets.items()) + "\n\nin training, sealed")
+    print(
+        "  ".join(f"{file} {len(rows)}" for file, rows in sets.items()) + "\n\nin training, sealed"
+    )
     for (tier, topic), n in sorted(counted(sets["dilemmas.jsonl"]).items()):
         print(f"{n:4}{counted(sets['eval_conflict.jsonl'])[tier, topic]:4}  {tier} {topic}")
     print("\nthe ten nearest pairs across sets (word 5-gram Jaccard)")
@@ -339,62 +424,113 @@ def check(settings):
 
 def counted(rows):
     """{(tier, topic): lines}, and {(tier, ""): lines} for a tier in all."""
-    return collections.Counter(key for row in rows.values() for key in ((row["tier"], ""), (row["tier"], row["topic"])))
+    return collections.Counter(
+        key for row in rows.values() for key in ((row["tier"], ""), (row["tier"], row["topic"]))
+    )
 
 
 def balance_faults(sets):
     """Three tiers and at least 24 topics, the same in training and evaluation, equal to two lines; instructions are half of their set."""
     kinds, faults = [row["kind"] for row in sets["eval_general.jsonl"].values()], []
     if 2 * kinds.count("instruction") != len(kinds):
-        faults.append(f"eval_general.jsonl: {kinds.count('instruction')} instructions of {len(kinds)} lines; make it one half")
+        faults.append(
+            f"eval_general.jsonl: {kinds.count('instruction')} instructions of {len(kinds)} lines; make it one half"
+        )
     counts = {file: counted(sets[file]) for file in ("dilemmas.jsonl", "eval_conflict.jsonl")}
     if len({frozenset(c) for c in counts.values()}) > 1:
         faults.append(f"{' and '.join(counts)}: not the same tiers and topics; align them")
     for file, c in counts.items():
-        for what, least, of in (("tiers", 3, [n for key, n in c.items() if not key[1]]), ("topics", 24, [n for key, n in c.items() if key[1]])):
+        for what, least, of in (
+            ("tiers", 3, [n for key, n in c.items() if not key[1]]),
+            ("topics", 24, [n for key, n in c.items() if key[1]]),
+        ):
             if len(of) < least or max(of) - min(of) > 2:
-                faults.append(f"{file}: {len(of)} {what} with {min(of, default=0)} to {max(of, default=0)} lines; at least {least}, all alike")
+                faults.append(
+                    f"{file}: {len(of)} {what} with {min(of, default=0)} to {max(of, default=0)} lines; at least {least}, all alike"
+                )
     return faults
 
 
-SAID = {"turn": (15, 35), "final": (30, 60)}  # words of a shipped demonstration's texts, at least and at most
+SAID = {
+    "turn": (15, 35),
+    "final": (30, 60),
+}  # words of a shipped demonstration's texts, at least and at most
 
 
 def demonstration_faults(folder):
     """What is wrong with demonstrations.jsonl: lengths, likeness, openings that repeat, a scenario or persona that is not one of training."""
     try:
-        demonstrations = load_demonstrations(folder / "demonstrations.jsonl", folder / "dilemmas.jsonl")
-        pairs = [row["personas"] for row in load_jsonl(folder / "personas.jsonl", lambda row: shape_fault(row, {"personas": list}))]
+        demonstrations = load_demonstrations(
+            folder / "demonstrations.jsonl", folder / "dilemmas.jsonl"
+        )
+        pairs = [
+            row["personas"]
+            for row in load_jsonl(
+                folder / "personas.jsonl", lambda row: shape_fault(row, {"personas": list})
+            )
+        ]
         dilemmas = {row["id"] for row in load_jsonl(folder / "dilemmas.jsonl")}
     except UserError as error:
         return [str(error)]
-    faults, holders, known = [], collections.defaultdict(list), [{p["name"]: p["creed"] for p in pair} for pair in pairs]
+    faults, holders, known = (
+        [],
+        collections.defaultdict(list),
+        [{p["name"]: p["creed"] for p in pair} for pair in pairs],
+    )
     for n, d in enumerate(demonstrations, 1):
         if {p["name"]: p["creed"] for p in d.scenario.personas} not in known:
-            faults.append(f"demonstrations.jsonl:{n}: personas that are no pair of personas.jsonl; take one of its pairs")
+            faults.append(
+                f"demonstrations.jsonl:{n}: personas that are no pair of personas.jsonl; take one of its pairs"
+            )
         if not 2 <= len(d.turns) <= 4:
             faults.append(f"demonstrations.jsonl:{n}: {len(d.turns)} turns; write 2 to 4")
         for kind, text in [*(("turn", turn) for turn in d.turns), ("final", d.final)]:
             (low, high), count, own = SAID[kind], len(text.split()), grams(text)
             if not low <= count <= high:
-                faults.append(f"demonstrations.jsonl:{n}: a {kind} has {count} words; write {low} to {high}")
+                faults.append(
+                    f"demonstrations.jsonl:{n}: a {kind} has {count} words; write {low} to {high}"
+                )
             if any(jaccard(own, other) >= NEAR for gram in own for other in holders[gram]):
-                faults.append(f"demonstrations.jsonl:{n}: a {kind} is nearly another one ({text[:40]}...); write it anew")
+                faults.append(
+                    f"demonstrations.jsonl:{n}: a {kind} is nearly another one ({text[:40]}...); write it anew"
+                )
             for gram in own:
                 holders[gram].append(own)
     missing = dilemmas - {d.scenario.id for d in demonstrations}
     if missing:
-        faults.append(f"demonstrations.jsonl: none for {len(missing)} dilemmas, {min(missing)} among them; write what is missing")
+        faults.append(
+            f"demonstrations.jsonl: none for {len(missing)} dilemmas, {min(missing)} among them; write what is missing"
+        )
     openings = collections.Counter(" ".join(d.final.lower().split()[:3]) for d in demonstrations)
     if len(openings) < 0.8 * len(demonstrations):
         common = openings.most_common(1)[0][0]
-        faults.append(f'demonstrations.jsonl: {len(openings)} different openings of {len(demonstrations)} finals ("{common}"); vary them')
-    print(f"demonstrations.jsonl {len(demonstrations)}, {sum(d.agreed for d in demonstrations)} of them agreed, {len(openings)} openings of finals")
+        faults.append(
+            f'demonstrations.jsonl: {len(openings)} different openings of {len(demonstrations)} finals ("{common}"); vary them'
+        )
+    print(
+        f"demonstrations.jsonl {len(demonstrations)}, {sum(d.agreed for d in demonstrations)} of them agreed, {len(openings)} openings of finals"
+    )
     return faults
 
 
-LABEL = {"id": str, "scenario_id": str, "split": str, "source": str, "personas": list, "solution": str, "score": float, "endorse": list}
-ENDING = {"id": str, "scenario_id": str, "split": str, "personas": list, "turns": list, "agreed": bool}
+LABEL = {
+    "id": str,
+    "scenario_id": str,
+    "split": str,
+    "source": str,
+    "personas": list,
+    "solution": str,
+    "score": float,
+    "endorse": list,
+}
+ENDING = {
+    "id": str,
+    "scenario_id": str,
+    "split": str,
+    "personas": list,
+    "turns": list,
+    "agreed": bool,
+}
 
 
 def label_faults(folder):
@@ -411,11 +547,17 @@ def label_faults(folder):
             if any(2 * x not in range(11) for x in ratings):
                 faults.append(f"{file}:{n}: a rating that is no half point from 0 to 5; correct it")
             if row["scenario_id"] not in dilemmas:
-                faults.append(f"{file}:{n}: {row['scenario_id']} is no training dilemma; sealed ones must not be judged here")
+                faults.append(
+                    f"{file}:{n}: {row['scenario_id']} is no training dilemma; sealed ones must not be judged here"
+                )
             if part.setdefault(row["scenario_id"], row["split"]) != row["split"]:
-                faults.append(f"{file}:{n}: {row['scenario_id']} is in both parts; keep a dilemma in one")
+                faults.append(
+                    f"{file}:{n}: {row['scenario_id']} is in both parts; keep a dilemma in one"
+                )
         counts = collections.Counter(row["split"] for row in rows)
-        print(f"{file} {len(rows)} on {len({row['scenario_id'] for row in rows})} dilemmas, {counts['test']} of them in the test part")
+        print(
+            f"{file} {len(rows)} on {len({row['scenario_id'] for row in rows})} dilemmas, {counts['test']} of them in the test part"
+        )
     return faults
 
 
@@ -438,7 +580,12 @@ Reply with one JSON object and nothing else:
 @dataclasses.dataclass(frozen=True)
 class GenerateSettings:
     """How many lines to make, where, and by whom."""
-    n: int = option(100, "wishes to draw; each gives one line, or none when all replies to it are refused", low=1)
+
+    n: int = option(
+        100,
+        "wishes to draw; each gives one line, or none when all replies to it are refused",
+        low=1,
+    )
     out: str = option("", "JSON Lines file to write; what is there already is kept and continued")
     url: str = option("", "OpenAI-compatible server, http://host:port/v1")
     model: str = option("", "name of the model on that server")
@@ -458,33 +605,63 @@ def draw_wishes(shipped, n, seed):
     The id in the start of a line follows from subject and setting, so a file tells which wishes it answers.
     """
     settings = (DATA / "settings.txt").read_text(encoding="utf-8").splitlines()
-    subjects = list(dict.fromkeys(tuple((key, row[key]) for key in ("tier", "topic", "axis") if key in row) for row in shipped))
+    subjects = list(
+        dict.fromkeys(
+            tuple((key, row[key]) for key in ("tier", "topic", "axis") if key in row)
+            for row in shipped
+        )
+    )
     if n > len(subjects) * len(settings):
-        raise UserError(f"--n {n}: there are {len(subjects) * len(settings)} different wishes; ask for fewer, or add lines to data/settings.txt")
+        raise UserError(
+            f"--n {n}: there are {len(subjects) * len(settings)} different wishes; ask for fewer, or add lines to data/settings.txt"
+        )
     subjects = shuffled(subjects, random.Random(seed))
-    orders = {subject: shuffled(range(len(settings)), random.Random(f"{seed} {subject}")) for subject in subjects}
+    orders = {
+        subject: shuffled(range(len(settings)), random.Random(f"{seed} {subject}"))
+        for subject in subjects
+    }
     wishes = []
     for k in range(n):
         subject = subjects[k % len(subjects)]
         setting = orders[subject][k // len(subjects)]
-        wishes.append(({"id": f"gen-{subject[-1][1].replace(' ', '-')}-{setting + 1:03d}", **dict(subject)}, settings[setting]))
+        wishes.append(
+            (
+                {
+                    "id": f"gen-{subject[-1][1].replace(' ', '-')}-{setting + 1:03d}",
+                    **dict(subject),
+                },
+                settings[setting],
+            )
+        )
     return wishes
 
 
 def read_reply(text, start):
     """(line, fault) from an LLM's reply: one JSON object, bare, in a code fence or after its thoughts, that completes the `start` of a line."""
     try:
-        answer = json.loads(re.sub(r"(?s)^(<think>.*</think>)?\s*(```(json)?\s)?|\s*```$", "", text.strip()))
+        answer = json.loads(
+            re.sub(r"(?s)^(<think>.*</think>)?\s*(```(json)?\s)?|\s*```$", "", text.strip())
+        )
     except (ValueError, RecursionError):
         return None, "not one JSON object; reply with it and nothing else"
-    fault = shape_fault(answer, {"personas": list} if "axis" in start else {"dilemma": str, "parties": list})
+    fault = shape_fault(
+        answer, {"personas": list} if "axis" in start else {"dilemma": str, "parties": list}
+    )
     if fault:
         return None, fault
     tidy = lambda text: " ".join(text.split())
     if "axis" in start:
-        row = {**start, "personas": [{"name": tidy(p["name"]), "creed": tidy(p["creed"])} for p in answer["personas"]]}
+        row = {
+            **start,
+            "personas": [
+                {"name": tidy(p["name"]), "creed": tidy(p["creed"])} for p in answer["personas"]
+            ],
+        }
         return row, line_fault(row, PAIR)
-    row, parties = {**start, "dilemma": tidy(answer["dilemma"])}, {tidy(str(party)).lower() for party in answer["parties"]}
+    row, parties = (
+        {**start, "dilemma": tidy(answer["dilemma"])},
+        {tidy(str(party)).lower() for party in answer["parties"]},
+    )
     if len(parties) != 2 or not all(party and party in row["dilemma"].lower() for party in parties):
         return None, "parties not found in the dilemma; name two by words copied from it"
     return row, line_fault(row, DILEMMA)
@@ -500,30 +677,47 @@ class Lines:
             self.file = open(path, "ab+", buffering=0)
             if not stat.S_ISREG(os.fstat(self.file.fileno()).st_mode):
                 raise UserError(f"--out {path}: not a plain file; name another one")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two runs into one file would write the same lines
+            fcntl.flock(
+                self.file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # two runs into one file would write the same lines
         except BlockingIOError:
-            raise UserError(f"--out {path}: another run is writing to it; wait for it, or name another file")
+            raise UserError(
+                f"--out {path}: another run is writing to it; wait for it, or name another file"
+            )
         except OSError as error:
-            raise UserError(f"--out {path}: cannot be written ({error.strerror}); name another file")
+            raise UserError(
+                f"--out {path}: cannot be written ({error.strerror}); name another file"
+            )
         self.file.seek(0)
         data = self.file.read()
         end = data.rfind(b"\n") + 1
-        if not data[end:].startswith(b'{"id": "gen-'[:len(data) - end]):
-            raise UserError(f"--out {path}: the last line is not ours and has no end; finish it, or name another file")
+        if not data[end:].startswith(b'{"id": "gen-'[: len(data) - end]):
+            raise UserError(
+                f"--out {path}: the last line is not ours and has no end; finish it, or name another file"
+            )
         self.file.truncate(end)
-        other = lambda row: shape_fault(row, shape) or (set(row) != set(shape) and "holds other keys too; name another --out") or ""
+        other = lambda row: (
+            shape_fault(row, shape)
+            or (set(row) != set(shape) and "holds other keys too; name another --out")
+            or ""
+        )
         self.rows = load_jsonl(path, other) if end else []
 
     def append(self, row):
         """Write one line, whole or not at all. Raises UserError when the disk is full."""
-        line, before = (json.dumps(row, ensure_ascii=False) + "\n").encode(), os.fstat(self.file.fileno()).st_size
+        line, before = (
+            (json.dumps(row, ensure_ascii=False) + "\n").encode(),
+            os.fstat(self.file.fileno()).st_size,
+        )
         try:
             if os.write(self.file.fileno(), line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self.file.fileno())
         except OSError as error:
             self.file.truncate(before)
-            raise UserError(f"--out {self.path}: cannot be written ({error.strerror}); make room and start again, it goes on where it was")
+            raise UserError(
+                f"--out {self.path}: cannot be written ({error.strerror}); make room and start again, it goes on where it was"
+            )
         self.rows.append(row)
 
 
@@ -531,28 +725,59 @@ class Generator:
     """Asks, checks and writes; the workers of `client` share it. `out`: Lines of shape DILEMMA or PAIR."""
 
     def __init__(self, settings, shape, client, out):
-        self.settings, self.client, self.out, self.memory, self.lock = settings, client, out, Memory(), threading.Lock()
-        self.accepted, self.skipped, self.dead, self.refused, self.failed = 0, 0, 0, collections.Counter(), collections.Counter()
+        self.settings, self.client, self.out, self.memory, self.lock = (
+            settings,
+            client,
+            out,
+            Memory(),
+            threading.Lock(),
+        )
+        self.accepted, self.skipped, self.dead, self.refused, self.failed = (
+            0,
+            0,
+            0,
+            collections.Counter(),
+            collections.Counter(),
+        )
         sets = {file: load_jsonl(DATA / file) for file in SETS}
         for file, rows in [*sets.items(), (out.path, out.rows)]:
             for row in rows:
                 self.memory.add(file, row)
-        shipped, there = sets["dilemmas.jsonl" if shape is DILEMMA else "personas.jsonl"], {row["id"] for row in out.rows}
+        shipped, there = (
+            sets["dilemmas.jsonl" if shape is DILEMMA else "personas.jsonl"],
+            {row["id"] for row in out.rows},
+        )
         self.shown = shipped + out.rows  # no sealed line is ever shown to the LLM
         self.wishes = draw_wishes(shipped, settings.n, settings.seed)
         self.todo = [wish for wish in self.wishes if wish[0]["id"] not in there]
 
     def run(self):
         """Fulfil the wishes that the file does not answer yet. Returns 0, or 1 when something was to do and nothing was accepted."""
-        with tqdm(total=len(self.wishes), initial=len(self.wishes) - len(self.todo), desc=self.out.path, unit=" wishes") as bar:
-            for done in concurrent.futures.as_completed([self.client.submit(self.fulfil, *wish) for wish in self.todo]):
+        with tqdm(
+            total=len(self.wishes),
+            initial=len(self.wishes) - len(self.todo),
+            desc=self.out.path,
+            unit=" wishes",
+        ) as bar:
+            for done in concurrent.futures.as_completed(
+                [self.client.submit(self.fulfil, *wish) for wish in self.todo]
+            ):
                 self.skipped += not done.result()
                 bar.update()
-                bar.set_postfix(accepted=self.accepted, refused=self.refused.total(), failed=self.failed.total())
-        told = [f"{n} {what}" + "".join(f", {reason}: {k}" for reason, k in why.most_common()) for n, what, why in (
-            (self.refused.total(), "replies refused", self.refused), (self.failed.total(), "requests failed", self.failed))]
-        print(f"{self.out.path}: {len(self.out.rows)} lines, {self.accepted} of them new; {'; '.join(told)}; {self.skipped} wishes skipped"
-              + (" (the same command tries them again)" if self.skipped else ""))
+                bar.set_postfix(
+                    accepted=self.accepted, refused=self.refused.total(), failed=self.failed.total()
+                )
+        told = [
+            f"{n} {what}" + "".join(f", {reason}: {k}" for reason, k in why.most_common())
+            for n, what, why in (
+                (self.refused.total(), "replies refused", self.refused),
+                (self.failed.total(), "requests failed", self.failed),
+            )
+        ]
+        print(
+            f"{self.out.path}: {len(self.out.rows)} lines, {self.accepted} of them new; {'; '.join(told)}; {self.skipped} wishes skipped"
+            + (" (the same command tries them again)" if self.skipped else "")
+        )
         return 1 if self.todo and not self.accepted else 0
 
     def fulfil(self, start, setting, _):
@@ -576,20 +801,33 @@ class Generator:
 
     def prompt(self, start, setting, fault):
         """The request for a wish: with three lines of its kind to avoid, and what was wrong with the last reply."""
-        alike = [row for row in self.shown if all(row[key] == start[key] for key in start if key != "id")]
+        alike = [
+            row for row in self.shown if all(row[key] == start[key] for key in start if key != "id")
+        ]
         avoid = "\n".join("- " + " / ".join(texts_of(row)) for row in alike[-3:])
-        asked = fill(ASK_PAIR if "axis" in start else ASK_DILEMMA, {**start, "setting": setting, "avoid": avoid})
+        asked = fill(
+            ASK_PAIR if "axis" in start else ASK_DILEMMA,
+            {**start, "setting": setting, "avoid": avoid},
+        )
         return asked + (f"\nYour last reply was refused: {fault}." if fault else "")
 
     def ask(self, prompt):
         """The LLM's reply, or None when there is none. Raises UserError when the server seems dead, and asks it no more."""
-        payload = {"model": self.settings.model, "messages": [{"role": "user", "content": prompt}], "temperature": self.settings.temperature,
-                   "max_tokens": self.settings.tokens}
+        payload = {
+            "model": self.settings.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": self.settings.temperature,
+            "max_tokens": self.settings.tokens,
+        }
         limit = self.settings.concurrency + 3
         if self.dead < limit:
             try:
-                text = self.client.ask("/chat/completions", payload, lambda reply: dig(reply, "choices", 0, "message", "content", kind=str),
-                                       time.monotonic() + self.settings.deadline)
+                text = self.client.ask(
+                    "/chat/completions",
+                    payload,
+                    lambda reply: dig(reply, "choices", 0, "message", "content", kind=str),
+                    time.monotonic() + self.settings.deadline,
+                )
                 self.dead = 0
                 return text
             except Missing as miss:
@@ -597,7 +835,9 @@ class Generator:
                     self.failed[miss.reason] += 1
                     self.dead, self.last = self.dead + 1, f"{miss.reason} {miss.raw[:200]}"
         if self.dead >= limit:
-            raise UserError(f"--url {self.client.url}: {limit} requests in a row failed ({self.last}); see to it, and start again")
+            raise UserError(
+                f"--url {self.client.url}: {limit} requests in a row failed ({self.last}); see to it, and start again"
+            )
         return None
 
 
@@ -607,8 +847,13 @@ def main():
     if command == "check":
         return check(command_line(CheckSettings, argv, "data_gen.py check"))
     if command not in ("dilemmas", "personas"):
-        raise UserError(f"{command or 'no command'}: say python data_gen.py check, dilemmas or personas, and --help behind it")
-    settings, shape = command_line(GenerateSettings, argv, f"data_gen.py {command}"), DILEMMA if command == "dilemmas" else PAIR
+        raise UserError(
+            f"{command or 'no command'}: say python data_gen.py check, dilemmas or personas, and --help behind it"
+        )
+    settings, shape = (
+        command_line(GenerateSettings, argv, f"data_gen.py {command}"),
+        DILEMMA if command == "dilemmas" else PAIR,
+    )
     if not settings.out:
         raise UserError("--out: names no file; say --out my.jsonl")
     if not settings.url:
@@ -619,7 +864,11 @@ def main():
         out = Lines(settings.out, shape)
         stack.enter_context(out.file)
         try:
-            client = stack.enter_context(contextlib.closing(Client(settings.url, settings.concurrency, settings.timeout, settings.attempts)))
+            client = stack.enter_context(
+                contextlib.closing(
+                    Client(settings.url, settings.concurrency, settings.timeout, settings.attempts)
+                )
+            )
         except UserError as error:
             raise UserError(str(error).replace("--judge-url", "--url"))
         return Generator(settings, shape, client, out).run()

@@ -13,6 +13,7 @@ each other, and not the final completion that the judge scores.
 What is deliberately absent: a value network, a reward model, per-turn rewards, and any denominator that depends on how
 the batch is cut into micro-batches or spread over ranks: gradients are summed everywhere and divided by D once.
 """
+
 import dataclasses
 import functools
 import math
@@ -24,7 +25,17 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from model import Tree, Trunk, adapters_off, add_lora, capacity_for, cast, inner, prepare, token_logprobs
+from model import (
+    Tree,
+    Trunk,
+    adapters_off,
+    add_lora,
+    capacity_for,
+    cast,
+    inner,
+    prepare,
+    token_logprobs,
+)
 
 # ---- pure functions --------------------------------------------------------------------------------------------------
 
@@ -39,20 +50,36 @@ def group_advantages(rewards, scale="std", eps=1e-4, noise=0.0):
     """
     valid = torch.isfinite(rewards)
     n = valid.sum(1, keepdim=True)  # (P, 1)
-    centred = torch.where(valid, rewards, 0.0) - (torch.where(valid, rewards, 0.0).sum(1, keepdim=True) / n.clamp(min=1))
+    centred = torch.where(valid, rewards, 0.0) - (
+        torch.where(valid, rewards, 0.0).sum(1, keepdim=True) / n.clamp(min=1)
+    )
     centred = torch.where(valid, centred, 0.0)
     if scale == "std":
         std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
         centred = centred / (std + eps)
     elif scale != "none":
         raise ValueError(f"scale {scale!r}: must be 'std' or 'none'")
-    spread = torch.where(valid, rewards, -math.inf).amax(1, keepdim=True) - torch.where(valid, rewards, math.inf).amin(1, keepdim=True)
+    spread = torch.where(valid, rewards, -math.inf).amax(1, keepdim=True) - torch.where(
+        valid, rewards, math.inf
+    ).amin(1, keepdim=True)
     uniform = spread <= noise  # equal rewards too, whatever the mean's rounding
     return torch.where(valid & (n >= 2) & ~uniform, centred, 0.0)
 
 
-def policy_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, ref_logp=None, beta=0.0, aggregate="token",
-                ratio="token", denominator=None, weights=None):
+def policy_loss(
+    logp,
+    old_logp,
+    advantages,
+    mask,
+    clip_low=0.2,
+    clip_high=0.2,
+    ref_logp=None,
+    beta=0.0,
+    aggregate="token",
+    ratio="token",
+    denominator=None,
+    weights=None,
+):
     """Eq. 2 to 5. logp, old_logp, ref_logp, mask, weights (B, T), advantages (B,) -> (loss, stats).
 
     aggregate "token": sum / number of masked tokens, or / `denominator`; "sequence": mean over rows (that have a masked
@@ -68,7 +95,9 @@ def policy_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, r
     logp = torch.where(keep, logp, zero)
     log_ratio = logp - torch.where(keep, old_logp, zero)
     if ratio == "sequence":
-        log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
+        log_ratio = (
+            log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        ).expand_as(log_ratio)
     elif ratio != "token":
         raise ValueError(f"ratio {ratio!r}: must be 'token' or 'sequence'")
     rho = log_ratio.clamp(-20, 20).exp()  # (B, T)
@@ -90,15 +119,21 @@ def policy_loss(logp, old_logp, advantages, mask, clip_low=0.2, clip_high=0.2, r
         loss = ((per_token * mask).sum(1) / rows.clamp(min=1)).sum() / (rows > 0).sum().clamp(min=1)
     elif aggregate == "constant":
         if denominator is None:
-            raise ValueError("aggregate 'constant' needs a denominator, the number of tokens to divide each row by")
+            raise ValueError(
+                "aggregate 'constant' needs a denominator, the number of tokens to divide each row by"
+            )
         loss = total / (mask.shape[0] * denominator)
     else:
         raise ValueError(f"aggregate {aggregate!r}: must be 'token', 'sequence' or 'constant'")
     with torch.no_grad():
         mean = lambda x: ((x * mask).sum() / tokens).item()
         outside = ((rho * A) > (clipped * A)).to(logp.dtype)  # the clip is what the minimum chose
-        stats = {"clip_frac": mean(outside), "approx_kl": mean(rho - 1 - log_ratio), "ratio_mean": mean(rho),
-                 "kl_ref": mean(kl) if ref_logp is not None else 0.0}
+        stats = {
+            "clip_frac": mean(outside),
+            "approx_kl": mean(rho - 1 - log_ratio),
+            "ratio_mean": mean(rho),
+            "kl_ref": mean(kl) if ref_logp is not None else 0.0,
+        }
     return loss, stats
 
 
@@ -113,6 +148,7 @@ def truncated_weights(logp, sampler_logp, cap):
 @dataclasses.dataclass
 class Row:
     """One trained sample inside a tree. `wanted` are the indices, after the shared prefix, of its trained tokens."""
+
     dialogue: object
     wanted: list
     sampler_logp: list  # of the wanted tokens, as sampled
@@ -128,9 +164,17 @@ def trained_samples(dialogue, train_tokens):
     if final is None or train_tokens == "dialogue":
         return samples
     first = dialogue.streams[0][-1:] if train_tokens == "both" else []
-    if first and len(dialogue.streams[0]) == 1 and final.ids[:len(first[0].ids)] == first[0].ids:
-        n = len(first[0].ids)  # the final continues agent 0's stream: one row for both, not the same tokens twice
-        merged = dataclasses.replace(final, **{k: getattr(first[0], k)[:n] + getattr(final, k)[n:] for k in ("mask", "logprobs", "cuts", "masses")})
+    if first and len(dialogue.streams[0]) == 1 and final.ids[: len(first[0].ids)] == first[0].ids:
+        n = len(
+            first[0].ids
+        )  # the final continues agent 0's stream: one row for both, not the same tokens twice
+        merged = dataclasses.replace(
+            final,
+            **{
+                k: getattr(first[0], k)[:n] + getattr(final, k)[n:]
+                for k in ("mask", "logprobs", "cuts", "masses")
+            },
+        )
         return [merged] + samples[1:]
     return samples + [final]
 
@@ -152,12 +196,14 @@ def pack(group, train_tokens, micro_tokens):
     for dialogue in group:
         for s in trained_samples(dialogue, train_tokens):
             if 1 in s.mask:  # the first ids tell whose view it is
-                buckets.setdefault(tuple(s.ids[:s.mask.index(1)][:32]), []).append((s, dialogue))
+                buckets.setdefault(tuple(s.ids[: s.mask.index(1)][:32]), []).append((s, dialogue))
     batches = []
     for bucket in buckets.values():
         bucket.sort(key=lambda pair: -len(pair[0].ids))
         n = common_prefix([s for s, _ in bucket])
-        for k in range(1, len(bucket) + 1):  # the fewest trees that fit; each takes every k-th sample, so they are about equal
+        for k in range(
+            1, len(bucket) + 1
+        ):  # the fewest trees that fit; each takes every k-th sample, so they are about equal
             shares = [bucket[i::k] for i in range(k)]
             if max(n + sum(len(s.ids) - n for s, _ in share) for share in shares) <= micro_tokens:
                 break
@@ -167,7 +213,14 @@ def pack(group, train_tokens, micro_tokens):
             for s, dialogue in share:
                 at = [i for i, m in enumerate(s.mask) if m]
                 nucleus = any(s.cuts[i] for i in at)
-                rows.append(Row(dialogue, [i - n for i in at], [s.logprobs[i] - s.masses[i] for i in at], [s.cuts[i] or -math.inf for i in at] if nucleus else []))
+                rows.append(
+                    Row(
+                        dialogue,
+                        [i - n for i in at],
+                        [s.logprobs[i] - s.masses[i] for i in at],
+                        [s.cuts[i] or -math.inf for i in at] if nucleus else [],
+                    )
+                )
             batches.append((Tree(prefix, [s.ids[n:] for s, _ in share], len(shares) > 1), rows))
     return batches
 
@@ -190,14 +243,29 @@ class Learner:
     """
 
     def __init__(self, model, optimizer, settings, reference=None):
-        self.model, self.optimizer, self.settings, self.reference = model, optimizer, settings, reference
+        self.model, self.optimizer, self.settings, self.reference = (
+            model,
+            optimizer,
+            settings,
+            reference,
+        )
         self.sums, self.trunk = {}, None
 
     def logprobs(self, model, tree, rows):
         """Log-probs of the trained tokens of each row, (B, T) padded with 0."""
-        temperature = self.settings.final_temperature if self.settings.train_tokens == "final" else self.settings.temperature
-        cuts = [r.cuts or [-math.inf] * len(r.wanted) for r in rows] if any(r.cuts for r in rows) else None
-        return pad_sequence(scorer(model)(tree, [r.wanted for r in rows], temperature, cuts), batch_first=True)
+        temperature = (
+            self.settings.final_temperature
+            if self.settings.train_tokens == "final"
+            else self.settings.temperature
+        )
+        cuts = (
+            [r.cuts or [-math.inf] * len(r.wanted) for r in rows]
+            if any(r.cuts for r in rows)
+            else None
+        )
+        return pad_sequence(
+            scorer(model)(tree, [r.wanted for r in rows], temperature, cuts), batch_first=True
+        )
 
     def reference_logprobs(self, tree, rows):
         """The reference's log-probs of the rows' tokens, (B, T); computed once per batch and kept in the rows."""
@@ -225,19 +293,31 @@ class Learner:
     def backward(self, tree, rows):
         """Forward and backward of one tree. The gradient of eq. 5's numerator is added; D comes at `step`."""
         cfg = self.settings
-        self.model.train(cfg.gradient_checkpointing)  # transformers recomputes in training mode only; dropouts are 0
+        self.model.train(
+            cfg.gradient_checkpointing
+        )  # transformers recomputes in training mode only; dropouts are 0
         logp = self.logprobs(self.model, self.on_trunk(tree), rows)  # (B, T)
         self.model.eval()
         device = logp.device
-        padded = lambda lists: pad_sequence([torch.tensor(x, dtype=torch.float32, device=device) for x in lists], batch_first=True)
-        advantages = torch.tensor([r.dialogue.advantage or 0.0 for r in rows], device=device)  # (B,)
-        known = torch.tensor([r.dialogue.advantage is not None for r in rows], device=device)  # a missing reward leaves the loss
+        padded = lambda lists: pad_sequence(
+            [torch.tensor(x, dtype=torch.float32, device=device) for x in lists], batch_first=True
+        )
+        advantages = torch.tensor(
+            [r.dialogue.advantage or 0.0 for r in rows], device=device
+        )  # (B,)
+        known = torch.tensor(
+            [r.dialogue.advantage is not None for r in rows], device=device
+        )  # a missing reward leaves the loss
         mask = padded([[1.0] * len(r.wanted) for r in rows]) * known[:, None]  # (B, T)
         sampler = padded([r.sampler_logp for r in rows])
-        if rows[0].dialogue.stop == "written":  # nobody sampled it: ratio 1 and advantage 1, so the gradient of plain likelihood
+        if (
+            rows[0].dialogue.stop == "written"
+        ):  # nobody sampled it: ratio 1 and advantage 1, so the gradient of plain likelihood
             sampler = torch.where(sampler.isnan(), logp.detach(), sampler)
         old, weights = sampler, None
-        if cfg.tis_cap > 0:  # decoupled: the ratio against the learner's own old policy, the mismatch as a capped weight
+        if (
+            cfg.tis_cap > 0
+        ):  # decoupled: the ratio against the learner's own old policy, the mismatch as a capped weight
             if rows[0].old_logp is None:
                 for row, values in zip(rows, logp.detach()):
                     row.old_logp = values
@@ -245,22 +325,47 @@ class Learner:
             weights = truncated_weights(old, sampler, cfg.tis_cap)
         ref = self.reference_logprobs(tree, rows) if cfg.beta > 0 else None
         # "token": the plain sum over tokens; "sequence": the sum over rows of their means; D divides it in `step`
-        loss, stats = policy_loss(logp, old, advantages, mask, cfg.clip_low, cfg.clip_high, ref, cfg.beta, cfg.aggregate, cfg.ratio,
-                                  denominator={"token": 1.0, "constant": float(cfg.turn_tokens * max(1, cfg.max_turns))}.get(cfg.aggregate),
-                                  weights=weights)
-        n_rows = {"token": 1, "sequence": int((mask.sum(1) > 0).sum()), "constant": len(rows)}[cfg.aggregate]
+        loss, stats = policy_loss(
+            logp,
+            old,
+            advantages,
+            mask,
+            cfg.clip_low,
+            cfg.clip_high,
+            ref,
+            cfg.beta,
+            cfg.aggregate,
+            cfg.ratio,
+            denominator={
+                "token": 1.0,
+                "constant": float(cfg.turn_tokens * max(1, cfg.max_turns)),
+            }.get(cfg.aggregate),
+            weights=weights,
+        )
+        n_rows = {"token": 1, "sequence": int((mask.sum(1) > 0).sum()), "constant": len(rows)}[
+            cfg.aggregate
+        ]
         (loss * n_rows).backward()
         tokens = mask.sum().item()
         gap = ((logp.detach() - sampler).abs() * mask).sum().item()
-        self._add(evidence=(advantages.abs() * known).sum().item(), loss=loss.item() * n_rows, units=tokens if cfg.aggregate == "token" else int(known.sum()), tokens=tokens,
-                  logprob_gap=gap, entropy=-(sampler * mask).sum().item(), **{k: v * tokens for k, v in stats.items()})
+        self._add(
+            evidence=(advantages.abs() * known).sum().item(),
+            loss=loss.item() * n_rows,
+            units=tokens if cfg.aggregate == "token" else int(known.sum()),
+            tokens=tokens,
+            logprob_gap=gap,
+            entropy=-(sampler * mask).sum().item(),
+            **{k: v * tokens for k, v in stats.items()},
+        )
 
     @torch.no_grad()
     def surprise(self, dialogues):
         """(sum of -log-prob, number) of the trained tokens of these dialogues. Under FSDP every rank must bring as many."""
         total, tokens = 0.0, 0
         for dialogue in dialogues:
-            for tree, rows in pack([dialogue], self.settings.train_tokens, self.settings.micro_tokens):
+            for tree, rows in pack(
+                [dialogue], self.settings.train_tokens, self.settings.micro_tokens
+            ):
                 total -= self.logprobs(self.model, tree, rows).sum().item()
                 tokens += sum(len(row.wanted) for row in rows)
         return total, tokens
@@ -280,7 +385,18 @@ class Learner:
         No advantage but 0 in the whole batch: there is nothing to learn from, so weights, moments and warm-up stay as they are (`no_evidence`).
         """
         self.finish_trunk()
-        keys = ("evidence", "loss", "units", "tokens", "logprob_gap", "entropy", "clip_frac", "approx_kl", "ratio_mean", "kl_ref")
+        keys = (
+            "evidence",
+            "loss",
+            "units",
+            "tokens",
+            "logprob_gap",
+            "entropy",
+            "clip_frac",
+            "approx_kl",
+            "ratio_mean",
+            "kl_ref",
+        )
         sums = torch.tensor([self.sums.get(k, 0.0) for k in keys], dtype=torch.float64)
         self.sums = {}
         if dist.is_initialized():
@@ -288,11 +404,23 @@ class Learner:
             dist.all_reduce(sums)
         total = dict(zip(keys, sums.tolist()))
         D, tokens = max(total.pop("units"), 1.0), max(total["tokens"], 1.0)
-        evidence = total.pop("evidence") > 0 or self.settings.beta > 0 or not math.isfinite(total["loss"])  # the KL pulls by itself
-        grad_norm = self.optimizer.step(1.0 / D, finite=math.isfinite(total["loss"])) if evidence else self.optimizer.drop()
+        evidence = (
+            total.pop("evidence") > 0 or self.settings.beta > 0 or not math.isfinite(total["loss"])
+        )  # the KL pulls by itself
+        grad_norm = (
+            self.optimizer.step(1.0 / D, finite=math.isfinite(total["loss"]))
+            if evidence
+            else self.optimizer.drop()
+        )
         means = {k: v / tokens for k, v in total.items() if k not in ("loss", "tokens")}
-        return {"loss": total["loss"] / D, "grad_norm": grad_norm, "trained_tokens": int(total["tokens"]), **means,
-                "skipped": not math.isfinite(grad_norm), "no_evidence": not evidence}
+        return {
+            "loss": total["loss"] / D,
+            "grad_norm": grad_norm,
+            "trained_tokens": int(total["tokens"]),
+            **means,
+            "skipped": not math.isfinite(grad_norm),
+            "no_evidence": not evidence,
+        }
 
 
 class Optimizer:
@@ -304,19 +432,34 @@ class Optimizer:
     """
 
     def __init__(self, model, lr, warmup_steps=0, clip=1.0, dtype=torch.float32, decay_steps=0):
-        self.lr, self.warmup_steps, self.decay_steps, self.clip, self.updates = lr, warmup_steps, decay_steps, clip, 0
-        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}  # what the model computes with
+        self.lr, self.warmup_steps, self.decay_steps, self.clip, self.updates = (
+            lr,
+            warmup_steps,
+            decay_steps,
+            clip,
+            0,
+        )
+        self.params = {
+            n: p for n, p in model.named_parameters() if p.requires_grad
+        }  # what the model computes with
         self.device = next(iter(self.params.values())).device
-        self.masters = {n: torch.nn.Parameter(p.detach().clone()) if dtype != torch.float32 else p for n, p in self.params.items()}
+        self.masters = {
+            n: torch.nn.Parameter(p.detach().clone()) if dtype != torch.float32 else p
+            for n, p in self.params.items()
+        }
         cast(model, dtype)
         for n, p in self.params.items():
             if self.masters[n] is not p:
                 p.register_post_accumulate_grad_hook(self._into_master(self.masters[n]))
-        self.adamw = torch.optim.AdamW(self.masters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.adamw = torch.optim.AdamW(
+            self.masters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
 
     @staticmethod
     def _into_master(master):
-        piece = master.numel() if master.is_cuda else 1 << 18  # a CPU widens a gradient to fp32 before it adds: in its caches, not in fresh memory
+        piece = (
+            master.numel() if master.is_cuda else 1 << 18
+        )  # a CPU widens a gradient to fp32 before it adds: in its caches, not in fresh memory
 
         def hook(p):
             if master.grad is None:
@@ -324,6 +467,7 @@ class Optimizer:
             for total, part in zip(master.grad.view(-1).split(piece), p.grad.view(-1).split(piece)):
                 total.add_(part)
             p.grad = None
+
         return hook
 
     def step(self, scale, finite=True):
@@ -350,8 +494,12 @@ class Optimizer:
             if norm > self.clip > 0:
                 torch._foreach_mul_(local, self.clip / norm)
             self.updates += 1
-            left = 1 - (self.updates - 1) / self.decay_steps if self.decay_steps else 1.0  # of the way down
-            self.adamw.param_groups[0]["lr"] = self.lr * min(1.0, self.updates / max(1, self.warmup_steps)) * max(0.0, left)
+            left = (
+                1 - (self.updates - 1) / self.decay_steps if self.decay_steps else 1.0
+            )  # of the way down
+            self.adamw.param_groups[0]["lr"] = (
+                self.lr * min(1.0, self.updates / max(1, self.warmup_steps)) * max(0.0, left)
+            )
             self.adamw.step()
             self.publish()
         self.adamw.zero_grad(set_to_none=True)
@@ -380,19 +528,30 @@ def memory_plan(config, settings, ranks, dtype, head, cuda=True):
     dilemma. "peak" is not the sum: playing, backward and the optimizer step follow one another.
     """
     groups, G = -(-settings.scenarios_per_step // ranks), settings.group_size
-    spoken = settings.max_turns * (settings.turn_tokens + 8) + (settings.final_tokens + 80 if settings.train_tokens != "dialogue" else 0)
+    spoken = settings.max_turns * (settings.turn_tokens + 8) + (
+        settings.final_tokens + 80 if settings.train_tokens != "dialogue" else 0
+    )
     each = min(spoken, settings.context_turns * (settings.turn_tokens + 8) or spoken)
     rows = max(1, min(G, (settings.micro_tokens - head) // each))
     tree = Tree([0] * head, [[0] * each] * rows)
     kept, c = {}, dtype.itemsize
     with torch.device("meta"):
-        model = prepare(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="negotiate"))
+        model = prepare(
+            AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="negotiate")
+        )
         if settings.lora_rank:
             add_lora(model, settings.lora_rank)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
-        N, T = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
-        blocks = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n or ".h." in n)
-        with saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
+        N, T = (
+            sum(p.numel() for p in model.parameters() if p.requires_grad or every)
+            for every in (True, False)
+        )
+        blocks = sum(
+            p.numel() for n, p in model.named_parameters() if ".layers." in n or ".h." in n
+        )
+        with saved_tensors_hooks(
+            lambda t: kept.setdefault(t.untyped_storage()._cdata, t), lambda t: t
+        ):
             zeros = torch.zeros(1, tree.tokens, dtype=torch.long)
             inner(model)(input_ids=zeros, position_ids=zeros, use_cache=False, tree=tree, masks={})
     text = config.get_text_config()
@@ -401,16 +560,33 @@ def memory_plan(config, settings, ranks, dtype, head, cuda=True):
     if settings.gradient_checkpointing:
         activations = activations // L + L * tree.tokens * text.hidden_size * c
     heads = text.num_attention_heads
-    width = (getattr(text, "head_dim", None) or text.hidden_size // heads) * (getattr(text, "num_key_value_heads", None) or heads)
-    capacity = capacity_for(head + settings.max_turns * (settings.turn_tokens + 8) + settings.final_tokens + 80)
+    width = (getattr(text, "head_dim", None) or text.hidden_size // heads) * (
+        getattr(text, "num_key_value_heads", None) or heads
+    )
+    capacity = capacity_for(
+        head + settings.max_turns * (settings.turn_tokens + 8) + settings.final_tokens + 80
+    )
     shard = ranks if settings.fsdp else 1
-    gathered = 4 * c * blocks // L + 2 * c * (N - blocks) if shard > 1 else 0  # two blocks and the root, with their gradients
-    plan = {"weights (compute)": c * N + gathered if shard > 1 or c < 4 or settings.lora_rank else 0,
-            "weights (fp32)": 4 * (T if shard == 1 else N) // shard,
-            "optimizer": 8 * T // shard, "reference": c * N if settings.beta > 0 and not settings.lora_rank else 0}
+    gathered = (
+        4 * c * blocks // L + 2 * c * (N - blocks) if shard > 1 else 0
+    )  # two blocks and the root, with their gradients
+    plan = {
+        "weights (compute)": c * N + gathered if shard > 1 or c < 4 or settings.lora_rank else 0,
+        "weights (fp32)": 4 * (T if shard == 1 else N) // shard,
+        "optimizer": 8 * T // shard,
+        "reference": c * N if settings.beta > 0 and not settings.lora_rank else 0,
+    }
     always = sum(plan.values())
-    plan |= {"gradients": 4 * T // shard, "activations": activations, "logits": 4 * 4 * V * min(256, rows * each),
-             "KV cache": 2 * L * width * c * 2 * groups * G * capacity, "play logits": 5 * 4 * V * groups * G}
+    plan |= {
+        "gradients": 4 * T // shard,
+        "activations": activations,
+        "logits": 4 * 4 * V * min(256, rows * each),
+        "KV cache": 2 * L * width * c * 2 * groups * G * capacity,
+        "play logits": 5 * 4 * V * groups * G,
+    }
     copies = 0 if cuda else c * N  # `packed`
-    learn, play = plan["gradients"] + plan["activations"] + plan["logits"], plan["KV cache"] + plan["play logits"] + copies
+    learn, play = (
+        plan["gradients"] + plan["activations"] + plan["logits"],
+        plan["KV cache"] + plan["play logits"] + copies,
+    )
     return plan | {"peak": always + max(learn, play)}

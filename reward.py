@@ -451,7 +451,9 @@ class Judge:
                 try:
                     self.client.submit(self._try, mode).result()
                     if not self.model:
-                        raise UserError("--judge-model: the server does not list its models; name one")
+                        raise UserError(
+                            "--judge-model: the server does not list its models; name one"
+                        )
                     self.settings = dataclasses.replace(self.settings, judge_mode=mode)
                     return f"judge: {self.model} at {self.client.url}, read by {mode}"
                 except Missing as miss:
@@ -521,9 +523,11 @@ class Judge:
         where, low, key = f"--judge-url {self.client.url}:", said.lower(), self.client.key
         status = miss.reason.startswith("http ")
         bare = self.client.url.removesuffix("/chat/completions").removesuffix("/completions")
-        if status and any(word in low for word in ("quota", "billing", "insufficient", "credit")):
-            advice = "the account has nothing left to spend; top it up, or use another server"
-        elif miss.reason == "http 402":
+        if (
+            status
+            and any(word in low for word in ("quota", "billing", "insufficient", "credit"))
+            or miss.reason == "http 402"
+        ):
             advice = "the account has nothing left to spend; top it up, or use another server"
         elif miss.reason == "http 401":
             advice = f"set the environment variable {key} to a key that it takes"

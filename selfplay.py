@@ -13,6 +13,7 @@ every wish of every dialogue is decoded in one batch, whoever has finished leave
 
     python selfplay.py --dilemma "..." --human b      # watch one negotiation, or take a side
 """
+
 import concurrent.futures
 import dataclasses
 import math
@@ -35,16 +36,34 @@ from reward import fill
 @dataclasses.dataclass(frozen=True)
 class PlaySettings:
     """How a dialogue is played."""
-    max_turns: int = option(3, "turns at most, both agents together; 0: agent 0 answers alone, without a negotiation", low=0)
+
+    max_turns: int = option(
+        3,
+        "turns at most, both agents together; 0: agent 0 answers alone, without a negotiation",
+        low=0,
+    )
     turn_tokens: int = option(56, "tokens a turn may have", low=2)
     final_tokens: int = option(112, "tokens the joint final completion may have", low=2)
-    context_turns: int = option(0, "turns that an agent sees beside the scenario (0: all of them; the paper: 2)", low=0)
-    agreement: str = option("judge", "who finds that the agents agree: the judge after each turn, a marker in both last turns, or nobody (all turns are played)",
-                            choices=("judge", "marker", "none"))
-    on_impasse: str = option("complete", "no agreement at the last turn: write the final completion all the same, or none and a reward of zero",
-                             choices=("complete", "zero"))
+    context_turns: int = option(
+        0, "turns that an agent sees beside the scenario (0: all of them; the paper: 2)", low=0
+    )
+    agreement: str = option(
+        "judge",
+        "who finds that the agents agree: the judge after each turn, a marker in both last turns, or nobody (all turns are played)",
+        choices=("judge", "marker", "none"),
+    )
+    on_impasse: str = option(
+        "complete",
+        "no agreement at the last turn: write the final completion all the same, or none and a reward of zero",
+        choices=("complete", "zero"),
+    )
     temperature: float = option(0.7, "of the dialogue", above=0)
-    top_p: float = option(1.0, "nucleus of the dialogue; the learner renormalises over the same nucleus", above=0, high=1)
+    top_p: float = option(
+        1.0,
+        "nucleus of the dialogue; the learner renormalises over the same nucleus",
+        above=0,
+        high=1,
+    )
     final_temperature: float = option(0.5, "of the final completion (0: greedy)", low=0)
     final_top_p: float = option(1.0, "nucleus of the final completion", above=0, high=1)
 
@@ -60,10 +79,14 @@ CASE_ALONE = "{dilemma}\n\n"
 ASK = "What do you propose?"
 EARLIER = "(The two of you have been talking for a while.)"
 SILENCE = "(says nothing)"
-FINAL = ("Thank you. {other}'s creed is: \"{creed}\" Now sum up the plan that you and {other} will carry out: who does what and when, what happens if it "
-         "fails, and how it helps both of you. Two or three sentences.")
-ALONE = ("{other} is not here to talk with. {other}'s creed is: \"{creed}\" Write the plan that you and {other} will carry out: who does what and when, what "
-         "happens if it fails, and how it helps both of you. Two or three sentences.")
+FINAL = (
+    'Thank you. {other}\'s creed is: "{creed}" Now sum up the plan that you and {other} will carry out: who does what and when, what happens if it '
+    "fails, and how it helps both of you. Two or three sentences."
+)
+ALONE = (
+    '{other} is not here to talk with. {other}\'s creed is: "{creed}" Write the plan that you and {other} will carry out: who does what and when, what '
+    "happens if it fails, and how it helps both of you. Two or three sentences."
+)
 
 
 # ---- what travels ---------------------------------------------------------------------------------------------------
@@ -72,18 +95,26 @@ ALONE = ("{other} is not here to talk with. {other}'s creed is: \"{creed}\" Writ
 @dataclasses.dataclass
 class Turn:
     """One utterance: its text, and the ids that were sampled for it (end of turn included unless truncated)."""
+
     speaker: int
     text: str
     truncated: bool
     ids: list = dataclasses.field(default_factory=list)
-    logprobs: list = dataclasses.field(default_factory=list)  # log-prob of each id at the sampling temperature
-    cuts: list = dataclasses.field(default_factory=list)  # top-p < 1: log-prob at which the nucleus ended
-    masses: list = dataclasses.field(default_factory=list)  # top-p < 1: log of the nucleus's probability
+    logprobs: list = dataclasses.field(
+        default_factory=list
+    )  # log-prob of each id at the sampling temperature
+    cuts: list = dataclasses.field(
+        default_factory=list
+    )  # top-p < 1: log-prob at which the nucleus ended
+    masses: list = dataclasses.field(
+        default_factory=list
+    )  # top-p < 1: log of the nucleus's probability
 
 
 @dataclasses.dataclass
 class Sample:
     """Ids of one view, and beside each id: mask (1: sampled by this agent here), log-prob, cut, mass (0 where mask is 0)."""
+
     ids: list
     mask: list
     logprobs: list
@@ -94,6 +125,7 @@ class Sample:
 @dataclasses.dataclass
 class Dialogue:
     """One negotiation. `group` numbers the scenario within the step, `member` the dialogue within its group."""
+
     scenario: data_gen.Scenario
     step: int
     group: int
@@ -114,19 +146,39 @@ class Dialogue:
         """The line of dialogues.jsonl."""
         plain = lambda s: {"ids": s.ids, "mask": s.mask, "logprobs": s.logprobs}
         return {
-            "step": self.step, "scenario_id": self.scenario.id, "group": self.group, "member": self.member, "dilemma": self.scenario.dilemma,
-            "personas": list(self.scenario.personas), "turns": [{"speaker": t.speaker, "text": t.text, "truncated": t.truncated} for t in self.turns],
-            "agreed": self.agreed, "stop": self.stop, "final": self.final, "final_truncated": self.final_truncated,
-            "reward": self.reward, "advantage": self.advantage, "judge": self.judge,
-            "streams": [{"speaker": i, "samples": [plain(s) for s in samples]} for i, samples in enumerate(self.streams)],
-            "final_ids": [i for i, m in zip(self.final_sample.ids, self.final_sample.mask) if m] if self.final_sample else [],
-            "final_sample": plain(self.final_sample) if self.final_sample else None}
+            "step": self.step,
+            "scenario_id": self.scenario.id,
+            "group": self.group,
+            "member": self.member,
+            "dilemma": self.scenario.dilemma,
+            "personas": list(self.scenario.personas),
+            "turns": [
+                {"speaker": t.speaker, "text": t.text, "truncated": t.truncated} for t in self.turns
+            ],
+            "agreed": self.agreed,
+            "stop": self.stop,
+            "final": self.final,
+            "final_truncated": self.final_truncated,
+            "reward": self.reward,
+            "advantage": self.advantage,
+            "judge": self.judge,
+            "streams": [
+                {"speaker": i, "samples": [plain(s) for s in samples]}
+                for i, samples in enumerate(self.streams)
+            ],
+            "final_ids": [i for i, m in zip(self.final_sample.ids, self.final_sample.mask) if m]
+            if self.final_sample
+            else [],
+            "final_sample": plain(self.final_sample) if self.final_sample else None,
+        }
 
 
 # ---- chat templates, as token ids -----------------------------------------------------------------------------------
 
-PLAIN_TEMPLATE = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
-                  "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 
 class ChatFormat:
@@ -144,7 +196,9 @@ class ChatFormat:
         self.tokenizer = tokenizer
         if not tokenizer.chat_template:
             if tokenizer.eos_token is None:
-                raise UserError("--model: the tokenizer has neither a chat template nor an end-of-text token; use an instruct model")
+                raise UserError(
+                    "--model: the tokenizer has neither a chat template nor an end-of-text token; use an instruct model"
+                )
             tokenizer.chat_template = PLAIN_TEMPLATE
         self.has_system = True
         try:
@@ -152,21 +206,33 @@ class ChatFormat:
         except UserError:  # Gemma, some Mistrals: no system role, or it is dropped
             self.has_system = False
             words = self._split(["Userone", "Botone", "Usertwo", "Bottwo", "Userthree"])
-        self._before_system, self._before_user = (words[0], words[1]) if self.has_system else ("", words[0])
+        self._before_system, self._before_user = (
+            (words[0], words[1]) if self.has_system else ("", words[0])
+        )
         past, gap, past2, gap2, opening = words[-5:]
         if past != past2 or gap != gap2:
-            raise UserError("--model: its chat template renders equal turns differently, so turns cannot be put together; use another model")
+            raise UserError(
+                "--model: its chat template renders equal turns differently, so turns cannot be put together; use another model"
+            )
         ends = model.generation_config.eos_token_id if model.generation_config else None
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = {e for e in [*ends, tokenizer.eos_token_id] if e is not None}
-        if past.strip() == opening.strip():  # Mistral: "[/INST] turn" in the past, "[/INST]" to be continued
+        if (
+            past.strip() == opening.strip()
+        ):  # Mistral: "[/INST] turn" in the past, "[/INST]" to be continued
             past = opening
         gap = self.glue(gap)
-        if gap and gap[0] in tokenizer.added_tokens_decoder:  # the template's own end of turn, whatever the configs say
+        if (
+            gap and gap[0] in tokenizer.added_tokens_decoder
+        ):  # the template's own end of turn, whatever the configs say
             self.ends.add(gap[0])
         if not self.ends:
-            raise UserError("--model: no end-of-turn token is known for its tokenizer; use an instruct model")
-        self.end, self.after = (gap[0], gap[1:]) if gap and gap[0] in self.ends else (min(self.ends), gap)
+            raise UserError(
+                "--model: no end-of-turn token is known for its tokenizer; use an instruct model"
+            )
+        self.end, self.after = (
+            (gap[0], gap[1:]) if gap and gap[0] in self.ends else (min(self.ends), gap)
+        )
         self.opening, self.past_opening = self.glue(opening), self.glue(past)
         self.stable = self.opening == self.past_opening
 
@@ -175,12 +241,18 @@ class ChatFormat:
         roles = (["system"] if self.has_system else []) + ["user", "assistant"] * 3
         messages = [{"role": r, "content": w} for r, w in zip(roles, words)]
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
         except jinja2.TemplateError as error:
-            raise UserError(f"--model: its chat template refuses a conversation ({' '.join(str(error).split())}); use another model")
+            raise UserError(
+                f"--model: its chat template refuses a conversation ({' '.join(str(error).split())}); use another model"
+            )
         pieces = re.split("|".join(words), text)
         if re.findall("|".join(words), text) != words:
-            raise UserError("--model: its chat template drops or reorders messages; use another model")
+            raise UserError(
+                "--model: its chat template drops or reorders messages; use another model"
+            )
         return pieces
 
     def glue(self, text):
@@ -196,7 +268,9 @@ class ChatFormat:
     def head(self, system):
         """Ids of a stream up to where the content of its first user message begins."""
         if self.has_system:
-            return self.glue(self._before_system) + self.plain(system) + self.glue(self._before_user)
+            return (
+                self.glue(self._before_system) + self.plain(system) + self.glue(self._before_user)
+            )
         return self.glue(self._before_user) + self.plain(system + "\n\n")
 
     def text(self, ids):
@@ -207,6 +281,7 @@ class ChatFormat:
 @dataclasses.dataclass
 class Voice:
     """Somebody who can speak: a model and its chat format."""
+
     model: object
     chat: ChatFormat
     half: bool = False  # on a CPU it reads its weights in fp16 (model.packed)
@@ -226,7 +301,13 @@ class View:
     def __init__(self, chat, me, scenario, marker, alone=False):
         mine, other = scenario.personas[me], scenario.personas[1 - me]
         self.chat, self.me = chat, me
-        words = {"me": mine["name"], "creed": mine["creed"], "other": other["name"], "dilemma": scenario.dilemma, "marker": MARKER_RULE if marker else ""}
+        words = {
+            "me": mine["name"],
+            "creed": mine["creed"],
+            "other": other["name"],
+            "dilemma": scenario.dilemma,
+            "marker": MARKER_RULE if marker else "",
+        }
         system, case = (SYSTEM_ALONE, CASE_ALONE) if alone else (SYSTEM, CASE)
         self.head = chat.head(fill(system, words)) + chat.plain(fill(case, words))
 
@@ -270,7 +351,11 @@ def add_turn(sample, turn, trained):
     n = len(turn.ids)
     sample.ids.extend(turn.ids)
     sample.mask.extend([int(trained)] * n)
-    for column, values in ((sample.logprobs, turn.logprobs), (sample.cuts, turn.cuts), (sample.masses, turn.masses)):
+    for column, values in (
+        (sample.logprobs, turn.logprobs),
+        (sample.cuts, turn.cuts),
+        (sample.masses, turn.masses),
+    ):
         column.extend(values if trained and values else [0] * n)
 
 
@@ -280,6 +365,7 @@ class Say:
 
     unless: a Future of a verdict; if its value is True the wish is void, and until it is known the words are held back.
     """
+
     speaker: int
     ids: list
     shared: int
@@ -303,12 +389,25 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
     in place of the model (a script or a person). Fills in turns, streams, agreed, stop, final and the pending verdict.
     """
     case, turns = (dialogue.scenario.dilemma, dialogue.scenario.personas), dialogue.turns
-    draws = lambda n: np.random.default_rng([seed, dialogue.step, zlib.crc32(dialogue.scenario.id.encode()), dialogue.member, n])
+    draws = lambda n: np.random.default_rng(
+        [seed, dialogue.step, zlib.crc32(dialogue.scenario.id.encode()), dialogue.member, n]
+    )
     request = final_request(dialogue.scenario, FINAL if settings.max_turns else ALONE)
-    last = yield from talk(dialogue, views, settings, judge and (lambda: judge.agreed(*case, turns[:])), draws, limits, partner, request)
+    last = yield from talk(
+        dialogue,
+        views,
+        settings,
+        judge and (lambda: judge.agreed(*case, turns[:])),
+        draws,
+        limits,
+        partner,
+        request,
+    )
     dialogue.streams = [streams_of(view, turns, settings.context_turns) for view in views]
     if not dialogue.agreed and turns and settings.on_impasse == "zero":
-        if last is not None and last.value is None:  # nobody knows whether they agreed: a missing reward, not a zero
+        if (
+            last is not None and last.value is None
+        ):  # nobody knows whether they agreed: a missing reward, not a zero
             dialogue.judge["failures"] = [f"agreement: {last.reason}"]
         else:
             dialogue.reward = 0.0  # the paper: no completion, reward 0, kept in the group
@@ -318,7 +417,16 @@ def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
         dialogue.stop = "context"
         dialogue.judge["failures"] = ["context full"]
         return
-    final = yield Say(0, before, len(views[0].head), settings.final_tokens, settings.final_temperature, settings.final_top_p, draws(1 << 20), final=True)
+    final = yield Say(
+        0,
+        before,
+        len(views[0].head),
+        settings.final_tokens,
+        settings.final_temperature,
+        settings.final_top_p,
+        draws(1 << 20),
+        final=True,
+    )
     dialogue.final, dialogue.final_truncated = final.text, final.truncated
     dialogue.final_sample = views[0].until(turns, final, train=[], closing=request)
     if judge:
@@ -332,9 +440,13 @@ def talk(dialogue, views, settings, ask, draws, limits, partner, request):
     """
     turns, check, dialogue.stop = dialogue.turns, None, "max_turns"
     for t in range(settings.max_turns):
-        me, seen = t % 2, turns[-settings.context_turns or None:]
+        me, seen = t % 2, turns[-settings.context_turns or None :]
         before = views[me].before(seen, cut=len(seen) < len(turns)).ids
-        if len(before) + room(settings) > limits[me] or len(views[0].before(turns, request).ids) + room(settings) + settings.final_tokens > limits[0]:
+        if (
+            len(before) + room(settings) > limits[me]
+            or len(views[0].before(turns, request).ids) + room(settings) + settings.final_tokens
+            > limits[0]
+        ):
             dialogue.stop = "context"
             break
         if me == 1 and partner:
@@ -343,7 +455,16 @@ def talk(dialogue, views, settings, ask, draws, limits, partner, request):
                 turn = Turn(1, partner(dialogue), False)
                 turn.ids = views[0].chat.plain(turn.text)
         else:  # the next turn is spoken while the judge still thinks about the last one; if that one settled it, the new one is void
-            turn = yield Say(me, before, len(views[me].head), settings.turn_tokens, settings.temperature, settings.top_p, draws(t), unless=check)
+            turn = yield Say(
+                me,
+                before,
+                len(views[me].head),
+                settings.turn_tokens,
+                settings.temperature,
+                settings.top_p,
+                draws(t),
+                unless=check,
+            )
             dialogue.agreed = turn is None
         if dialogue.agreed:
             break
@@ -366,8 +487,8 @@ def streams_of(view, turns, context_turns):
     own = [i for i, turn in enumerate(turns) if turn.speaker == view.me and turn.logprobs]
     if context_turns or not view.chat.stable:
         first = lambda i: max(0, i - context_turns) if context_turns else 0
-        return [view.until(turns[first(i):i], turns[i], train=[], cut=first(i) > 0) for i in own]
-    return [view.until(turns[:own[-1]], turns[own[-1]])] if own else []
+        return [view.until(turns[first(i) : i], turns[i], train=[], cut=first(i) > 0) for i in own]
+    return [view.until(turns[: own[-1]], turns[own[-1]])] if own else []
 
 
 # ---- a negotiation that somebody wrote, as if it had been played --------------------------------------------------------
@@ -379,12 +500,23 @@ def imitate(demonstration, chat, settings):
     Nobody sampled its tokens, so each log-prob is NaN, and the advantage is 1: the learner then takes the gradient of plain likelihood.
     """
     scenario = demonstration.scenario
-    dialogue = Dialogue(scenario, 0, 0, 0, agreed=demonstration.agreed, stop="written", final=demonstration.final, advantage=1.0)
+    dialogue = Dialogue(
+        scenario,
+        0,
+        0,
+        0,
+        agreed=demonstration.agreed,
+        stop="written",
+        final=demonstration.final,
+        advantage=1.0,
+    )
     dialogue.turns = [written(chat, t % 2, text) for t, text in enumerate(demonstration.turns)]
     views = [View(chat, me, scenario, settings.agreement == "marker") for me in (0, 1)]
     dialogue.streams = [streams_of(view, dialogue.turns, settings.context_turns) for view in views]
     closing = final_request(scenario, FINAL)
-    dialogue.final_sample = views[0].until(dialogue.turns, written(chat, 0, demonstration.final), train=[], closing=closing)
+    dialogue.final_sample = views[0].until(
+        dialogue.turns, written(chat, 0, demonstration.final), train=[], closing=closing
+    )
     return dialogue
 
 
@@ -418,17 +550,25 @@ def sample(logits, temperature, top_p, uniform):
     if len(rows):
         for k in (min(256, logits.shape[1]), logits.shape[1]):  # the nucleus is nearly always small
             top = logp[rows].topk(k).values  # (m, k) descending
-            inside = (top.exp().cumsum(1) - top.exp() < top_p[rows, None]).sum(1).clamp(min=1)  # (m,) size of the nucleus
+            inside = (
+                (top.exp().cumsum(1) - top.exp() < top_p[rows, None]).sum(1).clamp(min=1)
+            )  # (m,) size of the nucleus
             if (inside < k).all():
                 break
         least = top.gather(1, inside[:, None] - 1)[:, 0]
-        beyond = top.gather(1, inside[:, None].clamp(max=k - 1))[:, 0]  # the likeliest token outside
-        cut[rows] = torch.where(inside < k, (least + beyond) / 2, -math.inf)  # half-way: rounding cannot move a token over it
+        beyond = top.gather(1, inside[:, None].clamp(max=k - 1))[
+            :, 0
+        ]  # the likeliest token outside
+        cut[rows] = torch.where(
+            inside < k, (least + beyond) / 2, -math.inf
+        )  # half-way: rounding cannot move a token over it
         weights[rows] = torch.where(logp[rows] >= cut[rows, None], weights[rows], 0.0)
         mass[rows] = weights[rows].sum(1).log()
     cdf = weights.cumsum(1)
     total = cdf[:, -1]
-    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))  # below the total: never a token of weight 0
+    point = torch.minimum(
+        uniform * total, torch.nextafter(total, torch.zeros_like(total))
+    )  # below the total: never a token of weight 0
     ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
     if greedy.any():
         ids = torch.where(greedy, logits.argmax(1), ids)
@@ -439,13 +579,19 @@ class Job:
     """A `Say` on its way: which row of which cache, which ids are still unread, what was said so far."""
 
     def __init__(self, dialogue, script, say, cache, row):
-        self.dialogue, self.script, self.say, self.cache, self.row = dialogue, script, say, cache, row
+        self.dialogue, self.script, self.say, self.cache, self.row = (
+            dialogue,
+            script,
+            say,
+            cache,
+            row,
+        )
         self.turn, self.spoken = Turn(say.speaker, "", True), False
 
     @property
     def unread(self):
         """Ids that the row's cache does not hold yet."""
-        return (self.say.ids + self.turn.ids)[self.cache.lengths[self.row]:]
+        return (self.say.ids + self.turn.ids)[self.cache.lengths[self.row] :]
 
     @property
     def void(self):
@@ -460,7 +606,9 @@ class Job:
 
 
 @torch.no_grad()
-def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token=None, on_done=None):
+def play(
+    voices, dialogues, settings, judge=None, seed=0, partner=None, on_token=None, on_done=None
+):
     """Play `dialogues` (with scenario, step, group and member set) to their ends, all in one batch; returns them.
 
     voices: the Voice of agent 0 and of agent 1, usually one and the same. A dialogue is sent to the judge when it is
@@ -468,8 +616,12 @@ def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token
     """
     caches = {id(v.model): RaggedCache(2 * len(dialogues)) for v in voices}
     models = {id(caches[id(v.model)]): v for v in voices}
-    read = {id(c): [[] for _ in c.lengths] for c in caches.values()}  # ids that each row's cache holds
-    first_row = {id(d): i for i, d in enumerate(dialogues)}  # of agent 0; those of agent 1 follow, because one side mostly speaks at a time
+    read = {
+        id(c): [[] for _ in c.lengths] for c in caches.values()
+    }  # ids that each row's cache holds
+    first_row = {
+        id(d): i for i, d in enumerate(dialogues)
+    }  # of agent 0; those of agent 1 follow, because one side mostly speaks at a time
     heads, jobs, waiting = {}, [], []
 
     def advance(dialogue, script, answer):
@@ -484,15 +636,31 @@ def play(voices, dialogues, settings, judge=None, seed=0, partner=None, on_token
             waiting.append((wish, dialogue, script))
             return
         cache = caches[id(voices[wish.speaker].model)]
-        job = Job(dialogue, script, wish, cache, first_row[id(dialogue)] + wish.speaker * len(dialogues))
+        job = Job(
+            dialogue, script, wish, cache, first_row[id(dialogue)] + wish.speaker * len(dialogues)
+        )
         held = read[id(cache)][job.row]
-        common = next((i for i, (a, b) in enumerate(zip(held, wish.ids)) if a != b), min(len(held), len(wish.ids)))
-        cache.lengths[job.row] = min(common, len(wish.ids) - 1)  # crop: what differs is read again, the last id always
-        del held[cache.lengths[job.row]:]
+        common = next(
+            (i for i, (a, b) in enumerate(zip(held, wish.ids)) if a != b),
+            min(len(held), len(wish.ids)),
+        )
+        cache.lengths[job.row] = min(
+            common, len(wish.ids) - 1
+        )  # crop: what differs is read again, the last id always
+        del held[cache.lengths[job.row] :]
         jobs.append(job)
 
     for dialogue in dialogues:
-        views = [View(v.chat, me, dialogue.scenario, settings.agreement == "marker", settings.max_turns == 0) for me, v in enumerate(voices)]
+        views = [
+            View(
+                v.chat,
+                me,
+                dialogue.scenario,
+                settings.agreement == "marker",
+                settings.max_turns == 0,
+            )
+            for me, v in enumerate(voices)
+        ]
         limits = [context_limit(v.model) for v in voices]
         advance(dialogue, negotiate(dialogue, views, settings, judge, seed, limits, partner), None)
     with packed(*{v.model for v in voices}, half=any(v.half for v in voices)):
@@ -527,7 +695,7 @@ def speak(batch, speaker, heads, read, on_token=None):
     fresh = {}
     for job in batch:  # a group's shared head is read once and copied
         if cache.lengths[job.row] == 0:
-            fresh.setdefault((id(cache), tuple(job.say.ids[:job.say.shared])), []).append(job.row)
+            fresh.setdefault((id(cache), tuple(job.say.ids[: job.say.shared])), []).append(job.row)
     new = [key for key in fresh if key not in heads]
     if new:
         heads.update({key: fresh[key][0] for key in new})
@@ -541,11 +709,17 @@ def speak(batch, speaker, heads, read, on_token=None):
         batch = sorted(batch, key=lambda job: order[job.row])
     logits = cache.feed(speaker.model, [job.row for job in batch], [job.unread for job in batch])
     as_tensor = lambda values: torch.tensor(values, dtype=torch.float32, device=logits.device)
-    drawn = sample(logits, as_tensor([j.say.temperature for j in batch]), as_tensor([j.say.top_p for j in batch]),
-                   as_tensor([j.say.rng.random() for j in batch]))
+    drawn = sample(
+        logits,
+        as_tensor([j.say.temperature for j in batch]),
+        as_tensor([j.say.top_p for j in batch]),
+        as_tensor([j.say.rng.random() for j in batch]),
+    )
     for job, token, logp, cut, mass in zip(batch, *(x.tolist() for x in drawn)):
         turn = job.turn
-        read[job.row] = job.say.ids + turn.ids  # what the cache holds now; the new token is not read yet
+        read[job.row] = (
+            job.say.ids + turn.ids
+        )  # what the cache holds now; the new token is not read yet
         turn.ids.append(token)
         turn.logprobs.append(logp)
         if job.say.top_p < 1:
@@ -572,21 +746,39 @@ def transcript(dialogue, indent="", width=120, longest=1000):
     A text of more than `longest` characters ends, after a whole word, in "...".
     """
     names = [p["name"] for p in dialogue.scenario.personas]
-    lines = [f"dilemma: {dialogue.scenario.dilemma}"] + [f"{names[t.speaker]}: {t.text}{' [cut off]' if t.truncated else ''}" for t in dialogue.turns]
+    lines = [f"dilemma: {dialogue.scenario.dilemma}"] + [
+        f"{names[t.speaker]}: {t.text}{' [cut off]' if t.truncated else ''}" for t in dialogue.turns
+    ]
     score = "no score" if dialogue.reward is None else f"{dialogue.reward:.2f}"
-    lines.append(f"joint solution ({dialogue.stop}, {score}): {dialogue.final if dialogue.final is not None else '(none)'}")
+    lines.append(
+        f"joint solution ({dialogue.stop}, {score}): {dialogue.final if dialogue.final is not None else '(none)'}"
+    )
     whole = [textwrap.shorten(printable(line), longest, placeholder=" ...") for line in lines]
-    return "\n".join(textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False) for line in whole)
+    return "\n".join(
+        textwrap.fill(
+            line,
+            width,
+            initial_indent=indent,
+            subsequent_indent=indent + "  ",
+            break_on_hyphens=False,
+        )
+        for line in whole
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class WatchSettings(PlaySettings, reward.JudgeSettings):
     """Watch one negotiation in the terminal, token by token."""
-    model: str = option(WARM_MODEL, f"{WARM_MODEL}, smollm2-135m, a folder (a checkpoint), or a Hugging Face id")
+
+    model: str = option(
+        WARM_MODEL, f"{WARM_MODEL}, smollm2-135m, a folder (a checkpoint), or a Hugging Face id"
+    )
     dilemma: str = option("", "the dilemma (empty: one of the shipped ones, drawn by --seed)")
     persona_a: str = option("", "who opens, as 'Name: creed' (empty: the scenario's)")
     persona_b: str = option("", "who answers, as 'Name: creed' (empty: the scenario's)")
-    human: str = option("", "take the side of a or b yourself; the model then opens", choices=("", "a", "b"))
+    human: str = option(
+        "", "take the side of a or b yourself; the model then opens", choices=("", "a", "b")
+    )
     seed: int = option(0, "of the scenario and of the sampling", low=0)
 
 
@@ -595,13 +787,19 @@ def watched_scenario(settings):
     scenarios = data_gen.load_scenarios(seed=settings.seed)
     scenario = scenarios[settings.seed % len(scenarios)]
     personas = list(scenario.personas)
-    for i, (flag, text) in enumerate((("--persona-a", settings.persona_a), ("--persona-b", settings.persona_b))):
+    for i, (flag, text) in enumerate(
+        (("--persona-a", settings.persona_a), ("--persona-b", settings.persona_b))
+    ):
         if text:
             name, colon, creed = text.partition(":")
             if not (name.strip() and creed.strip()):
                 raise UserError(f"{flag} {text!r}: write it as 'Name: creed'")
             personas[i] = {"name": name.strip(), "creed": creed.strip()}
-    return dataclasses.replace(scenario, dilemma=settings.dilemma or scenario.dilemma, personas=tuple(personas[::-1] if settings.human == "a" else personas))
+    return dataclasses.replace(
+        scenario,
+        dilemma=settings.dilemma or scenario.dilemma,
+        personas=tuple(personas[::-1] if settings.human == "a" else personas),
+    )
 
 
 def main(argv=None):
@@ -612,12 +810,16 @@ def main(argv=None):
     names, shown = [printable(p["name"]) for p in scenario.personas], {}
 
     def on_token(job, token):
-        said = printable(job.turn.text if job.spoken else speaker.chat.text(job.turn.ids)).removesuffix("\ufffd")  # half a character waits
-        if id(job) not in shown:  # {id: [job, characters]}: a job that is kept keeps its id to itself
+        said = printable(
+            job.turn.text if job.spoken else speaker.chat.text(job.turn.ids)
+        ).removesuffix("\ufffd")  # half a character waits
+        if (
+            id(job) not in shown
+        ):  # {id: [job, characters]}: a job that is kept keeps its id to itself
             title = "joint solution" if job.say.final else names[job.say.speaker]
             print(f"\n\033[1;{36 - 3 * job.say.speaker}m{title}:\033[0m ", end="")
             shown[id(job)] = [job, 0]
-        print(said[shown[id(job)][1]:], end="", flush=True)
+        print(said[shown[id(job)][1] :], end="", flush=True)
         shown[id(job)][1] = max(shown[id(job)][1], len(said))
 
     def ask_human(dialogue):
@@ -625,11 +827,28 @@ def main(argv=None):
         return (sys.stdin.readline() or "AGREED").strip()
 
     with reward.open_judge(settings) as judge:
-        print("\n".join([f"dilemma: {printable(scenario.dilemma)}"] + [f"{n}: {printable(p['creed'])}" for n, p in zip(names, scenario.personas)]))
+        print(
+            "\n".join(
+                [f"dilemma: {printable(scenario.dilemma)}"]
+                + [f"{n}: {printable(p['creed'])}" for n, p in zip(names, scenario.personas)]
+            )
+        )
         dialogue = Dialogue(scenario, 0, 0, 0)
-        play((speaker, speaker), [dialogue], settings, judge, settings.seed, partner=ask_human if settings.human else None, on_token=on_token)
+        play(
+            (speaker, speaker),
+            [dialogue],
+            settings,
+            judge,
+            settings.seed,
+            partner=ask_human if settings.human else None,
+            on_token=on_token,
+        )
         verdict = dialogue.verdict.result() if dialogue.verdict else None
-    score = f"{verdict.value:.2f} of 5" if verdict and verdict.value is not None else f"none ({verdict.reason if verdict else 'no final completion'})"
+    score = (
+        f"{verdict.value:.2f} of 5"
+        if verdict and verdict.value is not None
+        else f"none ({verdict.reason if verdict else 'no final completion'})"
+    )
     print(f"\n\nstopped: {dialogue.stop}; the judge's score: {score}")
 
 

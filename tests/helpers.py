@@ -1,12 +1,22 @@
 """Tiny random models and a tokenizer trained on the spot, for every test that needs a language model but no language."""
+
 import functools
 import sys
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config,
-                          Qwen3Config)
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -14,45 +24,92 @@ import data_gen  # noqa: E402
 import model as lm  # noqa: E402
 import selfplay  # noqa: E402
 
-CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 # Gemma's: no system role (it raises), roles must alternate, the assistant is called model
-GEMMA = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-         "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
-         "<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
-         "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}")
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
 # Mistral's: the instruction is wrapped, the end of a turn is the end of text
-MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% elif m['role'] == 'user' %}"
-           "[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% elif m['role'] == 'user' %}"
+    "[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 # Qwen3's with thinking off: an empty thought stands before the newest turn only, so a conversation's ids change as it grows
-QWEN3 = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}")
+QWEN3 = CHATML.replace(
+    "<|im_start|>assistant\n{% endif %}",
+    "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
+)
 
-TEXT = ["We share the water between the farm and the hospital.", "I propose a plan that is fair to both of us, step by step.", "No, I will not agree to that!",
-        "system user assistant model", "The council should decide by Friday and write it down.", "AGREED. Let us do it together."]
+TEXT = [
+    "We share the water between the farm and the hospital.",
+    "I propose a plan that is fair to both of us, step by step.",
+    "No, I will not agree to that!",
+    "system user assistant model",
+    "The council should decide by Friday and write it down.",
+    "AGREED. Let us do it together.",
+]
 
 
 @functools.cache
 def tokenizer(template=CHATML, pad_is_eos=False, ends="<|im_end|>"):
     """A byte-level BPE tokenizer of 400 tokens with chat markers and the given template (None: none)."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.pre_tokenizer, core.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"]
-    core.train_from_iterator(TEXT * 20, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=ends, bos_token="<|endoftext|>", pad_token=ends if pad_is_eos else "<pad>")
+    core.train_from_iterator(
+        TEXT * 20,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=ends,
+        bos_token="<|endoftext|>",
+        pad_token=ends if pad_is_eos else "<pad>",
+    )
     made.chat_template = template
     return made
 
 
-COMMON = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=1024, initializer_range=0.2)
+COMMON = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=1024,
+    initializer_range=0.2,
+)
 KINDS = {  # initializer_range: peaked enough that tokens differ in probability; sliding windows shorter than the dialogues
     "llama": lambda **v: LlamaConfig(num_key_value_heads=2, **COMMON, **v),
-    "qwen2": lambda **v: Qwen2Config(num_key_value_heads=2, tie_word_embeddings=True, **COMMON, **v),
+    "qwen2": lambda **v: Qwen2Config(
+        num_key_value_heads=2, tie_word_embeddings=True, **COMMON, **v
+    ),
     "qwen3": lambda **v: Qwen3Config(num_key_value_heads=1, head_dim=16, **COMMON, **v),
     "mistral": lambda **v: MistralConfig(num_key_value_heads=2, sliding_window=24, **COMMON, **v),
-    "gemma3": lambda **v: Gemma3TextConfig(num_key_value_heads=1, head_dim=16, sliding_window=24, layer_types=["sliding_attention", "full_attention"],
-                                           **COMMON, **v),
+    "gemma3": lambda **v: Gemma3TextConfig(
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"],
+        **COMMON,
+        **v,
+    ),
     "phi3": lambda **v: Phi3Config(num_key_value_heads=4, **COMMON, **v),
-    "gpt2": lambda **v: GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.2, **v),
+    "gpt2": lambda **v: GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.2, **v
+    ),
 }
 
 
@@ -60,7 +117,11 @@ def tiny(kind="llama", seed=0, vocabulary=None):
     """A random model of two layers, prepared as `model.load` prepares one."""
     torch.manual_seed(seed)
     ids = dict(eos_token_id=tokenizer().eos_token_id, bos_token_id=0, pad_token_id=3)
-    return lm.prepare(AutoModelForCausalLM.from_config(KINDS[kind](vocab_size=vocabulary or len(tokenizer()), **ids), dtype=torch.float32))
+    return lm.prepare(
+        AutoModelForCausalLM.from_config(
+            KINDS[kind](vocab_size=vocabulary or len(tokenizer()), **ids), dtype=torch.float32
+        )
+    )
 
 
 def voice(kind="llama", template=CHATML, **more):
@@ -68,7 +129,10 @@ def voice(kind="llama", template=CHATML, **more):
     return selfplay.voice(tiny(kind), tokenizer(template, **more))
 
 
-PERSONAS = ({"name": "Rosa", "creed": "You lead the farm and want water for the fields."}, {"name": "Chen", "creed": "You run the hospital and want a reserve."})
+PERSONAS = (
+    {"name": "Rosa", "creed": "You lead the farm and want water for the fields."},
+    {"name": "Chen", "creed": "You run the hospital and want a reserve."},
+)
 
 
 def scenario(name="s0", dilemma="One reservoir is left. Who gets the water?"):
@@ -78,8 +142,18 @@ def scenario(name="s0", dilemma="One reservoir is left. Who gets the water?"):
 
 def dialogues(scenarios=1, members=2, step=1):
     """Empty dialogues: `members` on each of `scenarios` scenarios with dilemmas of different lengths."""
-    return [selfplay.Dialogue(scenario(f"s{s}", "One reservoir is left." + " It is dry." * s + " Who gets the water?"), step, s, m)
-            for s in range(scenarios) for m in range(members)]
+    return [
+        selfplay.Dialogue(
+            scenario(
+                f"s{s}", "One reservoir is left." + " It is dry." * s + " Who gets the water?"
+            ),
+            step,
+            s,
+            m,
+        )
+        for s in range(scenarios)
+        for m in range(members)
+    ]
 
 
 def plain_logprobs(model, ids, temperature=1.0):

@@ -1,16 +1,26 @@
 """What a GPU computes is what a CPU computes. Skipped where there is no GPU; everything else here runs train.py on the GPU where there is one."""
+
 import copy
 
+import helpers
 import pytest
 import torch
 
 import grpo
-import helpers
 import selfplay
 import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-CFG = train.Settings(max_turns=4, turn_tokens=12, final_tokens=12, agreement="none", temperature=1.0, final_temperature=1.0, dtype="fp32", grad_clip=0.0)
+CFG = train.Settings(
+    max_turns=4,
+    turn_tokens=12,
+    final_tokens=12,
+    agreement="none",
+    temperature=1.0,
+    final_temperature=1.0,
+    dtype="fp32",
+    grad_clip=0.0,
+)
 
 
 def played(kind, cfg=CFG, dtype=torch.float32):
@@ -18,7 +28,9 @@ def played(kind, cfg=CFG, dtype=torch.float32):
     model = helpers.tiny(kind)
     twin = copy.deepcopy(model).cuda()
     learner = grpo.Learner(twin, grpo.Optimizer(twin, 1e-3, clip=0.0, dtype=dtype), cfg)
-    flat = selfplay.play((selfplay.voice(twin, helpers.tokenizer()),) * 2, helpers.dialogues(2, 4), cfg)
+    flat = selfplay.play(
+        (selfplay.voice(twin, helpers.tokenizer()),) * 2, helpers.dialogues(2, 4), cfg
+    )
     for i, d in enumerate(flat):
         d.reward = float((7 * i) % 5)
     groups = [flat[:4], flat[4:]]
@@ -44,7 +56,12 @@ def test_logprobs_recorded_on_the_gpu_are_those_of_a_plain_forward_on_the_cpu(ki
         for sample in [*d.streams[0], *d.streams[1], d.final_sample]:
             got, mask = torch.tensor(sample.logprobs), torch.tensor(sample.mask) > 0
             assert mask.any()
-            torch.testing.assert_close(got[mask], helpers.plain_logprobs(model, sample.ids)[mask[1:]].detach(), rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                got[mask],
+                helpers.plain_logprobs(model, sample.ids)[mask[1:]].detach(),
+                rtol=0,
+                atol=1e-4,
+            )
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 10**6])
@@ -53,7 +70,9 @@ def test_gradients_on_the_gpu_are_those_of_the_cpu(kind, micro_tokens):
     model, on_gpu, groups = played(kind)
     kept = []
     for learner in (grpo.Learner(model, grpo.Optimizer(model, 1e-3, clip=0.0), CFG), on_gpu):
-        learner.optimizer.adamw.step = lambda learner=learner: kept.append(torch.cat([p.grad.flatten().cpu() for p in learner.optimizer.masters.values()]))
+        learner.optimizer.adamw.step = lambda learner=learner: kept.append(
+            torch.cat([p.grad.flatten().cpu() for p in learner.optimizer.masters.values()])
+        )
         means = update(learner, groups, micro_tokens)
         assert means["logprob_gap"] < 1e-5 and means["ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert kept[0].norm() > 0 and (kept[1] - kept[0]).norm() / kept[0].norm() < 1e-5

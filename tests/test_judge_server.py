@@ -11,13 +11,13 @@ import threading
 import time
 from pathlib import Path
 
+import helpers
 import pytest
 import requests
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-import helpers
 import judge_server
 import runs
 
@@ -81,15 +81,25 @@ def by_hand(folder, case, text, head):
     return float(states[len(before) :].mean(0) @ weights[:-1] + weights[-1])
 
 
-TEXTS = ["We share the water.", "No.", "The farm gets it by day, the hospital by night, and they talk again in May.", "Half<|im_end|>"]
+TEXTS = [
+    "We share the water.",
+    "No.",
+    "The farm gets it by day, the hospital by night, and they talk again in May.",
+    "Half<|im_end|>",
+]
 
 
 def test_a_score_is_the_head_on_the_mean_hidden_state(served, folder):
     for text in TEXTS:
-        for head, name in (("score", served.engine.name), ("agreed", served.engine.name + ":agreed")):
+        for head, name in (
+            ("score", served.engine.name),
+            ("agreed", served.engine.name + ":agreed"),
+        ):
             got = served.score(CASE, text, name).json()["data"][0]["data"]
             wanted = by_hand(folder, CASE, text, head)
-            assert got == [pytest.approx(min(5, max(0, wanted)) if head == "score" else wanted, abs=1e-4)]
+            assert got == [
+                pytest.approx(min(5, max(0, wanted)) if head == "score" else wanted, abs=1e-4)
+            ]
 
 
 def test_concurrent_requests_get_the_answers_that_they_get_alone(served):
@@ -105,18 +115,38 @@ def test_an_empty_text_has_a_score_too(served):
 
 
 BAD = [
-    {}, {"messages": []}, {"messages": "x"}, {"messages": ["x"]}, {"messages": [{"role": "user"}]}, {"messages": [{"content": 3}]},
-    {"messages": {"content": "x"}}, {"input": "x"},
+    {},
+    {"messages": []},
+    {"messages": "x"},
+    {"messages": ["x"]},
+    {"messages": [{"role": "user"}]},
+    {"messages": [{"content": 3}]},
+    {"messages": {"content": "x"}},
+    {"input": "x"},
 ]
 
 
 def test_bad_requests_get_an_answer_in_the_openai_shape_and_the_server_lives(served):
     for body in BAD:
         reply = served.post(**body)
-        assert reply.status_code == 400 and set(reply.json()["error"]) == {"message", "type", "param", "code"}, body
-    for data in (b"{", b"\xff", b"[1]", b'"x"', b"[" * 50000, b'{"messages": [{"content": "half of \\ud83d"}]}'):
+        assert reply.status_code == 400 and set(reply.json()["error"]) == {
+            "message",
+            "type",
+            "param",
+            "code",
+        }, body
+    for data in (
+        b"{",
+        b"\xff",
+        b"[1]",
+        b'"x"',
+        b"[" * 50000,
+        b'{"messages": [{"content": "half of \\ud83d"}]}',
+    ):
         assert requests.post(served.root + "/pooling", data=data, timeout=20).status_code == 400
-    assert served.score(CASE, "x", "gpt-9").status_code == 404 == served.post("/nothing").status_code
+    assert (
+        served.score(CASE, "x", "gpt-9").status_code == 404 == served.post("/nothing").status_code
+    )
     assert requests.get(served.root + "/nothing", timeout=20).status_code == 404
     too_long = b"x" * (judge_server.LONGEST_REQUEST + 1)
     assert requests.post(served.root + "/pooling", data=too_long, timeout=20).status_code == 413
@@ -129,7 +159,9 @@ def test_bad_requests_get_an_answer_in_the_openai_shape_and_the_server_lives(ser
 def test_a_full_queue_answers_429_with_retry_after(served, monkeypatch):
     served.engine.queue.maxsize, gate = 2, threading.Event()
     features = served.engine.base.features
-    monkeypatch.setattr(served.engine.base, "features", lambda *pair: gate.wait(20) and features(*pair))
+    monkeypatch.setattr(
+        served.engine.base, "features", lambda *pair: gate.wait(20) and features(*pair)
+    )
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
         first = pool.submit(served.score, CASE, "One")
         while not first.running() or not served.engine.queue.empty():
@@ -138,7 +170,10 @@ def test_a_full_queue_answers_429_with_retry_after(served, monkeypatch):
         futures = [pool.submit(served.score, CASE, f"Text {i}") for i in range(5)]
         refused = [f for f in futures if f in concurrent.futures.wait(futures, timeout=2).done]
         assert len(refused) == 3
-        assert all(f.result().status_code == 429 and f.result().headers["Retry-After"] == "1" for f in refused)
+        assert all(
+            f.result().status_code == 429 and f.result().headers["Retry-After"] == "1"
+            for f in refused
+        )
         gate.set()
         assert [f.result().status_code for f in [first, *futures]].count(200) == 3
 
@@ -156,9 +191,15 @@ def test_a_failure_in_the_model_is_a_500_and_the_next_request_is_served(served):
     assert second.status_code == 200
 
 
-def test_clients_that_hang_up_leave_no_traceback_and_a_fault_of_ours_does(served, monkeypatch, capfd):
+def test_clients_that_hang_up_leave_no_traceback_and_a_fault_of_ours_does(
+    served, monkeypatch, capfd
+):
     before = threading.active_count()
-    for request in [b"GET /v1/models HTTP/1.1\r\n\r\n", b"POST /pooling HTTP/1.1\r\nContent-Length: 99\r\n\r\n{", b"GET"] * 5:
+    for request in [
+        b"GET /v1/models HTTP/1.1\r\n\r\n",
+        b"POST /pooling HTTP/1.1\r\nContent-Length: 99\r\n\r\n{",
+        b"GET",
+    ] * 5:
         with socket.create_connection(served.http.server_address) as one:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
             one.sendall(request)
@@ -190,7 +231,14 @@ def test_the_embedded_judge_ends_with_its_parent(how):
         "print(s.process.pid, s.url, flush=True); input(); s.close()"
     )
     pipe = subprocess.PIPE
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     child, url = parent.stdout.readline().split()
     assert alive(int(child)) and requests.get(url + "/models", timeout=20).status_code == 200
     if how == "close":

@@ -1,4 +1,5 @@
 """The report: what a run folder becomes, with texts that try to become a page of their own, in a real browser where there is one."""
+
 import dataclasses
 import json
 import re
@@ -6,11 +7,11 @@ import shutil
 import subprocess
 
 import pytest
+from helpers import tokenizer
+from test_measure import record
 
 import eval as evaluation
 import report
-from helpers import tokenizer
-from test_measure import record
 
 EVIL = '</script><script>document.title = "owned"</script><!-- <script> <img src=x onerror="document.title=1">\u2028 @@data@@ <b>&amp;"\''
 
@@ -20,25 +21,82 @@ def run(tmp_path):
     """A run folder of two steps, whose every text is evil."""
     folder = tmp_path / "run<b>"
     (folder / "eval").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model": EVIL, "recipe": "debug", "seed": 0, "train_tokens": "dialogue", "group_size": 2}))
-    step = {"reward_mean": 2.0, "reward_std": 0.5, "judge_failures": 1, "missing_rewards": 1, "agreed_rate": 0.5, "truncated_rate": 0.1,
-            "seconds_play": 3.0, "seconds_judge": 1.0, "seconds_learn": 2.0, "seconds_step": 6.0}
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model": EVIL,
+                "recipe": "debug",
+                "seed": 0,
+                "train_tokens": "dialogue",
+                "group_size": 2,
+            }
+        )
+    )
+    step = {
+        "reward_mean": 2.0,
+        "reward_std": 0.5,
+        "judge_failures": 1,
+        "missing_rewards": 1,
+        "agreed_rate": 0.5,
+        "truncated_rate": 0.1,
+        "seconds_play": 3.0,
+        "seconds_judge": 1.0,
+        "seconds_learn": 2.0,
+        "seconds_step": 6.0,
+    }
     held = {"reward": 2.1, "reward_low": 1.9, "reward_high": 2.2}
-    metrics = [{"step": 0, "heldout": held}, {"step": 1, **step}, {"step": 2, **step, "reward_mean": None, "reward_std": None},
-               {"step": 2, "heldout": held}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics) + '{"step": 3, "rewa')
+    metrics = [
+        {"step": 0, "heldout": held},
+        {"step": 1, **step},
+        {"step": 2, **step, "reward_mean": None, "reward_std": None},
+        {"step": 2, "heldout": held},
+    ]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(m) + "\n" for m in metrics) + '{"step": 3, "rewa'
+    )
     ids = tokenizer()("system: we share", add_special_tokens=False)["input_ids"]
     mask = [0] * (len(ids) - 3) + [1] * 3
     lines = []
     for at in (1, 2):
         for member, score in ((0, 3.5), (1, None)):
-            lines.append({**record("evil", member, [EVIL, EVIL], True, EVIL, score), "step": at, "group": 0, "stop": "agreed", "dilemma": EVIL,
-                          "personas": [{"name": EVIL, "creed": EVIL}, {"name": "Chen", "creed": "You."}], "advantage": None if score is None else 0.7,
-                          "judge": {"raw": EVIL, "failures": []}, "final_ids": [], "final_sample": None,
-                          "streams": [{"speaker": me, "samples": [{"ids": ids, "mask": mask, "logprobs": [-0.5] * len(ids)}]} for me in (0, 1)]})
+            lines.append(
+                {
+                    **record("evil", member, [EVIL, EVIL], True, EVIL, score),
+                    "step": at,
+                    "group": 0,
+                    "stop": "agreed",
+                    "dilemma": EVIL,
+                    "personas": [{"name": EVIL, "creed": EVIL}, {"name": "Chen", "creed": "You."}],
+                    "advantage": None if score is None else 0.7,
+                    "judge": {"raw": EVIL, "failures": []},
+                    "final_ids": [],
+                    "final_sample": None,
+                    "streams": [
+                        {
+                            "speaker": me,
+                            "samples": [{"ids": ids, "mask": mask, "logprobs": [-0.5] * len(ids)}],
+                        }
+                        for me in (0, 1)
+                    ],
+                }
+            )
     (folder / "dialogues.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    row = {"figure": EVIL, "of": "A - B", "value": None, "low": None, "high": None, "n": 0, "scenarios": 0, "missing": 2, "wins": 3}
-    found = {"settings": {"A": {"model": EVIL}}, "judge": EVIL, "rows": [row, {**row, "low": 1.0, "high": 2.0}]}
+    row = {
+        "figure": EVIL,
+        "of": "A - B",
+        "value": None,
+        "low": None,
+        "high": None,
+        "n": 0,
+        "scenarios": 0,
+        "missing": 2,
+        "wins": 3,
+    }
+    found = {
+        "settings": {"A": {"model": EVIL}},
+        "judge": EVIL,
+        "rows": [row, {**row, "low": 1.0, "high": 2.0}],
+    }
     (folder / "eval" / "conflict.json").write_text(json.dumps(found))
     checkpoint = folder / "checkpoints" / "step_000002"
     checkpoint.mkdir(parents=True)
@@ -55,51 +113,103 @@ def make(folder, *flags):
 
 def test_no_text_becomes_part_of_the_page(run):
     page = make(run, "--baseline", str(run))
-    assert page.count("<script") == 2 and page.count("</script>") == 2 and "<!--" not in page  # ours: the data, and the reader
+    assert (
+        page.count("<script") == 2 and page.count("</script>") == 2 and "<!--" not in page
+    )  # ours: the data, and the reader
     assert "<img src=x" not in page and "run<b>" not in page and "run&lt;b&gt;" in page
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))
-    assert data[0]["dialogues"][0]["final"] == EVIL and data[0]["dilemma"] == EVIL  # and yet nothing is lost
-    shell = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)  # what it loads comes from within
-    assert [place for place in re.findall(r"""\b(?:src|href|url)\b\s*[=(]\s*["']?(.{5})""", shell) if place not in ("data:", "x one")] == []
+    assert (
+        data[0]["dialogues"][0]["final"] == EVIL and data[0]["dilemma"] == EVIL
+    )  # and yet nothing is lost
+    shell = re.sub(
+        r"<script.*?</script>", "", page, flags=re.DOTALL
+    )  # what it loads comes from within
+    assert [
+        place
+        for place in re.findall(r"""\b(?:src|href|url)\b\s*[=(]\s*["']?(.{5})""", shell)
+        if place not in ("data:", "x one")
+    ] == []
     assert "default-src 'none'" in page and page.count("data:image/svg+xml") == 7
 
 
 def test_gains_compare_what_both_runs_played(run):
-    mine, theirs = ({**{(step, name): float(step) for step in range(1, 7) for name in "ab"}, (6, "b"): 9.0}, {(step, "a"): 0.5 for step in range(2, 9)})
+    mine, theirs = (
+        {**{(step, name): float(step) for step in range(1, 7) for name in "ab"}, (6, "b"): 9.0},
+        {(step, "a"): 0.5 for step in range(2, 9)},
+    )
     of = lambda scores: dataclasses.replace(report.read_run(run), scores=scores)
     rows, row = report.gains(of(mine), of(theirs))
-    assert rows == [{"step": step, "gain": step - 0.5} for step in range(2, 7)]  # step 1 and scenario b are in one run only
-    assert (row["value"], row["n"], row["scenarios"], row["low"]) == (5.0, 2, 1, None)  # steps 5 and 6 of 2 to 6
+    assert rows == [
+        {"step": step, "gain": step - 0.5} for step in range(2, 7)
+    ]  # step 1 and scenario b are in one run only
+    assert (row["value"], row["n"], row["scenarios"], row["low"]) == (
+        5.0,
+        2,
+        1,
+        None,
+    )  # steps 5 and 6 of 2 to 6
     mine[5, "b"], theirs[5, "b"] = 1.5, 1.0
     assert report.gains(of(mine), of(theirs))[1]["value"] == 3.5
-    assert report.read_run(run).scores == {(1, "evil"): 3.5, (2, "evil"): 3.5}  # a missing reward is missing
+    assert report.read_run(run).scores == {
+        (1, "evil"): 3.5,
+        (2, "evil"): 3.5,
+    }  # a missing reward is missing
     assert report.gains(of(mine), of({})) == ([], {**row, "value": None, "n": 0, "scenarios": 0})
     page = make(run, "--baseline", str(run))
-    assert "<b>+0.00</b>" in page and "last third of the steps (no interval)" in page and "same scenarios" not in make(run)
+    assert (
+        "<b>+0.00</b>" in page
+        and "last third of the steps (no interval)" in page
+        and "same scenarios" not in make(run)
+    )
 
 
 def test_the_reader_shows_what_was_trained(run):
     data = json.loads(re.search(r'id="data">(.*?)</script>', make(run), re.DOTALL).group(1))
     dialogues = data[0]["dialogues"]
-    assert [d["label"] for d in dialogues] == [f"step {s}, training, {r} of 2" for s, r in ((1, "best"), (1, "worst"), (2, "worst"), (2, "best"))]
-    assert [d["reward"] for d in dialogues] == [3.5, None, None, 3.5] and dialogues[0]["raw"] == EVIL
+    assert [d["label"] for d in dialogues] == [
+        f"step {s}, training, {r} of 2"
+        for s, r in ((1, "best"), (1, "worst"), (2, "worst"), (2, "best"))
+    ]
+    assert [d["reward"] for d in dialogues] == [3.5, None, None, 3.5] and dialogues[0][
+        "raw"
+    ] == EVIL
     read, *sampled = dialogues[0]["streams"][1]["spans"]
-    assert read[1] is None and [logp for _, logp in sampled] == [-0.5] * 3 and read[0] + "".join(text for text, _ in sampled) == "system: we share"
+    assert (
+        read[1] is None
+        and [logp for _, logp in sampled] == [-0.5] * 3
+        and read[0] + "".join(text for text, _ in sampled) == "system: we share"
+    )
 
 
 def test_only_the_first_and_last_step_are_kept(run):
     lines = [json.loads(line) for line in (run / "dialogues.jsonl").read_text().splitlines()]
-    (run / "dialogues.jsonl").write_text("".join(json.dumps({**line, "step": step}) + "\n" for step in range(1, 6) for line in lines[:2]))
-    (run / "heldout.jsonl").write_text("".join(json.dumps({**line, "step": step}) + "\n" for step in (0, 3, 5) for line in lines[:1]))
+    (run / "dialogues.jsonl").write_text(
+        "".join(
+            json.dumps({**line, "step": step}) + "\n" for step in range(1, 6) for line in lines[:2]
+        )
+    )
+    (run / "heldout.jsonl").write_text(
+        "".join(
+            json.dumps({**line, "step": step}) + "\n" for step in (0, 3, 5) for line in lines[:1]
+        )
+    )
     kept = report.read_run(run).kept["evil"]
-    assert sorted(kept) == [(0, "held out"), (1, "training"), (5, "held out"), (5, "training")] and len(report.read_run(run).diverse) == 5
+    assert (
+        sorted(kept) == [(0, "held out"), (1, "training"), (5, "held out"), (5, "training")]
+        and len(report.read_run(run).diverse) == 5
+    )
 
 
 def test_a_run_without_a_checkpoint_has_no_tokens(run, capsys):
     shutil.rmtree(run / "checkpoints" / "step_000002")
     page = make(run, "--scenarios", "1")
     assert "no tokens in the transcripts" in capsys.readouterr().err
-    assert json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))[0]["dialogues"][0]["streams"] == []
+    assert (
+        json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))[0][
+            "dialogues"
+        ][0]["streams"]
+        == []
+    )
 
 
 def test_a_run_that_has_just_begun(run):
@@ -113,14 +223,33 @@ def test_a_run_that_has_just_begun(run):
 # ---- in a browser --------------------------------------------------------------------------------------------------------------
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; Debian's package is called chromium")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--window-size=1200,3000", "--virtual-time-budget=3000"]
+browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here; Debian's package is called chromium"
+)
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+    "--window-size=1200,3000",
+    "--virtual-time-budget=3000",
+]
 
 
 def open_page(page, folder):
     """(the page's elements once its script has run, lines that it wrote to the console)."""
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", page.as_uri()]
+    command = [
+        CHROMIUM,
+        *FLAGS,
+        f"--user-data-dir={folder / 'profile'}",
+        "--dump-dom",
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
@@ -131,14 +260,29 @@ def test_the_page_works_and_no_text_runs(run, tmp_path):
     make(run)
     dom, console = open_page(run / "report.html", tmp_path)
     assert console == [] and "owned" not in re.search(r"<title>(.*?)</title>", dom).group(1)
-    assert dom.count('class="pane"') == 2 and dom.count('class="final"') == 2 and dom.count("<i title=") == 2 * 2 * 3
-    assert dom.count("score 3.50") == 2 and "step 1, training, best of 2" in dom and "step 2, training, best of 2" in dom and "advantage +0.70" in dom
-    assert dom.count("background: rgba(60, 120, 220, 0.28)") == 12 and "<img src=x" not in dom.replace("&lt;", "")
+    assert (
+        dom.count('class="pane"') == 2
+        and dom.count('class="final"') == 2
+        and dom.count("<i title=") == 2 * 2 * 3
+    )
+    assert (
+        dom.count("score 3.50") == 2
+        and "step 1, training, best of 2" in dom
+        and "step 2, training, best of 2" in dom
+        and "advantage +0.70" in dom
+    )
+    assert dom.count(
+        "background: rgba(60, 120, 220, 0.28)"
+    ) == 12 and "<img src=x" not in dom.replace("&lt;", "")
     lines = (run / "dialogues.jsonl").read_text().splitlines(keepends=True)
     (run / "dialogues.jsonl").write_text("".join(lines[:2]))  # one step: its worst beside its best
     make(run)
     dom, console = open_page(run / "report.html", tmp_path)
-    assert console == [] and dom.count("score 3.50") == 1 == dom.count("score missing") and dom.count("background: rgba(60, 120, 220, 0.28)") == 6
+    assert (
+        console == []
+        and dom.count("score 3.50") == 1 == dom.count("score missing")
+        and dom.count("background: rgba(60, 120, 220, 0.28)") == 6
+    )
 
 
 @browser

@@ -1,4 +1,5 @@
 """train.py as a person meets it: what a run leaves behind, what it says to bad input, how it stops."""
+
 import collections
 import contextlib
 import dataclasses
@@ -9,22 +10,65 @@ import signal
 import time
 import types
 
+import helpers
 import pytest
 import torch
+from servers import REPLIES, JudgeServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import cli
 import data_gen
-import helpers
 import model as lm
 import runs
 import train
-from servers import REPLIES, JudgeServer
 
-METRICS = set("""step reward_mean reward_std reward_min reward_max agreed_rate turns_mean judge_failures uniform_groups truncated_rate loss grad_norm
-clip_frac kl_ref entropy logprob_gap sampled_tokens trained_tokens seconds_play seconds_judge seconds_learn seconds_step peak_memory_gb""".split())
-DIALOGUE = set("step scenario_id group member personas dilemma streams turns agreed stop final final_ids reward advantage judge".split())
+METRICS = set(
+    [
+        "step",
+        "reward_mean",
+        "reward_std",
+        "reward_min",
+        "reward_max",
+        "agreed_rate",
+        "turns_mean",
+        "judge_failures",
+        "uniform_groups",
+        "truncated_rate",
+        "loss",
+        "grad_norm",
+        "clip_frac",
+        "kl_ref",
+        "entropy",
+        "logprob_gap",
+        "sampled_tokens",
+        "trained_tokens",
+        "seconds_play",
+        "seconds_judge",
+        "seconds_learn",
+        "seconds_step",
+        "peak_memory_gb",
+    ]
+)
+DIALOGUE = set(
+    [
+        "step",
+        "scenario_id",
+        "group",
+        "member",
+        "personas",
+        "dilemma",
+        "streams",
+        "turns",
+        "agreed",
+        "stop",
+        "final",
+        "final_ids",
+        "reward",
+        "advantage",
+        "judge",
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,28 +97,57 @@ def test_metrics_keep_the_contract(finished):
     rows = runs.rows(finished[0])
     assert [r["step"] for r in rows] == [1, 2, 3]
     for row in rows:
-        assert METRICS <= row.keys()
-        assert row["judge_failures"] == 0 and row["missing_rewards"] == 0 and not row["skipped"] and row["grad_norm"] > 0
-        assert 0 < row["reward_min"] <= row["reward_mean"] <= row["reward_max"] <= 5 and row["logprob_gap"] < 1e-4 and row["kl_ref"] == 0
-        assert row["seconds_step"] == pytest.approx(row["seconds_play"] + row["seconds_judge"] + row["seconds_learn"], abs=1e-3)
+        assert row.keys() >= METRICS
+        assert (
+            row["judge_failures"] == 0
+            and row["missing_rewards"] == 0
+            and not row["skipped"]
+            and row["grad_norm"] > 0
+        )
+        assert (
+            0 < row["reward_min"] <= row["reward_mean"] <= row["reward_max"] <= 5
+            and row["logprob_gap"] < 1e-4
+            and row["kl_ref"] == 0
+        )
+        assert row["seconds_step"] == pytest.approx(
+            row["seconds_play"] + row["seconds_judge"] + row["seconds_learn"], abs=1e-3
+        )
 
 
 def test_dialogues_keep_the_contract(finished, tiny):
     rows, chat = runs.rows(finished[0], "dialogues.jsonl"), AutoTokenizer.from_pretrained(tiny)
-    assert [(r["step"], r["group"], r["member"]) for r in rows] == [(s, g, m) for s in (1, 2, 3) for g in (0, 1) for m in range(3)]
+    assert [(r["step"], r["group"], r["member"]) for r in rows] == [
+        (s, g, m) for s in (1, 2, 3) for g in (0, 1) for m in range(3)
+    ]
     for row in rows:
-        assert DIALOGUE <= row.keys() and row["reward"] is not None and len(row["turns"]) == 2 and row["stop"] == "max_turns"
+        assert (
+            row.keys() >= DIALOGUE
+            and row["reward"] is not None
+            and len(row["turns"]) == 2
+            and row["stop"] == "max_turns"
+        )
         for stream, turn in zip(row["streams"], row["turns"]):
-            sample, = stream["samples"]
-            assert len(sample["ids"]) == len(sample["mask"]) == len(sample["logprobs"]) and stream["speaker"] == turn["speaker"]
-            said = chat.decode([i for i, m in zip(sample["ids"], sample["mask"]) if m], skip_special_tokens=True)
-            assert said.strip() == turn["text"] and all(p < 0 for p, m in zip(sample["logprobs"], sample["mask"]) if m)
+            (sample,) = stream["samples"]
+            assert (
+                len(sample["ids"]) == len(sample["mask"]) == len(sample["logprobs"])
+                and stream["speaker"] == turn["speaker"]
+            )
+            said = chat.decode(
+                [i for i, m in zip(sample["ids"], sample["mask"]) if m], skip_special_tokens=True
+            )
+            assert said.strip() == turn["text"] and all(
+                p < 0 for p, m in zip(sample["logprobs"], sample["mask"]) if m
+            )
         assert chat.decode(row["final_ids"], skip_special_tokens=True).strip() == row["final"]
-        assert row["reward"] == pytest.approx(min(5.0, len(set(row["final"])) / 8), abs=1.0)  # the judge sees it tidied
+        assert row["reward"] == pytest.approx(
+            min(5.0, len(set(row["final"])) / 8), abs=1.0
+        )  # the judge sees it tidied
     for step in (1, 2, 3):
         for g in (0, 1):
             group = [r for r in rows if r["step"] == step and r["group"] == g]
-            wanted = train.grpo.group_advantages(torch.tensor([[r["reward"] for r in group]], dtype=torch.float64))[0].tolist()
+            wanted = train.grpo.group_advantages(
+                torch.tensor([[r["reward"] for r in group]], dtype=torch.float64)
+            )[0].tolist()
             assert [r["advantage"] for r in group] == pytest.approx(wanted)
             assert len({json.dumps([r["dilemma"], r["personas"]]) for r in group}) == 1
 
@@ -83,23 +156,41 @@ def test_checkpoints_load_like_any_model(finished, tiny):
     folders = sorted((finished[0] / "checkpoints").iterdir())
     assert [f.name for f in folders] == ["step_000002", "step_000003"]
     for folder in folders:
-        loaded, _ = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        loaded, _ = (
+            AutoModelForCausalLM.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder),
+        )
         logits = loaded(torch.tensor([[5, 6, 7]])).logits
-        assert torch.isfinite(logits).all() and not torch.equal(logits, AutoModelForCausalLM.from_pretrained(tiny)(torch.tensor([[5, 6, 7]])).logits)
+        assert torch.isfinite(logits).all() and not torch.equal(
+            logits, AutoModelForCausalLM.from_pretrained(tiny)(torch.tensor([[5, 6, 7]])).logits
+        )
         assert lm.load(str(folder))[0].config.model_type == "llama"
     config = json.loads((finished[0] / "config.json").read_text())
     assert config["group_size"] == 3 and config["lr"] == 1e-3 and config["recipe"] == "debug"
     assert set(config) == {f for f in train.Settings.__dataclass_fields__} | {"contents"}
-    assert config["judge_mode"] == "json" and config["judge_model"] == "scripted"  # as they were found
+    assert (
+        config["judge_mode"] == "json" and config["judge_model"] == "scripted"
+    )  # as they were found
 
 
 def test_the_terminal_shows_each_step_and_a_transcript(finished):
     said = finished[1]
-    assert all(f"step {s}/3" in said for s in (1, 2, 3)) and said.count("dilemma:") == 3 and "checkpoint" in said and str(finished[0]) in said
+    assert (
+        all(f"step {s}/3" in said for s in (1, 2, 3))
+        and said.count("dilemma:") == 3
+        and "checkpoint" in said
+        and str(finished[0]) in said
+    )
     assert "2 scenarios over and over (--epoch-steps 0: all), 2 x 3 dialogues a step" in said
-    earned = {s: [r["reward"] for r in runs.rows(finished[0], "dialogues.jsonl") if r["step"] == s] for s in (1, 2, 3)}
+    earned = {
+        s: [r["reward"] for r in runs.rows(finished[0], "dialogues.jsonl") if r["step"] == s]
+        for s in (1, 2, 3)
+    }
     for s in (2, 3):
-        assert f"epoch {s}: reward {sum(earned[s]) / 6:.2f}, in the first epoch {sum(earned[1]) / 6:.2f} on the same 2 scenarios" in said
+        assert (
+            f"epoch {s}: reward {sum(earned[s]) / 6:.2f}, in the first epoch {sum(earned[1]) / 6:.2f} on the same 2 scenarios"
+            in said
+        )
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------------------
@@ -130,14 +221,26 @@ BAD = {
     "unknown recipe": (dict(recipe="best"), r"--recipe.*best"),
     "word for a number": (dict(group_size="many"), r"--group-size.*many"),
     "no dialogue to train": (dict(max_turns=0), r"--max-turns 0.*--train-tokens final"),
-    "greedy finals trained": (dict(train_tokens="final", final_temperature=0), r"--final-temperature 0"),
+    "greedy finals trained": (
+        dict(train_tokens="final", final_temperature=0),
+        r"--final-temperature 0",
+    ),
     "a KL under a nucleus": (dict(beta=0.1, top_p=0.9), r"--beta.*--top-p 1"),
-    "no room for a turn": (dict(turn_tokens=1200, final_tokens=500), r"--turn-tokens, --final-tokens.*4096"),
-    "unreachable judge": (dict(judge_url="http://127.0.0.1:9/v1", judge_attempts=1, judge_wait=0), r"127.0.0.1:9"),
+    "no room for a turn": (
+        dict(turn_tokens=1200, final_tokens=500),
+        r"--turn-tokens, --final-tokens.*4096",
+    ),
+    "unreachable judge": (
+        dict(judge_url="http://127.0.0.1:9/v1", judge_attempts=1, judge_wait=0),
+        r"127.0.0.1:9",
+    ),
     "judge that is no address": (dict(judge_url="localhost:8000"), r"--judge-url"),
     "no scenarios file": (dict(scenarios="/no/such/file.jsonl"), r"/no/such/file.jsonl"),
     "no run to resume": (dict(resume="/no/such/run", out=None), r"--resume /no/such/run"),
-    "budget that ends before it begins": (dict(judge_budget=1, judge_mode="auto"), r"--judge-budget 1"),
+    "budget that ends before it begins": (
+        dict(judge_budget=1, judge_mode="auto"),
+        r"--judge-budget 1",
+    ),
     "a rubric that is none": (dict(rubric="/dev/null"), r"--rubric /dev/null"),
 }
 
@@ -152,14 +255,42 @@ def test_bad_input_gets_one_line(case, tiny, judge, tmp_path, capfd):
 
 def test_the_recipes_are_the_papers(tmp_path):
     """The tables of arXiv 2603.10476 (and of its single-agent baseline), as readers' notes give them; what they leave open is ours."""
-    paper, single = (train.read_settings(["--recipe", name, "--model", "M"]) for name in ("paper", "paper-single"))
-    assert (paper.max_turns, paper.context_turns, paper.agreement, paper.on_impasse) == (7, 2, "judge", "zero")
+    paper, single = (
+        train.read_settings(["--recipe", name, "--model", "M"])
+        for name in ("paper", "paper-single")
+    )
+    assert (paper.max_turns, paper.context_turns, paper.agreement, paper.on_impasse) == (
+        7,
+        2,
+        "judge",
+        "zero",
+    )
     assert (paper.group_size, paper.lr, paper.beta, paper.steps) == (8, 5e-6, 0.0, 1900)
-    assert paper.group_size * paper.scenarios_per_step == 16 and (paper.advantage_scale, paper.aggregate) == ("std", "token")
-    assert (paper.temperature, paper.top_p, paper.final_temperature, paper.final_top_p) == (0.7, 0.95, 0.1, 0.95)
-    assert paper.train_tokens == "dialogue" and paper.updates_per_rollout == 1 and paper.judge_sees == "final"
-    assert (single.max_turns, single.train_tokens, single.beta, single.steps) == (0, "final", 0.04, 2150)
-    assert single.group_size * single.scenarios_per_step == 32 and (single.final_temperature, single.final_top_p) == (1.0, 1.0)
+    assert paper.group_size * paper.scenarios_per_step == 16 and (
+        paper.advantage_scale,
+        paper.aggregate,
+    ) == ("std", "token")
+    assert (paper.temperature, paper.top_p, paper.final_temperature, paper.final_top_p) == (
+        0.7,
+        0.95,
+        0.1,
+        0.95,
+    )
+    assert (
+        paper.train_tokens == "dialogue"
+        and paper.updates_per_rollout == 1
+        and paper.judge_sees == "final"
+    )
+    assert (single.max_turns, single.train_tokens, single.beta, single.steps) == (
+        0,
+        "final",
+        0.04,
+        2150,
+    )
+    assert single.group_size * single.scenarios_per_step == 32 and (
+        single.final_temperature,
+        single.final_top_p,
+    ) == (1.0, 1.0)
 
 
 def test_every_rank_has_a_group_of_its_own(monkeypatch):
@@ -167,26 +298,52 @@ def test_every_rank_has_a_group_of_its_own(monkeypatch):
     of = lambda *flags: train.read_settings(list(flags)).scenarios_per_step
     for ranks, debug, baseline in (("1", 2, 4), ("2", 2, 4), ("3", 3, 6), ("8", 8, 8)):
         monkeypatch.setenv("WORLD_SIZE", ranks)
-        assert (of(), of("--recipe", "paper-single"), of("--scenarios-per-step", "5")) == (debug, baseline, 5)
+        assert (of(), of("--recipe", "paper-single"), of("--scenarios-per-step", "5")) == (
+            debug,
+            baseline,
+            5,
+        )
 
 
 def test_the_single_recipe_differs_from_the_debug_recipe_in_one_thing():
-    debug, single = (dataclasses.asdict(train.read_settings(["--recipe", name])) for name in ("debug", "single"))
+    debug, single = (
+        dataclasses.asdict(train.read_settings(["--recipe", name])) for name in ("debug", "single")
+    )
     differ = {key: single[key] for key in single if single[key] != debug[key]}
-    assert differ == {"recipe": "single", "max_turns": 0, "train_tokens": "final", "agreement": "none"}  # an answer instead of a negotiation
+    assert differ == {
+        "recipe": "single",
+        "max_turns": 0,
+        "train_tokens": "final",
+        "agreement": "none",
+    }  # an answer instead of a negotiation
 
 
 def test_a_broken_scenarios_file_is_named_with_its_line(tiny, judge, tmp_path, capfd):
-    good = json.dumps({"id": "a", "tier": "everyday", "dilemma": "Who gets the water?",
-                       "personas": [{"name": "A", "creed": "Me."}, {"name": "B", "creed": "You."}]})
+    good = json.dumps(
+        {
+            "id": "a",
+            "tier": "everyday",
+            "dilemma": "Who gets the water?",
+            "personas": [{"name": "A", "creed": "Me."}, {"name": "B", "creed": "You."}],
+        }
+    )
     file = tmp_path / "mine.jsonl"
     file.write_text(good + "\n" + good.replace('"a"', '"b"')[:-3] + "\n")
-    assert f"{file}:2" in complaint(runs.flags(tiny, judge.url, tmp_path / "run", scenarios=file), capfd)
+    assert f"{file}:2" in complaint(
+        runs.flags(tiny, judge.url, tmp_path / "run", scenarios=file), capfd
+    )
 
 
-def test_a_resumed_run_keeps_its_rubric_and_its_scenarios_whatever_their_paths(tiny, judge, tmp_path, capfd):
+def test_a_resumed_run_keeps_its_rubric_and_its_scenarios_whatever_their_paths(
+    tiny, judge, tmp_path, capfd
+):
     """PITFALLS 37: contents are compared, not names; a server may move."""
-    line = {"id": "a", "tier": "everyday", "dilemma": "Who gets the water?", "personas": list(helpers.PERSONAS)}
+    line = {
+        "id": "a",
+        "tier": "everyday",
+        "dilemma": "Who gets the water?",
+        "personas": list(helpers.PERSONAS),
+    }
     file, rubric, out = tmp_path / "mine.jsonl", tmp_path / "rubric.json", tmp_path / "run"
     file.write_text(json.dumps(line) + "\n")
     rubric.write_text(json.dumps(train.reward.RUBRIC))
@@ -195,16 +352,35 @@ def test_a_resumed_run_keeps_its_rubric_and_its_scenarios_whatever_their_paths(t
     moved = tmp_path / "moved.jsonl"
     file.rename(moved)
     with runs.judge() as elsewhere:
-        code, _, err = runs.Run(["--resume", str(out), "--steps", "2", "--scenarios", str(moved), "--judge-url", elsewhere.url]).wait()
+        code, _, err = runs.Run(
+            [
+                "--resume",
+                str(out),
+                "--steps",
+                "2",
+                "--scenarios",
+                str(moved),
+                "--judge-url",
+                elsewhere.url,
+            ]
+        ).wait()
     assert code == 0, err
     resume = ["--resume", str(out), "--steps", "3", "--judge-url", judge.url]
     moved.write_text(json.dumps({**line, "dilemma": "Who gets the wine?"}) + "\n")
-    assert "other scenarios than the run began with" in complaint([*resume, "--scenarios", str(moved)], capfd)
+    assert "other scenarios than the run began with" in complaint(
+        [*resume, "--scenarios", str(moved)], capfd
+    )
     moved.write_text(json.dumps(line) + "\n")
     rubric.write_text(json.dumps({**train.reward.RUBRIC, "parties": "Only the first one counts."}))
-    assert "other rubric than the run began with" in complaint([*resume, "--scenarios", str(moved)], capfd)
-    assert "--judge-model would change the mathematics" in complaint([*resume, "--judge-model", "other"], capfd)
-    assert "--judge-mode would change the mathematics" in complaint([*resume, "--judge-mode", "expect"], capfd)
+    assert "other rubric than the run began with" in complaint(
+        [*resume, "--scenarios", str(moved)], capfd
+    )
+    assert "--judge-model would change the mathematics" in complaint(
+        [*resume, "--judge-model", "other"], capfd
+    )
+    assert "--judge-mode would change the mathematics" in complaint(
+        [*resume, "--judge-mode", "expect"], capfd
+    )
     assert runs.Run([*resume, "--scenarios", str(moved), "--force"]).wait()[0] == 0
     assert [r["step"] for r in runs.rows(out)] == [1, 2, 3]
 
@@ -212,7 +388,10 @@ def test_a_resumed_run_keeps_its_rubric_and_its_scenarios_whatever_their_paths(t
 def test_a_reward_model_cannot_tell_whether_they_agree(tiny, tmp_path, capfd):
     with JudgeServer(lambda text: len(set(text)) / 8, offers=("pooling",)) as server:
         flags = runs.flags(tiny, server.url, tmp_path / "run", judge_mode=None)
-        assert "is a reward model and knows scores only; add --agreement marker, or none" in complaint([*flags, "--agreement", "judge"], capfd)
+        assert (
+            "is a reward model and knows scores only; add --agreement marker, or none"
+            in complaint([*flags, "--agreement", "judge"], capfd)
+        )
         assert not (tmp_path / "run").exists()
         code, _, err = runs.Run(flags, ranks=2).wait()  # asked alike by both ranks
         assert code == 0, err
@@ -233,18 +412,26 @@ def test_a_folder_that_holds_something_is_left_alone(finished, tiny, judge, tmp_
 def test_a_folder_has_one_writer(tmp_path):
     with contextlib.ExitStack() as one:
         checkpoint.claim(tmp_path / "a" / "run", one)
-        with pytest.raises(cli.UserError, match="another run is writing there"), contextlib.ExitStack() as two:
+        with (
+            pytest.raises(cli.UserError, match="another run is writing there"),
+            contextlib.ExitStack() as two,
+        ):
             checkpoint.claim(tmp_path / "a" / "run", two)
     with contextlib.ExitStack() as later:
         checkpoint.claim(tmp_path / "a" / "run", later)
     (tmp_path / "file").write_text("")
-    with pytest.raises(cli.UserError, match="--out .*file/run: cannot be made"), contextlib.ExitStack() as stack:
+    with (
+        pytest.raises(cli.UserError, match="--out .*file/run: cannot be made"),
+        contextlib.ExitStack() as stack,
+    ):
         checkpoint.claim(tmp_path / "file" / "run", stack)
 
 
 def test_held_out_scenarios_are_of_all_kinds_and_never_trained_on():
     scenarios, held = train.divide(train.Settings(epoch_steps=0, eval_every=1, eval_scenarios=8))
-    topics = {row["id"]: row["topic"] for row in data_gen.load_jsonl(data_gen.DATA / "dilemmas.jsonl")}
+    topics = {
+        row["id"]: row["topic"] for row in data_gen.load_jsonl(data_gen.DATA / "dilemmas.jsonl")
+    }
     assert len(held) == 8 == len({topics[s.id] for s in held}) and len({s.tier for s in held}) == 3
     assert len(scenarios) == 312 and not {s.id for s in scenarios} & {s.id for s in held}
     assert train.divide(train.Settings())[1] == []
@@ -255,10 +442,15 @@ def test_an_epoch_of_five_steps_plays_the_same_scenarios_over_and_over():
     for seed in (0, 1):
         cfg = train.Settings(seed=seed, eval_every=1)
         scenarios, held = train.divide(cfg)
-        steps = [[group[0].scenario.id for group in train.deal(scenarios, cfg, step, alone)] for step in range(1, 11)]
+        steps = [
+            [group[0].scenario.id for group in train.deal(scenarios, cfg, step, alone)]
+            for step in range(1, 11)
+        ]
         few[seed] = {s.id for s in scenarios}
         assert len(few[seed]) == 10 and not few[seed] & {s.id for s in held}
-        assert all(set(sum(steps[i:i + 5], [])) == few[seed] for i in (0, 5))  # each once in each epoch
+        assert all(
+            set(sum(steps[i : i + 5], [])) == few[seed] for i in (0, 5)
+        )  # each once in each epoch
         assert steps[:5] != steps[5:]  # in another order
     assert few[0] != few[1]
 
@@ -266,35 +458,70 @@ def test_an_epoch_of_five_steps_plays_the_same_scenarios_over_and_over():
 def test_a_scenario_that_comes_twice_in_a_step_is_played_by_other_members():
     cfg, one = train.Settings(scenarios_per_step=3), [helpers.scenario("only")]
     whole = train.deal(one, cfg, 1, types.SimpleNamespace(rank=0, size=1))
-    assert [[d.member for d in group] for group in whole] == [[*range(6)], [*range(6, 12)], [*range(12, 18)]]
-    shares = [train.deal(one, cfg, 1, types.SimpleNamespace(rank=rank, size=3))[0] for rank in range(3)]
-    assert [[d.member for d in group] for group in shares] == [[d.member for d in group] for group in whole]
-    for step in range(1, 9):  # three scenarios, two a step: every other step holds the end of one epoch and the beginning of the next
-        groups = train.deal([helpers.scenario(name) for name in "abc"], train.Settings(), step, types.SimpleNamespace(rank=0, size=1))
+    assert [[d.member for d in group] for group in whole] == [
+        [*range(6)],
+        [*range(6, 12)],
+        [*range(12, 18)],
+    ]
+    shares = [
+        train.deal(one, cfg, 1, types.SimpleNamespace(rank=rank, size=3))[0] for rank in range(3)
+    ]
+    assert [[d.member for d in group] for group in shares] == [
+        [d.member for d in group] for group in whole
+    ]
+    for step in range(
+        1, 9
+    ):  # three scenarios, two a step: every other step holds the end of one epoch and the beginning of the next
+        groups = train.deal(
+            [helpers.scenario(name) for name in "abc"],
+            train.Settings(),
+            step,
+            types.SimpleNamespace(rank=0, size=1),
+        )
         assert len({(d.scenario.id, d.member) for group in groups for d in group}) == 12
 
 
 def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
     cfg, row = train.Settings(scenarios_per_step=2), lambda *pairs: {"rewards": dict(pairs)}
-    rows = [row(("a", 1.0), ("b", 2.0)), row(("c", 3.0), ("d", None)), {"heldout": {}}, row(("d", 5.0), ("a", 2.0)), row(("b", 2.5), ("c", 3.0))]
+    rows = [
+        row(("a", 1.0), ("b", 2.0)),
+        row(("c", 3.0), ("d", None)),
+        {"heldout": {}},
+        row(("d", 5.0), ("a", 2.0)),
+        row(("b", 2.5), ("c", 3.0)),
+    ]
     assert [train.epoch_news(rows, step, cfg, 4) for step in (1, 2, 3)] == [""] * 3
-    assert train.epoch_news(rows, 4, cfg, 4) == ("    epoch 2: reward 2.50, in the first epoch 2.00 on the same 3 scenarios: +0.50 "
-                                                 "(standard error 0.29), higher on 2")  # differences 1, 0.5, 0; d has no first reward
-    assert train.epoch_news(rows[:3], 4, cfg, 4) == ""  # the lines of an older run have no rewards, or too few
+    assert train.epoch_news(rows, 4, cfg, 4) == (
+        "    epoch 2: reward 2.50, in the first epoch 2.00 on the same 3 scenarios: +0.50 "
+        "(standard error 0.29), higher on 2"
+    )  # differences 1, 0.5, 0; d has no first reward
+    assert (
+        train.epoch_news(rows[:3], 4, cfg, 4) == ""
+    )  # the lines of an older run have no rewards, or too few
 
 
 def test_an_epoch_has_room_for_every_rank_and_never_cuts_what_somebody_brings(monkeypatch):
     count = lambda *flags: len(train.divide(train.read_settings(list(flags)))[0])
     everything = count("--recipe", "paper")
-    assert everything == 320 == count("--epoch-steps", "0") == count("--recipe", "paper-single") == count("--scenarios", str(data_gen.DATA / "dilemmas.jsonl"))
+    assert (
+        everything
+        == 320
+        == count("--epoch-steps", "0")
+        == count("--recipe", "paper-single")
+        == count("--scenarios", str(data_gen.DATA / "dilemmas.jsonl"))
+    )
     assert count() == count("--recipe", "single") == 10 and count("--epoch-steps", "3") == 6
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert count() == 40
 
 
 def test_lines_are_json_whatever_a_step_came_to(tmp_path):
-    checkpoint.append(tmp_path / "x", [{"a": math.nan, "b": math.inf, "c": [1.0], "d": None, "e": "nan", "f": 2}])
-    assert (tmp_path / "x").read_text() == '{"a": null, "b": null, "c": [1.0], "d": null, "e": "nan", "f": 2}\n'
+    checkpoint.append(
+        tmp_path / "x", [{"a": math.nan, "b": math.inf, "c": [1.0], "d": None, "e": "nan", "f": 2}]
+    )
+    assert (
+        tmp_path / "x"
+    ).read_text() == '{"a": null, "b": null, "c": [1.0], "d": null, "e": "nan", "f": 2}\n'
 
 
 def test_a_signal_between_two_steps_plays_nothing_more():
@@ -304,11 +531,23 @@ def test_a_signal_between_two_steps_plays_nothing_more():
 
 def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(tiny, judge, tmp_path):
     out = tmp_path / "run"
-    assert runs.Run(runs.flags(tiny, judge.url, out, steps=2, eval_every=2, eval_scenarios=2)).wait()[0] == 0
+    assert (
+        runs.Run(runs.flags(tiny, judge.url, out, steps=2, eval_every=2, eval_scenarios=2)).wait()[
+            0
+        ]
+        == 0
+    )
     lines = (out / "metrics.jsonl").read_text().splitlines()
     whole = [json.loads(line) for line in lines]
-    assert [(r["step"], "heldout" in r) for r in whole] == [(0, True), (1, False), (2, False), (2, True)]
-    assert whole[3]["heldout"]["judge_calls"] == 4 and whole[1]["judge_calls"] == 6  # those of an evaluation stand in its own line
+    assert [(r["step"], "heldout" in r) for r in whole] == [
+        (0, True),
+        (1, False),
+        (2, False),
+        (2, True),
+    ]
+    assert (
+        whole[3]["heldout"]["judge_calls"] == 4 and whole[1]["judge_calls"] == 6
+    )  # those of an evaluation stand in its own line
     (out / "metrics.jsonl").write_text("\n".join(lines[:3]) + "\n")
     code, _, err = runs.Run(["--resume", str(out)]).wait()
     again = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -317,7 +556,14 @@ def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(tiny, judge, tmp_pat
 
 def test_resume_removes_what_a_kill_left_and_nothing_else(tmp_path):
     out = tmp_path / "run"
-    for name in ("step_000001", "step_000002", "step_000003", ".writing-step_000004", "step_000002_backup", "best"):
+    for name in (
+        "step_000001",
+        "step_000002",
+        "step_000003",
+        ".writing-step_000004",
+        "step_000002_backup",
+        "best",
+    ):
         (out / "checkpoints" / name).mkdir(parents=True)
     for name in ("step_000001", "step_000002", "step_000002_backup", "best"):
         (out / "checkpoints" / name / "COMPLETE").write_text("")
@@ -327,15 +573,39 @@ def test_resume_removes_what_a_kill_left_and_nothing_else(tmp_path):
     cfg = train.read_settings(["--resume", str(out)])
     assert cfg.epoch_steps == 0  # a run of before that setting played all scenarios
     assert checkpoint.open_run(cfg) == (out, out / "checkpoints" / "step_000002")
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["best", "latest", "notes.txt", "step_000001", "step_000002", "step_000002_backup"]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
+        "best",
+        "latest",
+        "notes.txt",
+        "step_000001",
+        "step_000002",
+        "step_000002_backup",
+    ]
 
 
 def test_resume_refuses_what_would_change_the_mathematics(finished, capfd):
-    assert "--lr, --group-size would change" in complaint(["--resume", str(finished[0]), "--lr", "1", "--group-size", "4"], capfd)
-    assert "--judge-mode, --judge-sees would change" in complaint(["--resume", str(finished[0]), "--judge-mode", "expect", "--judge-sees", "dialogue"], capfd)
-    assert "--out elsewhere" in complaint(["--resume", str(finished[0]), "--out", "elsewhere"], capfd)
+    assert "--lr, --group-size would change" in complaint(
+        ["--resume", str(finished[0]), "--lr", "1", "--group-size", "4"], capfd
+    )
+    assert "--judge-mode, --judge-sees would change" in complaint(
+        ["--resume", str(finished[0]), "--judge-mode", "expect", "--judge-sees", "dialogue"], capfd
+    )
+    assert "--out elsewhere" in complaint(
+        ["--resume", str(finished[0]), "--out", "elsewhere"], capfd
+    )
     assert train.read_settings(["--resume", str(finished[0]), "--lr", "1", "--force"]).lr == 1.0
-    same = train.read_settings(["--resume", str(finished[0]), "--steps", "9", "--lr", "1e-3", "--judge-url", "http://127.0.0.1:1/v1"])
+    same = train.read_settings(
+        [
+            "--resume",
+            str(finished[0]),
+            "--steps",
+            "9",
+            "--lr",
+            "1e-3",
+            "--judge-url",
+            "http://127.0.0.1:1/v1",
+        ]
+    )
     assert (same.steps, same.group_size, same.dtype) == (9, 3, "fp32")
 
 
@@ -354,7 +624,12 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_it_can_go_on(number, tiny, 
     assert runs.wait_for(lambda: len(runs.rows(out)) >= 2)
     run.process.send_signal(number)
     code, said, err = run.wait(30)
-    assert code == 130 and "stopping, with a checkpoint" in err and "Traceback" not in err and run.gone()
+    assert (
+        code == 130
+        and "stopping, with a checkpoint" in err
+        and "Traceback" not in err
+        and run.gone()
+    )
     done = len(runs.rows(out))
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step_{done:06d}"]
     AutoModelForCausalLM.from_pretrained(out / "checkpoints" / f"step_{done:06d}")
@@ -373,7 +648,9 @@ def test_a_second_ctrl_c_stops_at_once(tiny, tmp_path):
         began = time.monotonic()
         run.process.send_signal(signal.SIGINT)
         code, said, err = run.wait(30)
-        assert code == 130 and time.monotonic() - began < 15 and "Traceback" not in err and run.gone()
+        assert (
+            code == 130 and time.monotonic() - began < 15 and "Traceback" not in err and run.gone()
+        )
 
 
 @pytest.mark.slow
@@ -393,8 +670,11 @@ def test_ctrl_c_takes_the_embedded_judge_along(tiny, tmp_path):
 @pytest.mark.parametrize("where", ["play", "learn", "evaluate"])
 def test_a_spent_budget_saves_and_stops(where, tiny, judge, tmp_path):
     out = tmp_path / "run"
-    more = {"play": dict(agreement="judge", max_turns=4, judge_budget=25), "learn": dict(judge_budget=25),
-            "evaluate": dict(judge_budget=4, eval_every=1, eval_scenarios=2)}[where]
+    more = {
+        "play": dict(agreement="judge", max_turns=4, judge_budget=25),
+        "learn": dict(judge_budget=25),
+        "evaluate": dict(judge_budget=4, eval_every=1, eval_scenarios=2),
+    }[where]
     code, said, err = runs.Run(runs.flags(tiny, judge.url, out, steps=100, **more)).wait()
     assert code == 3 and "--judge-budget" in said and "Traceback" not in err, err
     rows = runs.rows(out)
@@ -406,23 +686,63 @@ def test_a_spent_budget_saves_and_stops(where, tiny, judge, tmp_path):
 
 def test_a_judge_that_answers_nothing_stops_the_run_after_five_steps(tiny, tmp_path):
     with runs.judge(faults=lambda number, path: "refusal" if number > 2 else None) as server:
-        code, said, err = runs.Run(runs.flags(tiny, server.url, tmp_path / "run", steps=100, judge_attempts=1, final_tokens=20)).wait()
+        code, said, err = runs.Run(
+            runs.flags(
+                tiny, server.url, tmp_path / "run", steps=100, judge_attempts=1, final_tokens=20
+            )
+        ).wait()
     rows = runs.rows(tmp_path / "run")
     assert code == 3 and 5 <= len(rows) <= 6 and "look after the judge" in said
-    assert rows[-1]["reward_mean"] is None and rows[-1]["missing_rewards"] == 6 and rows[-1]["loss"] == 0
-    assert all(r["reward"] is None and r["advantage"] is None for r in runs.rows(tmp_path / "run", "dialogues.jsonl")[-6:])
+    assert (
+        rows[-1]["reward_mean"] is None
+        and rows[-1]["missing_rewards"] == 6
+        and rows[-1]["loss"] == 0
+    )
+    assert all(
+        r["reward"] is None and r["advantage"] is None
+        for r in runs.rows(tmp_path / "run", "dialogues.jsonl")[-6:]
+    )
     assert (tmp_path / "run/checkpoints" / f"step_{len(rows):06d}").exists()
 
 
-TRANSPORT = ["hang", "hang in the middle", "trickle", "trickle headers", "reset", "cut short", "429 seconds", "429 date", "408", "409", "500", "503 long"]
-AT_ONCE = {"redirect": "redirect", "not json": "not json", "wrong type": "wrong shape", "huge": "too large", "truncated": "truncated", "400": "http 400"}
+TRANSPORT = [
+    "hang",
+    "hang in the middle",
+    "trickle",
+    "trickle headers",
+    "reset",
+    "cut short",
+    "429 seconds",
+    "429 date",
+    "408",
+    "409",
+    "500",
+    "503 long",
+]
+AT_ONCE = {
+    "redirect": "redirect",
+    "not json": "not json",
+    "wrong type": "wrong shape",
+    "huge": "too large",
+    "truncated": "truncated",
+    "400": "http 400",
+}
 
 
 def test_a_run_through_every_fault_of_a_judge(tiny, tmp_path):
     """Every second reply is a fault, each kind in turn: nothing is lost but the rewards that never came, and those are counted."""
     out, kinds = tmp_path / "run", TRANSPORT + list(AT_ONCE) + list(REPLIES)
-    with runs.judge(faults=lambda n, path: kinds[(n - 3) // 2 % len(kinds)] if n >= 3 and n % 2 else None) as server:
-        more = dict(steps=12, judge_timeout=1, judge_attempts=3, judge_deadline=30, save_every=6, judge_tokens=64)
+    with runs.judge(
+        faults=lambda n, path: kinds[(n - 3) // 2 % len(kinds)] if n >= 3 and n % 2 else None
+    ) as server:
+        more = dict(
+            steps=12,
+            judge_timeout=1,
+            judge_attempts=3,
+            judge_deadline=30,
+            save_every=6,
+            judge_tokens=64,
+        )
         run = runs.Run(runs.flags(tiny, server.url, out, **more))
         code, said, err = run.wait(150)
         posts = len(server.requests)
@@ -431,23 +751,40 @@ def test_a_run_through_every_fault_of_a_judge(tiny, tmp_path):
     reasons = collections.Counter()
     for r in rows:
         reasons.update(r["judge_missing"])
-    print(f"{posts} requests, {total('judge_calls')} calls, {total('judge_retries')} retries, {total('judge_retry_seconds'):.1f} s of pauses, "
-          f"{total('seconds_judge'):.1f} s of waiting, missing {dict(reasons)}")
+    print(
+        f"{posts} requests, {total('judge_calls')} calls, {total('judge_retries')} retries, {total('judge_retry_seconds'):.1f} s of pauses, "
+        f"{total('seconds_judge'):.1f} s of waiting, missing {dict(reasons)}"
+    )
     assert code == 0 and "Traceback" not in err and run.gone(), err
-    assert total("judge_calls") == len(dialogues) + total("judge_retries") and total("judge_retries") >= 12  # one question for each dialogue
+    assert (
+        total("judge_calls") == len(dialogues) + total("judge_retries")
+        and total("judge_retries") >= 12
+    )  # one question for each dialogue
     assert posts - total("judge_calls") in (1, 2)  # what the preflight asked
     missing = [d for d in dialogues if d["reward"] is None]
-    assert len(missing) == total("missing_rewards") == total("judge_failures") == reasons.total() > 0
-    assert reasons == collections.Counter(d["judge"]["failures"][0] for d in missing) and set(AT_ONCE.values()) <= set(reasons)
-    assert all(d["advantage"] is None for d in missing) and all(0 <= d["reward"] <= 5 for d in dialogues if d["reward"] is not None)
+    assert (
+        len(missing) == total("missing_rewards") == total("judge_failures") == reasons.total() > 0
+    )
+    assert reasons == collections.Counter(d["judge"]["failures"][0] for d in missing) and set(
+        AT_ONCE.values()
+    ) <= set(reasons)
+    assert all(d["advantage"] is None for d in missing) and all(
+        0 <= d["reward"] <= 5 for d in dialogues if d["reward"] is not None
+    )
     assert any(r["grad_norm"] > 0 for r in rows) and not any(r["skipped"] for r in rows)
     last = runs.weights(out, 12)
-    assert all(torch.isfinite(t).all() for t in last.values()) and not runs.same(last, AutoModelForCausalLM.from_pretrained(tiny).state_dict())
+    assert all(torch.isfinite(t).all() for t in last.values()) and not runs.same(
+        last, AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    )
 
 
 def test_five_steps_that_are_not_finite_stop_the_run(tiny, judge, tmp_path):
     patch = "import grpo; step = grpo.Optimizer.step; grpo.Optimizer.step = lambda self, scale, finite=True: step(self, scale, self.updates < 1)"
-    code, said, err = runs.Run(runs.flags(tiny, judge.url, tmp_path / "run", steps=100, save_every=1), patch=patch).wait()
+    code, said, err = runs.Run(
+        runs.flags(tiny, judge.url, tmp_path / "run", steps=100, save_every=1), patch=patch
+    ).wait()
     rows = runs.rows(tmp_path / "run")
-    assert code == 3 and [r["skipped"] for r in rows] == [False] + [True] * 5 and "not finite" in said
+    assert (
+        code == 3 and [r["skipped"] for r in rows] == [False] + [True] * 5 and "not finite" in said
+    )
     assert runs.same(runs.weights(tmp_path / "run", 6), runs.weights(tmp_path / "run", 5))
