@@ -1,26 +1,26 @@
 """The embedded judge: a small reward model behind HTTP, and how its heads were fitted.
 
-    (case, judged text) -> frozen base, hidden states after LAYER blocks, mean over the judged text (H,)
+    (case, judged text) -> frozen base -> hidden states, averaged over the judged text (F,)
                         -> a linear head each: score, endorse, agreed   data/judge_heads.safetensors
     data/judge_labels.jsonl, agreement_labels.jsonl -> the same features -> ridge regression     fit
 
-It answers where vLLM serves reward models, so that a real one can take its place: POST /pooling
+It answers as vLLM serves reward models, so that a real one can take its place: POST /pooling
 {"model": "negotiation-judge-...", "messages": [case, judged text]} -> {"data": [{"data": [3.1]}]}.
-One thread per connection, one worker for the model. Each text is read by itself: so a score depends
-on nothing but the text, and a row of some 300 tokens keeps a CPU as busy as a batch does.
+Each text is read by itself, so its score depends on nothing else. Left out: batches (a text of
+some 300 tokens keeps a CPU as busy), every other endpoint.
 
     python judge_server.py --port 8000      # serve
     python judge_server.py fit              # refit the heads, and print how good they are
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import http.server
 import itertools
 import json
 import os
-import queue
 import sys
 import threading
 
@@ -35,63 +35,65 @@ from transformers import AutoModel, AutoTokenizer
 import data_gen
 from cli import UserError, command_line, option, run_cli
 from data_gen import DATA
-from measure import spearman
 from model import compute_dtype, default_model_folder, packed
 from reward import EMBEDDED, Case, case_of, clean, for_reward_model, spoken
 from selfplay import Turn
 
 HEADS = DATA / "judge_heads.safetensors"
-LAYER = 22  # blocks of the base that are computed
-# Chosen, as LAYER was, by cross-validation over the dilemmas that are not the test's: the ridge
-# penalty, and how many hand-made texts a text of a policy counts for.
+# What a head reads: (layer, tokens of the judged text from its beginning; None: all of them).
+# Chosen by cross-validation over the dilemmas that are not the test's, as are the two numbers of
+# RIDGE: the penalty, and how many hand-made texts one text of a policy counts for.
+READS = {"score": [(22, None)], "endorse": [(22, None)], "agreed": [(12, 12), (20, None)]}
 RIDGE = {"score": (10000.0, 8.0), "endorse": (10000.0, 8.0), "agreed": (1000.0, 1.0)}
-LONGEST_REQUEST, WAITING = 1 << 20, 64  # bytes; requests that may wait
+LONGEST_REQUEST = 1 << 20  # bytes
 LONGEST_TEXT = 1000  # tokens of a case, and of a judged text; of more, the last ones are read
-USABLE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-CORES = max(1, USABLE // 2)  # that it computes on
+WAITING = 64  # requests that may wait
 
 
-class Refuse(Exception):
+class Refusal(Exception):
     """A request that is answered with an error: status, message."""
 
 
 def heads_digest():
-    """8 hex digits of the shipped heads: part of the judge's name, so that another one's answers are never taken for its own.
+    """8 hex digits of the heads, part of the judge's name: other heads' answers never pass for its.
 
     Raises UserError when they are not there.
     """
     try:
         return hashlib.sha256(HEADS.read_bytes()).hexdigest()[:8]
     except OSError as error:
-        raise UserError(
-            f"{HEADS}: cannot be read ({error.strerror}); put it back, or name a --judge-url"
-        )
+        problem = f"{HEADS}: cannot be read ({error.strerror})"
+        raise UserError(f"{problem}; put it back, or name a --judge-url") from error
 
 
 class Base:
-    """The frozen model, cut off after LAYER blocks."""
+    """The frozen model, cut off after the last layer that a head reads."""
 
     def __init__(self):
         folder = default_model_folder()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder, dtype=compute_dtype("auto")).eval()
-        self.model.layers = self.model.layers[:LAYER]
+        last = max(layer for reads in READS.values() for layer, _ in reads)
+        self.model.layers = self.model.layers[:last]
         self.model.norm = nn.Identity()
 
     def ids(self, text):
         """Ids of untrusted text, in which no control token can be spelled."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ][-LONGEST_TEXT:]
+        plain = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return plain["input_ids"][-LONGEST_TEXT:]
 
     @torch.no_grad()
-    def features(self, case, text):
-        """Mean hidden state over the judged text after its case, (H,) fp32."""
-        before, judged = self.ids(case + "\n\n"), self.ids(text) or self.ids("(nothing)")
-        hidden = self.model(
-            input_ids=torch.tensor([before + judged]), use_cache=False
-        ).last_hidden_state  # (1, T, H)
-        return hidden[0, len(before) :].float().mean(0)
+    def features(self, head, case, text):
+        """What `head` reads of a text after its case: mean hidden states in a row, (F,) fp32."""
+        before = self.ids(case + "\n\n")
+        judged = self.ids(text) or self.ids("(nothing)")
+        ids = torch.tensor([before + judged])  # (1, T)
+        states = self.model(ids, use_cache=False, output_hidden_states=True).hidden_states
+        means = []
+        for layer, tokens in READS[head]:
+            read = states[layer][0, len(before) :][:tokens]  # (tokens read, H)
+            means.append(read.float().mean(0))
+        return torch.cat(means)
 
 
 # ---- fitting -------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ class Example:
 
     scenario: str
     test: bool  # of the dilemmas that are only looked at once a version
-    source: str
+    by_policy: bool  # not made by hand
     before: str
     judged: str
     value: float
@@ -111,88 +113,96 @@ class Example:
 
 def examples():
     """{head: [Example]} of the shipped labels."""
-    dilemmas = {s.id: s.dilemma for s in data_gen.load_scenarios()}
-    found = {"score": [], "endorse": [], "agreed": []}
+    dilemmas = {scenario.id: scenario.dilemma for scenario in data_gen.load_scenarios()}
+    found = {head: [] for head in READS}
 
     def add(head, row, personas, texts, value):
         case = Case(case_of(dilemmas[row["scenario_id"]], personas), texts, {})
-        read = for_reward_model(head, case)
-        found[head].append(
-            Example(row["scenario_id"], row["split"] == "test", row.get("source", ""), *read, value)
-        )
+        before, judged = for_reward_model(head, case)
+        by_policy = row["source"].startswith(("warm", "trained", "policy"))
+        test = row["split"] == "test"
+        found[head].append(Example(row["scenario_id"], test, by_policy, before, judged, value))
 
-    for n, row in enumerate(data_gen.load_jsonl(DATA / "judge_labels.jsonl")):
+    for number, row in enumerate(data_gen.load_jsonl(DATA / "judge_labels.jsonl")):
         texts = {"solution": clean(row["solution"])}
         add("score", row, row["personas"], texts, row["score"])
-        seat = n % 2  # one party of each: enough, and half the time
+        seat = number % 2  # one party of each: enough, and half the time
         add("endorse", row, [row["personas"][seat]], texts, row["endorse"][seat])
     for row in data_gen.load_jsonl(DATA / "agreement_labels.jsonl"):
         turns = [Turn(i % 2, text, False) for i, text in enumerate(row["turns"])]
-        add(
-            "agreed",
-            row,
-            row["personas"],
-            {"dialogue": spoken(row["personas"], turns)},
-            float(row["agreed"]),
-        )
+        texts = {"dialogue": spoken(row["personas"], turns)}
+        add("agreed", row, row["personas"], texts, float(row["agreed"]))
     return found
 
 
 def ridge(features, values, counts, penalty):
-    """Weights (H + 1,), the constant last, of features (n, H) that are standardised on the way.
+    """Weights (F + 1,), the constant last, of features (N, F) that are standardised on the way.
 
     They minimise sum_i counts_i (x_i w - y_i)^2 + penalty |w|^2.
     """
     share = counts / counts.sum()
-    mean, scale, middle = share @ features, features.std(0) + 1e-6, share @ values
+    mean, middle = share @ features, share @ values
+    scale = features.std(0) + 1e-6
     x, y = (features - mean) / scale, values - middle
     square = x.T @ (counts[:, None] * x) + penalty * torch.eye(x.shape[1], dtype=x.dtype)
-    w = torch.linalg.solve(square, x.T @ (counts * y)) / scale
-    return torch.cat([w, (middle - mean @ w)[None]])
+    weights = torch.linalg.solve(square, x.T @ (counts * y)) / scale
+    return torch.cat([weights, (middle - mean @ weights)[None]])
 
 
-def pairs_right(given, labels, scenarios):
-    """Of pairs on one scenario whose labels differ by half a point or more: how often the better one is given more."""
-    right = [
-        (given[a] - given[b]) * (labels[a] - labels[b]) > 0
-        for a, b in itertools.combinations(range(len(given)), 2)
-        if scenarios[a] == scenarios[b] and abs(labels[a] - labels[b]) >= 0.5
-    ]
+def apply(weights, features):
+    """What a head says of features (..., F): a number each, (...,)."""
+    return features @ weights[:-1] + weights[-1]
+
+
+def spearman(a, b):
+    """Rank correlation of two equally long rows of numbers; equal numbers share their mean rank."""
+    ranks = []
+    for values in (np.asarray(a), np.asarray(b)):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def pairs_right(given, rows):
+    """(share, number) of pairs on one scenario, labels half a point or more apart, put right."""
+    right = []
+    for (said, row), (other_said, other) in itertools.combinations(zip(given, rows), 2):
+        apart = row.value - other.value
+        if row.scenario == other.scenario and abs(apart) >= 0.5:
+            right.append((said - other_said) * apart > 0)
     return sum(right) / max(1, len(right)), len(right)
 
 
+def quality(head, given, rows):
+    """How good the head's numbers for these Examples are, in words."""
+    labels = [row.value for row in rows]
+    if head == "agreed":
+        right = sum((said > 0.5) == (label > 0.5) for said, label in zip(given, labels))
+        return f"{right / len(rows):.2f} right of {len(rows)}"
+    share, pairs = pairs_right(given, rows)
+    return f"{share:.2f} of {pairs} pairs right, Spearman {spearman(given, labels):.2f}"
+
+
 def fit():
-    """Fit each head on the dilemmas that are not the test's, write them, and print how good they are on the others."""
+    """Fit each head on the dilemmas that are not the test's, write it, print how good it is."""
     base, heads = Base(), {}
     for head, rows in examples().items():
-        read = [base.features(row.before, row.judged) for row in tqdm(rows, desc=head)]
-        features, values = (
-            torch.stack(read).double(),
-            torch.tensor([row.value for row in rows]).double(),
-        )
-        test = torch.tensor([row.test for row in rows])
-        policy = [row.source.startswith(("warm", "trained", "policy")) for row in rows]
-        penalty, share = RIDGE[head]
-        counts = torch.tensor([share if p else 1.0 for p in policy]).double()
-        weights = ridge(features[~test], values[~test], counts[~test], penalty)
-        given = features @ weights[:-1] + weights[-1]
+        read = [base.features(head, row.before, row.judged) for row in tqdm(rows, desc=head)]
+        features = torch.stack(read).double()  # (N, F)
+        values = torch.tensor([row.value for row in rows]).double()
+        penalty, weight = RIDGE[head]
+        counts = torch.tensor([weight if row.by_policy else 1.0 for row in rows]).double()
+        fitted_on = torch.tensor([not row.test for row in rows])
+        weights = ridge(features[fitted_on], values[fitted_on], counts[fitted_on], penalty)
         heads[head] = weights.float()
-        spoken_by = torch.tensor(policy)
-        parts = {"fitted on": ~test, "test": test, "test, policies'": test & spoken_by}
-        for part, which in parts.items():
-            at = which.nonzero()[:, 0].tolist()
-            labels = [rows[i].value for i in at]
-            said = [given[i].item() for i in at]
-            if head == "agreed":
-                share = sum(
-                    (x > 0.5) == (y > 0.5) for x, y in zip(said, labels, strict=True)
-                ) / len(at)
-                print(f"{head:8} {part:16} {share:.2f} right of {len(at)}")
-            else:
-                share, n = pairs_right(said, labels, [rows[i].scenario for i in at])
-                print(
-                    f"{head:8} {part:16} {share:.2f} of {n} pairs right, Spearman {spearman(np.array(said), np.array(labels)):.2f}"
-                )
+        said = list(zip(apply(weights, features).tolist(), rows))
+        parts = {
+            "fitted on": [(x, row) for x, row in said if not row.test],
+            "test": [(x, row) for x, row in said if row.test],
+            "test, policies'": [(x, row) for x, row in said if row.test and row.by_policy],
+        }
+        for part, pairs in parts.items():
+            print(f"{head:8} {part:16} {quality(head, *zip(*pairs))}")
     save_file(heads, HEADS)
     print(f"{HEADS}: the heads")
     return 0
@@ -204,58 +214,54 @@ def fit():
 class Engine:
     """The base, its heads, and the one worker that reads for all connections."""
 
-    def __init__(self, threads):
-        self.name, self.base, self.threads = f"{EMBEDDED}-{heads_digest()}", Base(), threads
+    def __init__(self, threads=0):
+        self.name, self.base = f"{EMBEDDED}-{heads_digest()}", Base()
         try:
-            self.heads = {
-                name: head.float() for name, head in load_file(HEADS).items()
-            }  # (H + 1,) weights, then the constant
+            self.heads = {name: head.float() for name, head in load_file(HEADS).items()}  # (F + 1,)
         except SafetensorError as error:
-            raise UserError(
-                f"{HEADS}: cannot be read ({error}); put it back, or run python judge_server.py fit"
-            )
-        self.queue = queue.Queue(WAITING)
-        threading.Thread(target=self._work, daemon=True).start()
+            problem = f"{HEADS}: cannot be read ({error})"
+            raise UserError(f"{problem}; put it back, or run python judge_server.py fit") from error
+        contextlib.ExitStack().enter_context(packed(self.base.model))  # for as long as it lives
+        threads = threads or max(1, (os.cpu_count() or 2) // 2)
+        self.worker = concurrent.futures.ThreadPoolExecutor(
+            1, "judge", torch.set_num_threads, [threads]
+        )
+        self.places = threading.BoundedSemaphore(WAITING)
 
     def ask(self, head, case, text):
-        """The number that a head gives, waiting for it. Raises Refuse."""
-        future = concurrent.futures.Future()
+        """The number that a head gives, waiting for its turn. Raises Refusal."""
+        if not self.places.acquire(blocking=False):
+            raise Refusal(429, "too many requests are waiting; come back in a second")
         try:
-            self.queue.put_nowait((head, case, text, future))
-        except queue.Full:
-            raise Refuse(429, "too many requests are waiting; come back in a second") from None
-        return future.result()
+            return self.worker.submit(self.read, head, case, text).result()
+        except (RuntimeError, MemoryError) as error:  # this one fails, the server lives
+            raise Refusal(500, str(error)[:200]) from error
+        finally:
+            self.places.release()
 
-    def _work(self):
-        torch.set_num_threads(self.threads)
-        with packed(self.base.model):
-            while True:
-                head, case, text, future = self.queue.get()
-                try:
-                    row, weights = self.base.features(case, text), self.heads[head]
-                    value = float(row @ weights[:-1] + weights[-1])
-                    future.set_result(value if head == "agreed" else min(5.0, max(0.0, value)))
-                except (RuntimeError, MemoryError) as error:  # this one fails, the server lives
-                    future.set_exception(Refuse(500, str(error)[:200]))
+    def read(self, head, case, text):
+        """On the worker: the head's number, a score from 0 to 5, an agreement as it is."""
+        value = apply(self.heads[head], self.base.features(head, case, text)).item()
+        return value if head == "agreed" else min(5.0, max(0.0, value))
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """GET /v1/models and POST /pooling, around `self.server.engine`."""
 
-    protocol_version, timeout, disable_nagle_algorithm = "HTTP/1.1", 60, True
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+    disable_nagle_algorithm = True
 
     def log_message(self, *args):
         """Nothing is logged."""
 
     def do_GET(self):
+        if self.path.rstrip("/") != "/v1/models":
+            return self.send(404, "unknown path")
         engine = self.server.engine
-        names = [
-            engine.name,
-            *(f"{engine.name}:{head}" for head in engine.heads if head != "score"),
-        ]
-        listed = {"object": "list", "data": [{"id": name, "object": "model"} for name in names]}
-        known = self.path.rstrip("/") == "/v1/models"
-        self.send(200, listed) if known else self.send(404, "unknown path")
+        others = [f"{engine.name}:{head}" for head in engine.heads if head != "score"]
+        models = [{"id": name, "object": "model"} for name in [engine.name, *others]]
+        self.send(200, {"object": "list", "data": models})
 
     def do_POST(self):
         size = self.headers.get("Content-Length", "")
@@ -263,35 +269,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             status = 413 if size.isdigit() else 411
             return self.send(status, f"a Content-Length of at most {LONGEST_REQUEST} is needed")
+        engine = self.server.engine
         try:
-            engine = self.server.engine
             value = engine.ask(*self.question(self.rfile.read(int(size))))
-            found = [{"index": 0, "object": "pooling", "data": [value]}]
-            self.send(200, {"object": "list", "model": engine.name, "data": found})
-        except Refuse as refusal:
-            self.send(*refusal.args)
+        except Refusal as refusal:
+            return self.send(*refusal.args)
+        found = [{"index": 0, "object": "pooling", "data": [value]}]
+        self.send(200, {"object": "list", "model": engine.name, "data": found})
 
     def question(self, data):
-        """(head, case, judged text) of a request's body. Raises Refuse."""
-        name = self.server.engine.name
+        """(head, case, judged text) of a request's body. Raises Refusal."""
+        engine = self.server.engine
         if self.path.rstrip("/") != "/pooling":
-            raise Refuse(404, "unknown path; this server has /pooling")
+            raise Refusal(404, "unknown path; this server has /pooling")
         try:
             body = json.loads(data)
-            json.dumps(
-                body, ensure_ascii=False
-            ).encode()  # no tokenizer takes half a surrogate pair
+            # No tokenizer takes half a surrogate pair.
+            json.dumps(body, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
-            raise Refuse(400, "the body is not JSON, or holds half a character") from None
+            raise Refusal(400, "the body is not JSON, or holds half a character") from None
         messages = body.get("messages") if isinstance(body, dict) else None
         if not isinstance(messages, list) or not messages:
-            raise Refuse(400, "messages must be a list of {role, content}")
+            raise Refusal(400, "messages must be a list of {role, content}")
         texts = [m.get("content") if isinstance(m, dict) else None for m in messages]
         if not all(isinstance(text, str) for text in texts):
-            raise Refuse(400, "each message must have a text as its content")
-        head = str(body.get("model", name)).removeprefix(name).removeprefix(":") or "score"
-        if head not in self.server.engine.heads:
-            raise Refuse(404, f"the model {str(body['model'])[:80]} is not served here; {name} is")
+            raise Refusal(400, "each message must have a text as its content")
+        model = str(body.get("model", engine.name))
+        head = model.removeprefix(engine.name).removeprefix(":") or "score"
+        if head not in engine.heads:
+            raise Refusal(404, f"the model {model[:80]} is not served here; {engine.name} is")
         return head, "\n".join(texts[:-1]), texts[-1]
 
     def send(self, status, content):
@@ -312,7 +318,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     """One thread per connection; all of them wait for the one worker of `engine`."""
 
-    request_queue_size, engine = 128, None
+    request_queue_size = 128
+    engine = None
 
     def handle_error(self, request, client_address):
         """Whoever asked has gone: the connection ends without a word. A fault of ours is shown."""
@@ -330,24 +337,32 @@ class ServeSettings:
     until_eof: bool = option(False, "end when standard input ends: with the parent, that is")
 
 
+def end_with_parent():
+    """Wait for standard input to end, then end this process."""
+    os.read(0, 1)
+    os._exit(0)
+
+
 def serve(argv):
     """Serve until Ctrl-C, or until standard input ends."""
     settings = command_line(ServeSettings, argv, "judge_server.py")
     if settings.until_eof:
-        threading.Thread(target=lambda: (os.read(0, 1), os._exit(0)), daemon=True).start()
+        threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         server = Server((settings.host, settings.port), Handler)
     except OSError as error:
-        raise UserError(
-            f"--port {settings.port}: cannot listen on {settings.host} ({error.strerror}); choose another"
-        )
-    server.engine = Engine(settings.threads or CORES)
-    print(
-        f"serving {server.engine.name} at http://{settings.host}:{server.server_address[1]}/v1",
-        flush=True,
-    )
+        problem = f"--port {settings.port}: cannot listen on {settings.host} ({error.strerror})"
+        raise UserError(f"{problem}; choose another") from error
+    server.engine = Engine(settings.threads)
+    url = f"http://{settings.host}:{server.server_address[1]}/v1"
+    print(f"serving {server.engine.name} at {url}", flush=True)
     server.serve_forever()
 
 
+def main():
+    """`fit`, or else serve."""
+    return fit() if sys.argv[1:] == ["fit"] else serve(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    run_cli(lambda: fit() if sys.argv[1:] == ["fit"] else serve(sys.argv[1:]))
+    run_cli(main)

@@ -1,4 +1,5 @@
-"""The embedded judge's server: its numbers are the heads on the base's own hidden states, alone and in a crowd; bad requests and dying parents."""
+"""The embedded judge: its numbers are the heads on the base's own hidden states, alone and in a
+crowd; refitting gives the shipped heads; bad requests and dying parents."""
 
 import concurrent.futures
 import os
@@ -14,12 +15,12 @@ from pathlib import Path
 import helpers
 import pytest
 import requests
+import runs
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import judge_server
-import runs
 
 ROOT = Path(judge_server.__file__).parent
 CASE = "Dilemma: One well is left. Who gets the water?\nRosa: You farm."
@@ -59,7 +60,7 @@ class Served:
 
 @pytest.fixture
 def served(folder, monkeypatch):
-    monkeypatch.setattr(judge_server, "LAYER", 1)
+    monkeypatch.setattr(judge_server, "READS", {"score": [(1, None)], "agreed": [(1, None)]})
     monkeypatch.setattr(judge_server, "default_model_folder", lambda: folder / "base")
     monkeypatch.setattr(judge_server, "HEADS", folder / "heads.safetensors")
     monkeypatch.setattr(judge_server, "compute_dtype", lambda name: torch.float32)
@@ -69,16 +70,14 @@ def served(folder, monkeypatch):
 
 
 def by_hand(folder, case, text, head):
-    """The head on the mean of the plain model's hidden states after its first block, over the judged text."""
+    """The head on the mean of the plain model's hidden states after its first block."""
     tokenizer = helpers.tokenizer()
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
     before = tokenizer(case + "\n\n", add_special_tokens=False)["input_ids"]
     judged = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     states = model(torch.tensor([before + judged]), output_hidden_states=True).hidden_states[1][0]
-    from safetensors.torch import load_file
-
     weights = load_file(folder / "heads.safetensors")[head]
-    return float(states[len(before) :].mean(0) @ weights[:-1] + weights[-1])
+    return float(states[len(before) :].mean(0).detach() @ weights[:-1] + weights[-1])
 
 
 TEXTS = [
@@ -112,6 +111,18 @@ def test_concurrent_requests_get_the_answers_that_they_get_alone(served):
 
 def test_an_empty_text_has_a_score_too(served):
     assert isinstance(served.score(CASE, "").json()["data"][0]["data"][0], float)
+
+
+@pytest.mark.slow
+def test_refitting_gives_the_shipped_heads(tmp_path, monkeypatch):
+    """One head, to rounding: the shipped ones were fitted in bf16."""
+    shipped = load_file(judge_server.HEADS)["agreed"]
+    agreed = judge_server.examples()["agreed"]
+    monkeypatch.setattr(judge_server, "examples", lambda: {"agreed": agreed})
+    monkeypatch.setattr(judge_server, "HEADS", tmp_path / "heads.safetensors")
+    judge_server.fit()
+    refitted = load_file(tmp_path / "heads.safetensors")["agreed"]
+    assert torch.cosine_similarity(refitted, shipped, dim=0) > 0.99
 
 
 BAD = [
@@ -157,23 +168,23 @@ def test_bad_requests_get_an_answer_in_the_openai_shape_and_the_server_lives(ser
 
 
 def test_a_full_queue_answers_429_with_retry_after(served, monkeypatch):
-    served.engine.queue.maxsize, gate = 2, threading.Event()
+    served.engine.places = threading.BoundedSemaphore(3)
+    started, gate = threading.Event(), threading.Event()
     features = served.engine.base.features
-    monkeypatch.setattr(
-        served.engine.base, "features", lambda *pair: gate.wait(20) and features(*pair)
-    )
+
+    def slow(*question):
+        started.set()
+        gate.wait(20)
+        return features(*question)
+
+    monkeypatch.setattr(served.engine.base, "features", slow)
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
         first = pool.submit(served.score, CASE, "One")
-        while not first.running() or not served.engine.queue.empty():
-            time.sleep(0.01)
-        time.sleep(0.3)
+        assert started.wait(20)
         futures = [pool.submit(served.score, CASE, f"Text {i}") for i in range(5)]
         refused = [f for f in futures if f in concurrent.futures.wait(futures, timeout=2).done]
-        assert len(refused) == 3
-        assert all(
-            f.result().status_code == 429 and f.result().headers["Retry-After"] == "1"
-            for f in refused
-        )
+        assert [f.result().status_code for f in refused] == [429] * 3
+        assert {f.result().headers["Retry-After"] for f in refused} == {"1"}
         gate.set()
         assert [f.result().status_code for f in [first, *futures]].count(200) == 3
 
@@ -181,7 +192,7 @@ def test_a_full_queue_answers_429_with_retry_after(served, monkeypatch):
 def test_a_failure_in_the_model_is_a_500_and_the_next_request_is_served(served):
     features = served.engine.base.features
 
-    def broken(*pair):
+    def broken(*question):
         served.engine.base.features = features
         raise RuntimeError("out of memory")
 
@@ -225,7 +236,8 @@ def alive(pid):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["close", signal.SIGKILL, signal.SIGINT])
 def test_the_embedded_judge_ends_with_its_parent(how):
-    ours = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background ignores it
+    # A shell's background process ignores SIGINT.
+    ours = "signal.signal(signal.SIGINT, signal.default_int_handler)"
     code = (
         f"import reward, signal; {ours}; s = reward.start_embedded(); "
         "print(s.process.pid, s.url, flush=True); input(); s.close()"
