@@ -3,32 +3,23 @@
 import dataclasses
 import json
 import shutil
+import types
 
+import numpy as np
 import pytest
-from helpers import scenario, tiny, tokenizer, voice
+from helpers import plain_logprobs, scenario, tiny, tokenizer, voice
 from servers import JudgeServer
+from test_report import record
 
 import data_gen
 import eval as evaluation
 import report
 import reward
 import selfplay
-from model import UserError
+from cli import UserError
+from report import figure
 
-SHORT = [
-    "--max-turns",
-    "3",
-    "--turn-tokens",
-    "6",
-    "--final-tokens",
-    "8",
-    "--answer-tokens",
-    "6",
-    "--dtype",
-    "fp32",
-    "--batch",
-    "4",
-]
+SHORT = "--max-turns 3 --turn-tokens 6 --final-tokens 8 --answer-tokens 6 --dtype fp32 --batch 4"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +45,10 @@ def run(tmp_path, models):
         out = tmp_path / f"{command}.json"
         sides = ["--model", models[0]] + ["--baseline", models[1]] * baseline
         judged = ["--judge-url", server.url, "--judge-mode", "json", "--judge-cache", "off"]
-        assert evaluation.main([command, *sides, *judged, "--out", str(out), *SHORT, *flags]) == 0
+        assert (
+            evaluation.main([command, *sides, *judged, "--out", str(out), *SHORT.split(), *flags])
+            == 0
+        )
         found = json.loads(out.read_text())
         return found, {(row["figure"], row["of"]): row for row in found["rows"]}
 
@@ -88,17 +82,14 @@ def test_conflict_counts_and_pairs(run):
         and rows["agreed_at_once", "A"]["value"] == 1.0
     )
     assert sum('"winner"' in q for q in asked) == 2 * 2 * 8  # two questions, both orders
-    for name in ("win_rate_ca", "win_rate_conflict", "win_rate_by_score"):
+    for name in ("win_rate_ca", "win_rate_conflict"):
         row = rows[name, "A against B"]
         assert (
             row["pairs"]
             == 8
             == row["wins"] + row["losses"] + row["ties"] + row["inconsistent"] + row["missing"]
         )
-        assert (
-            row["inconsistent"] == row["missing"] == 0
-            and row["wins"] == rows["win_rate_by_score", "A against B"]["wins"]
-        )
+        assert row["inconsistent"] == row["missing"] == 0
     # each persona was asked on its own about each final: no other creed stands in the question
     endorsing = [q for q in asked if "How satisfied" in q]  # an empty final needs no question
     creeds = [
@@ -109,29 +100,6 @@ def test_conflict_counts_and_pairs(run):
     assert 8 <= len(endorsing) <= 2 * 16 and all(
         sum(creed in q for creed in creeds) == 1 for q in endorsing
     )
-
-
-def test_an_opening_is_a_finals_own_if_no_other_final_has_it():
-    finals = [
-        "We will share the well today.",
-        "we will SHARE the cost",
-        "We share the well today.",
-        "",
-        None,
-    ]
-    blank = {
-        "dilemma": "",
-        "personas": [],
-        "turns": [],
-        "agreed": False,
-        "final_truncated": False,
-        "reward": None,
-        "member": 0,
-    }
-    rows = evaluation.measured(
-        [{**blank, "scenario_id": str(i), "final": final} for i, final in enumerate(finals)]
-    )
-    assert [rows[str(i), 0]["own_opening"] for i in range(5)] == [0.0, 0.0, 1.0, None, None]
 
 
 def test_a_judge_that_always_says_a_wins_nothing(run):
@@ -152,7 +120,6 @@ def test_a_judge_that_always_says_a_wins_nothing(run):
             row["inconsistent"],
             row["missing"],
         ) == (None, 0, 0, 0, 0, 3, 0)
-    assert rows["win_rate_by_score", "A against B"]["pairs"] == 3
 
 
 def test_both_see_the_same_scenarios_and_a_model_ties_with_itself(run, models):
@@ -466,9 +433,9 @@ def test_mistakes_are_told_in_one_line(tmp_path, models):
                 ]
             )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
-    with pytest.raises(UserError, match=r"bad.jsonl:1: an unknown check, .*use min_words, "):
+    with pytest.raises(UserError, match=r'bad.jsonl:1: no kind "instruction"; use choice or exact'):
         (tmp_path / "bad.jsonl").write_text(
-            '{"id": "a", "kind": "instruction", "prompt": "Say.", "checks": [{"type": "loud"}]}\n'
+            '{"id": "a", "kind": "instruction", "prompt": "Say."}\n'
         )
         evaluation.main(
             ["general", "--data", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "g.json")]
@@ -530,14 +497,8 @@ def test_general_needs_no_judge(run, models):
         url = "http://127.0.0.1:9/v1"
 
     _, rows = run("general", Nobody, baseline=False)
-    assert (
-        rows["instruction", "A"]["n"] == 60
-        and rows["choice", "A"]["n"] == 35
-        and rows["exact", "A"]["n"] == 25
-    )
-    assert (
-        rows["instruction", "A"]["value"] <= rows["instruction_checks", "A"]["value"] < 0.5
-    )  # a random model's babble
+    assert (rows["choice", "A"]["n"], rows["exact", "A"]["n"]) == (35, 25)
+    assert rows["exact", "A"]["value"] < 0.5  # a random model's babble
     text = (data_gen.DATA / "public_domain.txt").read_text(encoding="utf-8")
     assert rows["token_loss", "A"]["n"] == len(text.split()) // 192
     assert 4 < rows["token_loss", "A"]["value"] < 12  # near log(400) = 6, or worse
@@ -545,8 +506,6 @@ def test_general_needs_no_judge(run, models):
 
 def test_choices_by_mean_logprob_per_token():
     """The choice that the model finds likelier per token is chosen, whatever its length."""
-    from helpers import plain_logprobs
-
     speaker = voice()
     row = {
         "id": "q",
@@ -555,7 +514,8 @@ def test_choices_by_mean_logprob_per_token():
         "choices": ["the farm", "the council of the hospital", "No"],
         "answer": 0,
     }
-    (value,) = evaluation.general_items(speaker, [(row, 0)], evaluation.Settings())
+    side = types.SimpleNamespace(voice=speaker, settings=evaluation.Settings())
+    (value,) = evaluation.general_items(side, [(row, 0)])
     prefix = (
         speaker.chat.head(evaluation.HELPER) + speaker.chat.plain("Who?") + speaker.chat.opening
     )
@@ -564,7 +524,7 @@ def test_choices_by_mean_logprob_per_token():
         assert got == pytest.approx(
             plain_logprobs(speaker.model, prefix + ids)[-len(ids) :].mean().item(), abs=1e-4
         )
-    assert value["passed"] == [max(value["logprobs"]) == value["logprobs"][0]]
+    assert value["right"] == (max(value["logprobs"]) == value["logprobs"][0])
 
 
 def test_cross_swaps_partners(run, tmp_path):
@@ -631,7 +591,7 @@ def test_audit(run, tmp_path):
         )
     assert (
         rows["exact", "judge, judge again"]["value"] == 1.0
-        and rows["kappa", "judge, judge again"]["n"] == 40
+        and rows["pearson", "judge, judge again"]["n"] == 40
     )
     assert rows["pearson", "judge, second judge"]["value"] == pytest.approx(-1)
     assert (
@@ -682,6 +642,94 @@ def test_a_judge_that_is_another_one_is_asked_again(run):
         server.rule, server.models = lambda text: 4, ("another",)
         found, rows = run("conflict", server, "--limit", "2")
     assert found["judge"] == "another, read by json" and rows["ca_score", "A"]["value"] == 4
+
+
+# ---- numbers, worked by hand ---------------------------------------------------------------------
+
+
+def test_measures_of_one_dialogue():
+    said = ["one two three", "one two three", "four"]
+    ours = record(turns=said, agreed=True, final="Rosa brings water", endorse=[1.0, 4.0])
+    none = record("none", final=None, reward=None, endorse=[None, 4.0])
+    column = evaluation.measured([ours, none])
+    assert column["s", 0] == {
+        "ca_score": 3.0,
+        "endorse_min": 1.0,
+        "endorse_mean": 2.5,
+        "endorse_first": 1.0,
+        "endorse_second": 4.0,
+        "agreed": 1.0,
+        "turns_to_agreement": 3,
+        "truncated": 0.0,
+        **report.text_measures(ours),
+    }
+    known = {key: value for key, value in column["none", 0].items() if value is not None}
+    assert known == {"endorse_second": 4.0, "truncated": 0.0}
+
+
+def test_an_exact_answer_is_whole_words_of_the_first_line():
+    assert not evaluation.says_one("The answer is 15.", ["5", "five"])
+    assert evaluation.says_one("**Five**", ["5", "five"])
+    for row in data_gen.load_jsonl(data_gen.DATA / "eval_general.jsonl"):
+        if row["kind"] == "exact":
+            assert evaluation.says_one(f" It is {row['answers'][0]}.", row["answers"])
+            assert not evaluation.says_one("I do not know.\n" + row["answers"][0], row["answers"])
+
+
+def test_agreement_and_correlations():
+    two = np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 7.0])
+    assert evaluation.pearson(*two) == pytest.approx(5 / np.sqrt(2 * 38 / 3))
+    # Without ties it is 1 - 6 sum d^2 / n (n^2 - 1).
+    ranked = evaluation.spearman(np.array([1, 2, 3, 4]), np.array([10, 20, 40, 30]))
+    assert ranked == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert evaluation.spearman(np.array([1, 2, 3]), np.array([9, 4, 1])) == pytest.approx(-1)
+    tied = evaluation.spearman(np.array([1, 2, 2, 3]), np.array([1, 2, 3, 4]))
+    assert tied == pytest.approx(4.5 / np.sqrt(4.5 * 5))  # equal numbers share their mean rank
+    assert evaluation.same_points(np.array([0.2, 4.9]), np.array([0, 4])) == 0.5
+    constant = figure("x", "A", [(i, 1.0, float(i)) for i in range(5)], evaluation.pearson)
+    assert (constant.value, constant.low) == (None, None)
+
+
+def test_pairs_on_one_dilemma_whose_labels_differ():
+    labels = {"a": ("s", 1.0), "b": ("s", 2.0), "c": ("s", 2.25), "d": ("t", 5.0), "e": ("s", 4.0)}
+    rows = [
+        {"id": name, "dilemma": dilemma, "score": score}
+        for name, (dilemma, score) in labels.items()
+    ]
+    scores = {"a": 1.0, "b": 3.0, "c": 1.0, "d": 0.0, "e": None}
+    # a-b is right, a-c a tie; b-c lie too near, d is alone, three pairs with e are missing.
+    row = evaluation.against_labels("judge", scores, rows)[1]
+    assert (row.value, row.n, row.missing) == (0.75, 2, 3)
+
+
+def test_win_rate_bookkeeping():
+    said = ("AB", "BA", ("tie", "tie"), "AA", "BB", ("A", "tie"), ("A", None), (None, None))
+    ended = ["wins", "losses", "ties", *["inconsistent"] * 3, "missing", "missing"]
+    assert [evaluation.outcome(*both) for both in said] == ended
+    outcomes = [
+        ("s1", "wins"),
+        ("s1", "wins"),
+        ("s2", "losses"),
+        ("s2", "ties"),
+        ("s3", "inconsistent"),
+        ("s3", "missing"),
+    ]
+    row = evaluation.win_rate("w", outcomes)
+    assert row.value == pytest.approx(2 / 3, abs=1e-6)
+    assert (row.n, row.scenarios, row.pairs) == (3, 2, 6)
+    assert (row.wins, row.losses, row.ties, row.inconsistent, row.missing) == (2, 1, 1, 1, 1)
+
+
+def test_table_pairs_what_belongs_together():
+    a = {("s1", 0): {"ca_score": 3.0, "overlap": None}, ("s2", 0): {"ca_score": None}}
+    b = {("s1", 0): {"ca_score": 1.0, "overlap": None}, ("s2", 0): {"ca_score": 2.0}}
+    a["s2", 0]["overlap"], b["s2", 0]["overlap"] = 0.5, 0.25
+    rows = {(row.figure, row.of): row for row in evaluation.table({"A": a, "B": b})}
+    assert list(rows) == [(n, of) for n in ("ca_score", "overlap") for of in ("A", "B", "A - B")]
+    both = rows["ca_score", "A - B"]
+    assert (both.value, both.n, both.missing) == (2.0, 1, 1)
+    one = rows["overlap", "A"]
+    assert (one.n, one.missing) == (1, 0)  # nothing was asked, so nothing is missing
 
 
 # ---- what train.py calls ------------------------------------------------------------------------------------------------------
