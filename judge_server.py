@@ -35,7 +35,6 @@ from transformers import AutoModel, AutoTokenizer
 import data_gen
 from cli import UserError, command_line, option, run_cli
 from data_gen import DATA
-from measure import spearman
 from model import compute_dtype, default_model_folder, packed
 from reward import EMBEDDED, Case, case_of, clean, for_reward_model, spoken
 from selfplay import Turn
@@ -151,6 +150,17 @@ def ridge(features, values, counts, penalty):
     return torch.cat([w, (middle - mean @ w)[None]])
 
 
+def ranks(values):
+    """Ranks from 1; equal values share their mean rank."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def spearman(one, other):
+    """Spearman's rank correlation; NaN where one side is constant."""
+    return np.corrcoef(ranks(one), ranks(other))[0, 1]
+
+
 def pairs_right(given, labels, scenarios):
     """Of pairs on one scenario whose labels differ by half a point or more: how often the better one is given more."""
     right = [
@@ -191,7 +201,7 @@ def fit():
             else:
                 share, n = pairs_right(said, labels, [rows[i].scenario for i in at])
                 print(
-                    f"{head:8} {part:16} {share:.2f} of {n} pairs right, Spearman {spearman(np.array(said), np.array(labels)):.2f}"
+                    f"{head:8} {part:16} {share:.2f} of {n} pairs right, Spearman {spearman(said, labels):.2f}"
                 )
     save_file(heads, HEADS)
     print(f"{HEADS}: the heads")
