@@ -64,14 +64,13 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     dtype: str = option("auto", "of the computation", choices=("auto", "fp32", "bf16"))
     judge2_url: str = option("", "audit: a second judge to compare with")
     judge2_model: str = option("", "audit: the second judge's model")
-    finals: str = option("", "audit: a conflict run's .items.jsonl, whose finals are judged too")
     out: str = option("", "results, FILE.json (empty: in eval/ of the run folder, or of runs/)")
 
 
 FREE = {  # settings that change no single item
     *("baseline", "baseline_temperature", "limit", "seeds", "batch", "out"),
-    *("judge2_url", "judge2_model", "finals", "judge_concurrency", "judge_timeout"),
-    *("judge_deadline", "judge_wait", "judge_attempts", "judge_budget", "judge_cache"),
+    *("judge2_url", "judge2_model", "judge_concurrency", "judge_timeout", "judge_deadline"),
+    *("judge_wait", "judge_attempts", "judge_budget", "judge_cache"),
 }
 # Taken from a run's config.json: how it played, and the judge that trained it. Not its end without
 # agreement: the protocol's evaluation writes a final completion all the same.
@@ -200,11 +199,8 @@ def verdicts(futures):
 def judged(record, verdict):
     """A record with its reward, None where the verdict is missing."""
     failures = [verdict.reason] if verdict.reason else []
-    return {
-        **record,
-        "reward": verdict.value,
-        "judge": {"raw": verdict.raw, "failures": failures},
-    }
+    said = {"raw": verdict.raw, "failures": failures}
+    return {**record, "reward": verdict.value, "judge": said}
 
 
 # ---- negotiations and answers --------------------------------------------------------------------
@@ -215,14 +211,14 @@ def played(voices, pairs, settings, judge, seed, partner=None, quiet=False):
     dialogues = [selfplay.Dialogue(scenario, 0, i, k) for i, (scenario, k) in enumerate(pairs)]
     judge.start_batch()
     with tqdm(total=len(dialogues), desc="dialogues", leave=False, disable=quiet) as bar:
-        selfplay.play(
-            voices, dialogues, settings, judge, seed, partner, on_done=lambda _: bar.update()
-        )
+        watch = {"on_done": lambda dialogue: bar.update()}
+        selfplay.play(voices, dialogues, settings, judge, seed, partner, **watch)
     return dialogues
 
 
-def negotiations(voices, pairs, settings, judge, partner=None):
-    """Play and judge: records as in dialogues.jsonl without tokens, with both endorsements."""
+def negotiations(first, second, settings, judge, partner, pairs):
+    """Two Sides play, the judge judges: records as in dialogues.jsonl, endorsements, no tokens."""
+    voices = first.voice, second.voice
     dialogues = played(voices, pairs, settings, judge, settings.seed, partner)
     finished = [dialogue for dialogue in dialogues if dialogue.verdict is not None]
     asked = []
@@ -235,12 +231,11 @@ def negotiations(voices, pairs, settings, judge, partner=None):
     records = []
     for dialogue in dialogues:
         record = {**dialogue.record(), "endorse": [None, None]}
-        record = picked(record, record.keys() - tokens)
         if dialogue.verdict is not None:
             record = judged(record, next(scores))
             if asked:
                 record["endorse"] = [next(endorsed).value, next(endorsed).value]
-        records.append(record)
+        records.append(picked(record, record.keys() - tokens))
     return records
 
 
@@ -250,14 +245,16 @@ def heldout(voice, scenarios, settings, judge, samples=2, seed=0, share=slice(No
     share: which of them this rank plays. A judge who is away costs rewards (None), never the run.
     """
     pairs = list(itertools.product(scenarios, range(samples)))[share]
+    if not pairs:
+        return []
     settings = dataclasses.replace(settings, on_impasse="complete")
     quiet = bool(share.start)  # one progress bar for all ranks
     records = []
     for dialogue in played((voice, voice), pairs, settings, judge, seed, quiet=quiet):
-        record = dialogue.record()
+        record = {**dialogue.record(), "endorse": [None, None]}
         if dialogue.verdict is not None:
             record = judged(record, dialogue.verdict.result())
-        records.append({**record, "endorse": [None, None]})
+        records.append(record)
     return records
 
 
@@ -364,13 +361,11 @@ def measured(records):
 
 def table(columns, differences=(("A", "B"),)):
     """Rows of each figure of {column: {(scenario, seed): {figure: number}}}, and of differences."""
-    first = next(iter(columns.values()))
-    names = next(iter(first.values()))
     rows = []
-    for name in names:
+    for name in next(iter(next(iter(columns.values())).values()), {}):
         given = {}  # {what the row is of: [(scenario, number)]}
         for of, column in columns.items():
-            given[of] = [(scenario, item[name]) for (scenario, _), item in column.items()]
+            given[of] = [(key[0], item[name]) for key, item in column.items()]
         for one, other in differences:
             if one in columns and other in columns:
                 pairs = zip(given[one], given[other], strict=True)
@@ -407,31 +402,27 @@ def win_rate(name, outcomes):
     return figure(name, "A against B", decided, pairs=len(outcomes), **counts)
 
 
-def compare_both_ways(judge, cases):
-    """The answers of (A, B) and of (B, A) to (dilemma, personas, A's, B's, question) cases."""
-    judge.start_batch()
-    asked = []
-    for dilemma, personas, one, other, question in cases:
-        asked.append(judge.compare(dilemma, personas, one, other, question))
-        asked.append(judge.compare(dilemma, personas, other, one, question))
-    said = [verdict.value for verdict in verdicts(asked)]
-    return list(zip(said[::2], said[1::2]))
-
-
 def win_rate_by_judge(name, pairs, sides, items, judge):
     """A against B by the judge, who sees both finals in both orders."""
-    todo = {}
-    for a, b in pairs:
-        if None not in (a["final"], b["final"]):
-            key = (sides["A"].id, sides["B"].id, name, a["scenario_id"], a["member"])
-            case = (a["dilemma"], a["personas"], a["final"], b["final"], QUESTIONS[name])
-            todo[key] = case
-    work = functools.partial(compare_both_ways, judge)
-    said = items.finish(f"A against B, {name}", todo, work)
-    outcomes = [(key[3], outcome(*answers)) for key, answers in zip(todo, said, strict=True)]
+
+    def work(cases):
+        judge.start_batch()
+        asked = []
+        for a, b in cases:
+            case, one, other = (a["dilemma"], a["personas"]), a["final"], b["final"]
+            asked.append(judge.compare(*case, one, other, QUESTIONS[name]))
+            asked.append(judge.compare(*case, other, one, QUESTIONS[name]))
+        said = [verdict.value for verdict in verdicts(asked)]
+        return list(zip(said[::2], said[1::2]))
+
+    todo, outcomes = {}, []
     for a, b in pairs:
         if None in (a["final"], b["final"]):
             outcomes.append((a["scenario_id"], "missing"))
+        else:
+            todo[sides["A"].id, sides["B"].id, name, a["scenario_id"], a["member"]] = (a, b)
+    said = items.finish(f"A against B, {name}", todo, work)
+    outcomes += [(key[3], outcome(*both)) for key, both in zip(todo, said, strict=True)]
     return win_rate(f"win_rate_{name}", outcomes)
 
 
@@ -479,7 +470,7 @@ def conflict(sides, items, judge):
     """A, and B, negotiate with themselves."""
 
     def work(side, pairs):
-        return negotiations((side.voice, side.voice), pairs, side.settings, judge)
+        return negotiations(side, side, side.settings, judge, None, pairs)
 
     records = each_side(sides, items, "conflict", scenarios_of(sides["A"].settings), work)
     return compared(records, sides, items, judge, ("ca", "conflict"))
@@ -512,54 +503,67 @@ def open_questions(sides, items, judge):
 PARTNERS = json.loads((DATA / "partners.json").read_text(encoding="utf-8"))
 
 
+def scripted(script):
+    """The partner of this name, who says its lines in turn; None for no name."""
+
+    def partner(dialogue):
+        lines = PARTNERS[script]
+        return lines[len(dialogue.turns) // 2 % len(lines)]
+
+    return partner if script else None
+
+
 def cross(sides, items, judge):
     """A with other partners than itself. Does it hold?
 
     `endorse_first` is how content the persona that it plays would be.
     """
-    settings = sides["A"].settings
-    todo = itertools.product(scenarios_of(settings).items(), range(settings.seeds))
-    pairs = {(name, k): (scenario, k) for (name, scenario), k in todo}
-    columns = {}
-
-    def play(first, second, script=""):
-        def work(pairs):
-            voices = sides[first].voice, sides[second].voice
-            return negotiations(voices, pairs, settings, judge, partner if script else None)
-
-        def partner(dialogue):
-            lines = PARTNERS[script]
-            return lines[len(dialogue.turns) // 2 % len(lines)]
-
-        title = f"{first} with {script or second}"
-        kind = (sides[first].id, sides[second].id, "cross", script)
-        todo = {(*kind, *key): pair for key, pair in pairs.items()}
+    settings, columns = sides["A"].settings, {}
+    scenarios = scenarios_of(settings)
+    pairings = [(first, second, "") for first, second in itertools.product(sides, sides)]
+    pairings += [("A", "A", script) for script in PARTNERS]
+    for first, second, script in pairings:
+        one, other, title = sides[first], sides[second], f"{first} with {script or second}"
+        todo = {}
+        for name, k in itertools.product(scenarios, range(settings.seeds)):
+            todo[one.id, other.id, "cross", script, name, k] = (scenarios[name], k)
+        table_of = (one, other, settings, judge, scripted(script))
+        work = functools.partial(negotiations, *table_of)
         columns[title] = measured(items.finish(title, todo, work))
-
-    for first, second in itertools.product(sides, sides):
-        play(first, second)
-    for script in PARTNERS:
-        play("A", "A", script)
     return table(columns, [(name, "A with A") for name in columns if name != "A with A"])
 
 
+def passages(width=192):
+    """The fixed text in passages of `width` words, as rows; a shorter rest is left out.
+
+    Cut by words, so that models with different tokenizers read the same ones.
+    """
+    said = (DATA / "public_domain.txt").read_text(encoding="utf-8").split()
+    starts = range(0, len(said) - width + 1, width)
+    texts = [" ".join(said[start : start + width]) for start in starts]
+    return {f"passage {i}": {"kind": "token_loss", "text": text} for i, text in enumerate(texts)}
+
+
 def general_items(side, pairs):
-    """For each line of eval_general.jsonl {"right": bool, ...}: greedy answers, likeliest choices."""
+    """{"value": number, ...} of each row: 1 for a right answer, 0 for a wrong one; a token loss."""
     voice, settings = side.voice, side.settings
-    rows = [row for row, _ in pairs]
-    exact = [row for row in rows if row["kind"] == "exact"]
+    exact = [row for row, _ in pairs if row["kind"] == "exact"]
     prompts, rngs = [row["prompt"] for row in exact], [rng_of(settings, "") for _ in exact]
-    turns = answers(voice, prompts, settings.answer_tokens, 0.0, 1.0, rngs)
-    found = {}
-    for row, turn in zip(exact, turns, strict=True):
-        found[row["id"]] = {"right": says_one(turn.text, row["answers"]), "text": turn.text}
-    for row in rows:
-        if row["kind"] == "choice":
+    turns = iter(answers(voice, prompts, settings.answer_tokens, 0.0, 1.0, rngs))  # greedy
+    found = []
+    for row, _ in pairs:
+        if row["kind"] == "exact":
+            text = next(turns).text
+            found.append({"value": float(says_one(text, row["answers"])), "text": text})
+        elif row["kind"] == "choice":
             choices = [voice.chat.plain(choice) for choice in row["choices"]]
             means = mean_logprobs(voice, asked_alone(voice, row["prompt"]), choices)
             right = int(np.argmax(means)) == row["answer"]
-            found[row["id"]] = {"right": right, "logprobs": means}
-    return [found[row["id"]] for row in rows]
+            found.append({"value": float(right), "logprobs": means})
+        else:
+            ids = voice.chat.plain(row["text"])
+            found.append({"value": -mean_logprobs(voice, ids[:1], [ids[1:]])[0]})
+    return found
 
 
 def says_one(text, answers):
@@ -569,37 +573,20 @@ def says_one(text, answers):
     return re.search(rf"(?<!\w)({wanted})(?!\w)", line, re.IGNORECASE) is not None
 
 
-def token_losses(side, pairs, width=192):
-    """For each text the mean token loss of each passage of `width` words, a shorter rest left out.
-
-    Passages are cut by words, so that models with different tokenizers read the same ones.
-    """
-    losses = []
-    for text, _ in pairs:
-        said = text.split()
-        starts = range(0, len(said) - width + 1, width)
-        passages = [side.voice.chat.plain(" ".join(said[i : i + width])) for i in starts]
-        losses.append([-mean_logprobs(side.voice, p[:1], [p[1:]])[0] for p in passages])
-    return losses
-
-
 def general(sides, items, judge):
     """Is general ability kept? No judge is asked."""
     rows = rows_of(sides["A"].settings, "eval_general.jsonl", {"kind": str, "prompt": str})
-    text = {"public_domain": (DATA / "public_domain.txt").read_text(encoding="utf-8")}
-    losses = each_side(sides, items, "loss by passage", text, token_losses, seeds=1)
+    rows.update(passages())
     given = each_side(sides, items, "general", rows, general_items, seeds=1)
-    columns = {"choice": {}, "exact": {}, "token_loss": {}}  # of each figure, by side
-    for side in sides:
-        for kind, of in columns.items():
-            of[side] = {}
-        for row, value in zip(rows.values(), given[side], strict=True):
-            columns[row["kind"]][side][row["id"], 0] = {row["kind"]: float(value["right"])}
-        for i, loss in enumerate(losses[side][0]):
-            columns["token_loss"][side][f"passage {i}", 0] = {"token_loss": loss}
     found = []
-    for of in columns.values():
-        found += table(of)
+    for kind in ("choice", "exact", "token_loss"):
+        columns = {}
+        for side, values in given.items():
+            numbers = {(name, 0): {kind: v["value"]} for name, v in zip(rows, values, strict=True)}
+            columns[side] = picked(
+                numbers, [key for key in numbers if rows[key[0]]["kind"] == kind]
+            )
+        found += table(columns)
     return found
 
 
@@ -609,47 +596,26 @@ def general(sides, items, judge):
 def labelled(settings):
     """The test part of the labels, or all of --data, each row with its dilemma."""
     shape = {"id": str, "scenario_id": str, "personas": list, "solution": str, "score": float}
-    rows = data_gen.load_jsonl(
-        settings.data or DATA / "judge_labels.jsonl", lambda row: data_gen.shape_fault(row, shape)
-    )
+    file = settings.data or DATA / "judge_labels.jsonl"
+    rows = data_gen.load_jsonl(file, lambda row: data_gen.shape_fault(row, shape))
     if not settings.data:
         rows = [row for row in rows if row["split"] == "test"]
-    rows = data_gen.spread(rows, settings.limit)
     dilemmas = {scenario.id: scenario.dilemma for scenario in data_gen.load_scenarios()}
-    name = "scenario_id"
-    return [{**row, "dilemma": dilemmas.get(row[name], row[name])} for row in rows]
-
-
-def finals_of(path):
-    """The finals in a conflict run's .items.jsonl as rows. Raises UserError where there are none."""
-    rows = []
-    for item in report.whole_lines(path):
-        key, value = item.get("key", []), item.get("value")
-        if key[1:2] == ["conflict"] and value["final"]:
-            rows.append({**value, "id": json.dumps(key), "solution": value["final"]})
-    if not rows:
-        raise UserError(
-            f"--finals {path}: no finals of a conflict run in it; name the .items.jsonl that stands "
-            "beside its results"
-        )
-    return rows
+    for row in rows:
+        row["dilemma"] = dilemmas.get(row["scenario_id"], row["scenario_id"])
+    return data_gen.spread(rows, settings.limit)
 
 
 def scored(name, rows, side, items, judge):
     """{row id: score or None} of solutions by a judge."""
 
-    def ask(rows):
+    def work(rows):
         judge.start_batch()
         asked = [judge.score(r["dilemma"], r["personas"], [], r["solution"]) for r in rows]
         return [verdict.value for verdict in verdicts(asked)]
 
     todo = {(side.id, judge.model, judge.mode, name, row["id"]): row for row in rows}
-    return dict(zip([row["id"] for row in rows], items.finish(name, todo, ask), strict=True))
-
-
-def pearson(one, other):
-    """Pearson's correlation; NaN where one side is constant."""
-    return np.corrcoef(one, other)[0, 1]
+    return dict(zip([row["id"] for row in rows], items.finish(name, todo, work), strict=True))
 
 
 def same_points(one, other):
@@ -664,22 +630,18 @@ def against_labels(name, scores, rows):
     """
     ranked = [(row["dilemma"], scores[row["id"]], float(row["score"])) for row in rows]
     pairs = []
-    for (dilemma, one, label), (other_dilemma, other, other_label) in itertools.combinations(
-        ranked, 2
-    ):
-        if dilemma == other_dilemma and abs(label - other_label) >= 0.5:
-            gap = minus(one, other)
-            right = None if gap is None else (1 + np.sign(gap * (label - other_label))) / 2
-            pairs.append((dilemma, right))
+    for one, other in itertools.combinations(ranked, 2):
+        gap, apart = minus(one[1], other[1]), one[2] - other[2]
+        if one[0] == other[0] and abs(apart) >= 0.5:
+            right = None if gap is None else (1 + np.sign(gap * apart)) / 2
+            pairs.append((one[0], right))
     return [figure("spearman", name, ranked, spearman), figure("pairs_right", name, pairs)]
 
 
 def audit(sides, items, judge):
-    """Labelled solutions and the finals of a run, judged twice and by a second judge."""
+    """Labelled solutions, scored twice and by a second judge; how far each ranks them rightly."""
     side, settings = sides["A"], sides["A"].settings
-    labels = labelled(settings)
-    finals = finals_of(settings.finals) if settings.finals else []
-    rows = labels + finals
+    rows = labelled(settings)
     scores = {"judge": scored("judge", rows, side, items, judge)}
     found = {"judge_url": judge.client.url, "judge_model": judge.model, "judge_mode": judge.mode}
     uncached = dataclasses.replace(settings, **found, judge_cache="off")
@@ -690,23 +652,17 @@ def audit(sides, items, judge):
         other = dataclasses.replace(settings, **found, judge_mode="auto")
         with reward.open_judge(other, key="JUDGE2_API_KEY") as second:
             scores["second judge"] = scored("second judge", rows, side, items, second)
-
-    def beside(name, rows):
-        return [
-            (row["dilemma"], scores["judge"][row["id"]], scores[name][row["id"]]) for row in rows
-        ]
-
-    results = []
-    for name in list(scores)[1:]:
-        results.append(figure("exact", f"judge, {name}", beside(name, rows), same_points))
-        results.append(figure("pearson", f"judge, {name}", beside(name, rows), pearson))
     scores["length alone"] = {row["id"]: float(len(words(row["solution"]))) for row in rows}
-    for of, part in (("judge, labelled", labels), ("judge, finals", finals)):
-        pairs = beside("length alone", part)
-        results.append(figure("score_length_pearson", of, pairs, pearson))
-    for name in scores:
-        if name != "judge again":
-            results += against_labels(name, scores[name], labels)
+    results = []
+    for name, given in scores.items():
+        both = [(row["dilemma"], scores["judge"][row["id"]], given[row["id"]]) for row in rows]
+        if name == "length alone":
+            results.append(figure("score_length_spearman", "judge", both, spearman))
+        elif name != "judge":
+            results.append(figure("exact", f"judge, {name}", both, same_points))
+            results.append(figure("spearman", f"judge, {name}", both, spearman))
+    for name in picked(scores, scores.keys() - {"judge again"}):
+        results += against_labels(name, scores[name], rows)
     return results
 
 
