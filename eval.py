@@ -158,10 +158,10 @@ class Items:
 
     def __init__(self, path, batch):
         self.done = {tuple(item["key"]): item["value"] for item in report.whole_lines(path)}
-        self.batch, self.judge = batch, ""
-        self.file = open(path, "ab")
-        if self.file.tell():
-            self.file.write(b"\n")  # ends the half line that a kill may have left
+        self.path, self.batch, self.judge = path, batch, ""
+        with open(path, "ab") as file:
+            if file.tell():
+                file.write(b"\n")  # ends the half line that a kill may have left
 
     def finish(self, title, todo, work):
         """The values of `todo` {key: argument}, in its order.
@@ -175,11 +175,12 @@ class Items:
             for start in bar:
                 keys = left[start : start + self.batch]
                 values = work([todo[key] for key in keys])
-                for key, value in zip(keys, values, strict=True):
-                    self.done[key] = value
-                    self.file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
-                self.file.flush()
-                os.fsync(self.file.fileno())
+                with open(self.path, "ab") as file:
+                    for key, value in zip(keys, values, strict=True):
+                        self.done[key] = value
+                        file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
         return [self.done[key] for key in todo]
 
 
@@ -283,8 +284,9 @@ def asked_alone(voice, prompt):
 
 
 @torch.no_grad()
-def answers(voice, prompts, limit, temperature, top_p, rngs):
-    """One answer to each prompt as a selfplay.Turn, all in one batch; rngs: a generator for each."""
+def answers(voice, prompts, limit, temperature, top_p, seeds):
+    """One answer to each prompt as a selfplay.Turn, all in one batch, each with its own seed."""
+    rngs = [np.random.default_rng(seed) for seed in seeds]
     unread = [asked_alone(voice, prompt) for prompt in prompts]
     turns = [selfplay.Turn(0, "", True) for _ in prompts]
     cache, live = lm.RaggedCache(len(prompts)), list(range(len(prompts)))
@@ -301,11 +303,6 @@ def answers(voice, prompts, limit, temperature, top_p, rngs):
     for turn in turns:
         turn.text = voice.chat.text(turn.ids)
     return turns
-
-
-def rng_of(settings, name, k=0):
-    """A random generator that depends on seed, item and number only."""
-    return np.random.default_rng([settings.seed, *hashlib.sha256(name.encode()).digest()[:8], k])
 
 
 def mean_logprobs(voice, prefix, continuations):
@@ -395,15 +392,15 @@ def outcome(first, second):
 
 
 def win_rate(name, outcomes):
-    """The Row of wins / (wins + losses) of (scenario, outcome) pairs, with every outcome's count."""
+    """The Row of wins / (wins + losses) of (scenario, outcome) pairs, with all their counts."""
     kinds = ("wins", "losses", "ties", "inconsistent", "missing")
     counts = {kind: sum(what == kind for _, what in outcomes) for kind in kinds}
     decided = [(s, float(what == "wins")) for s, what in outcomes if what in ("wins", "losses")]
     return figure(name, "A against B", decided, pairs=len(outcomes), **counts)
 
 
-def win_rate_by_judge(name, pairs, sides, items, judge):
-    """A against B by the judge, who sees both finals in both orders."""
+def against(name, pairs, sides, items, judge):
+    """The win rate of A against B by a judge, who sees both finals in both orders."""
 
     def work(cases):
         judge.start_batch()
@@ -441,7 +438,7 @@ def compared(records, sides, items, judge, questions):
     rows = table({side: measured(found) for side, found in records.items()})
     if "B" in sides:
         pairs = list(zip(records["A"], records["B"], strict=True))
-        rows += [win_rate_by_judge(name, pairs, sides, items, judge) for name in questions]
+        rows += [against(name, pairs, sides, items, judge) for name in questions]
         rows.append(like_length(pairs))
     return rows
 
@@ -481,9 +478,11 @@ def open_questions(sides, items, judge):
 
     def work(side, pairs):
         settings, prompts = side.settings, [row["question"] for row, _ in pairs]
-        rngs = [rng_of(settings, row["id"], k) for row, k in pairs]
-        sampling = (settings.answer_tokens, settings.final_temperature, settings.final_top_p)
-        turns = answers(side.voice, prompts, *sampling, rngs)
+        seeds = [
+            [settings.seed, *hashlib.sha256(row["id"].encode()).digest()[:8], k] for row, k in pairs
+        ]
+        sampling = settings.answer_tokens, settings.final_temperature, settings.final_top_p
+        turns = answers(side.voice, prompts, *sampling, seeds)
         judge.start_batch()
         asked = [judge.score(q, [], [], turn.text) for q, turn in zip(prompts, turns)]
         records = []
@@ -548,8 +547,8 @@ def general_items(side, pairs):
     """{"value": number, ...} of each row: 1 for a right answer, 0 for a wrong one; a token loss."""
     voice, settings = side.voice, side.settings
     exact = [row for row, _ in pairs if row["kind"] == "exact"]
-    prompts, rngs = [row["prompt"] for row in exact], [rng_of(settings, "") for _ in exact]
-    turns = iter(answers(voice, prompts, settings.answer_tokens, 0.0, 1.0, rngs))  # greedy
+    prompts, seeds = [row["prompt"] for row in exact], [0] * len(exact)
+    turns = iter(answers(voice, prompts, settings.answer_tokens, 0.0, 1.0, seeds))  # greedy
     found = []
     for row, _ in pairs:
         if row["kind"] == "exact":
@@ -618,11 +617,6 @@ def scored(name, rows, side, items, judge):
     return dict(zip([row["id"] for row in rows], items.finish(name, todo, work), strict=True))
 
 
-def same_points(one, other):
-    """Share of pairs that are the same in whole points."""
-    return np.mean(np.round(one) == np.round(other))
-
-
 def against_labels(name, scores, rows):
     """How well a scorer ranks labelled solutions: over all, and in pairs on one dilemma.
 
@@ -659,10 +653,11 @@ def audit(sides, items, judge):
         if name == "length alone":
             results.append(figure("score_length_spearman", "judge", both, spearman))
         elif name != "judge":
-            results.append(figure("exact", f"judge, {name}", both, same_points))
+            same = {"statistic": lambda one, other: np.mean(one.round() == other.round())}
+            results.append(figure("exact", f"judge, {name}", both, **same))
             results.append(figure("spearman", f"judge, {name}", both, spearman))
-    for name in picked(scores, scores.keys() - {"judge again"}):
-        results += against_labels(name, scores[name], rows)
+        if name != "judge again":
+            results += against_labels(name, given, rows)
     return results
 
 
@@ -711,7 +706,7 @@ def main(argv=None):
     report.write(out, json.dumps(found, indent=1))
     for row in found["rows"]:
         print("{:24} {:28} {:>9}  {:22} {}".format(*cells(row)))
-    print(f"{out}: these rows; {items.file.name}: every finished item")
+    print(f"{out}: these rows; {items.path}: every finished item")
     return 0
 
 
