@@ -381,10 +381,7 @@ def minus(one, other):
 
 
 def outcome(first, second):
-    """How A against B ended when the judge said `first` of (A, B) and `second` of (B, A).
-
-    A win needs both orders to agree.
-    """
+    """How A against B ended by the answers to (A, B) and to (B, A): a win needs both."""
     if None in (first, second):
         return "missing"
     decided = {("A", "B"): "wins", ("B", "A"): "losses", ("tie", "tie"): "ties"}
@@ -423,23 +420,12 @@ def against(name, pairs, sides, items, judge):
     return win_rate(f"win_rate_{name}", outcomes)
 
 
-def like_length(pairs):
-    """A - B by score among pairs whose finals differ in length by a fifth at most."""
-    gaps = []
-    for a, b in pairs:
-        one, other = len(words(a["final"] or "")), len(words(b["final"] or ""))
-        if abs(one - other) <= 0.2 * max(one, other):
-            gaps.append((a["scenario_id"], minus(a["reward"], b["reward"])))
-    return figure("ca_score_like_length", "A - B", gaps, pairs=len(pairs))
-
-
 def compared(records, sides, items, judge, questions):
     """The rows of A and of B, and of A against B."""
     rows = table({side: measured(found) for side, found in records.items()})
     if "B" in sides:
         pairs = list(zip(records["A"], records["B"], strict=True))
         rows += [against(name, pairs, sides, items, judge) for name in questions]
-        rows.append(like_length(pairs))
     return rows
 
 
@@ -513,10 +499,7 @@ def scripted(script):
 
 
 def cross(sides, items, judge):
-    """A with other partners than itself. Does it hold?
-
-    `endorse_first` is how content the persona that it plays would be.
-    """
+    """A with other partners than itself; `endorse_first` is of the persona that it plays."""
     settings, columns = sides["A"].settings, {}
     scenarios = scenarios_of(settings)
     pairings = [(first, second, "") for first, second in itertools.product(sides, sides)]
@@ -526,8 +509,7 @@ def cross(sides, items, judge):
         todo = {}
         for name, k in itertools.product(scenarios, range(settings.seeds)):
             todo[one.id, other.id, "cross", script, name, k] = (scenarios[name], k)
-        table_of = (one, other, settings, judge, scripted(script))
-        work = functools.partial(negotiations, *table_of)
+        work = functools.partial(negotiations, one, other, settings, judge, scripted(script))
         columns[title] = measured(items.finish(title, todo, work))
     return table(columns, [(name, "A with A") for name in columns if name != "A with A"])
 
@@ -617,6 +599,11 @@ def scored(name, rows, side, items, judge):
     return dict(zip([row["id"] for row in rows], items.finish(name, todo, work), strict=True))
 
 
+def same_points(one, other):
+    """Share of numbers that are the same in whole points."""
+    return np.mean(one.round() == other.round())
+
+
 def against_labels(name, scores, rows):
     """How well a scorer ranks labelled solutions: over all, and in pairs on one dilemma.
 
@@ -653,8 +640,7 @@ def audit(sides, items, judge):
         if name == "length alone":
             results.append(figure("score_length_spearman", "judge", both, spearman))
         elif name != "judge":
-            same = {"statistic": lambda one, other: np.mean(one.round() == other.round())}
-            results.append(figure("exact", f"judge, {name}", both, **same))
+            results.append(figure("exact", f"judge, {name}", both, same_points))
             results.append(figure("spearman", f"judge, {name}", both, spearman))
         if name != "judge again":
             results += against_labels(name, given, rows)

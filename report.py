@@ -158,11 +158,6 @@ def grounding(final, sources):
     return sum(stem in known for stem in used) / len(used) if used else None
 
 
-def opening(text):
-    """The first four words of a text, by which two finals are said to begin alike."""
-    return tuple(words(text)[:4])
-
-
 def texts_of(record):
     """All that was written in a dialogue, a line of dialogues.jsonl."""
     return [turn["text"] for turn in record["turns"]] + [record["final"] or ""]
@@ -194,7 +189,7 @@ def diversity(records):
     texts = []
     for record in records:
         texts += texts_of(record)
-    openings = [opening(record["final"]) for record in records if record["final"]]
+    openings = [tuple(words(r["final"])[:4]) for r in records if r["final"]]
     found["distinct_2"] = distinct(texts)
     found["distinct_openings"] = len(set(openings)) / len(openings) if openings else None
     return found
@@ -531,12 +526,6 @@ def transcripts(run, limit, decode):
 # ---- the page ------------------------------------------------------------------------------------
 
 
-def results(folder):
-    """{name: what was written} of the results in a run's eval folder."""
-    files = sorted(Path(folder, "eval").glob("*.json"))
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
-
-
 def decoder(folder):
     """`decode` of a run's tokenizer, or None, with a warning, where it has none."""
     try:
@@ -570,6 +559,7 @@ def main(argv):
     run = read_run(folder)
     baseline = read_run(settings.baseline) if settings.baseline else None
     gain, late = gains(run, baseline) if baseline else ([], None)
+    files = sorted(Path(folder, "eval").glob("*.json"))
     source = (DATA / "report.html.j2").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", source, re.DOTALL)[1]
     page = jinja2.Environment(autoescape=True).from_string(source)
@@ -580,7 +570,7 @@ def main(argv):
         baseline=baseline,
         late=late,
         curves=curves(run, baseline, gain),
-        results=results(folder),
+        results={file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files},
         cells=cells,
         transcripts=transcripts(run, settings.scenarios, decoder(folder)),
     )
