@@ -99,7 +99,8 @@ def read_settings(command, argv):
     if lent.get("max_turns") == 0:  # beside a run that answers alone, the other side negotiates
         lent = picked(lent, lent.keys() - {"max_turns", "agreement"})
     judge = {} if "judge_url" in given else picked(trained.get("A", {}), JUDGE - given.keys())
-    sides, name = {}, command
+    name = command
+    sides = {}
     for side, (folder, run) in found.items():
         play = picked(trained.get(side, lent), PLAY - given.keys())
         heat = settings.baseline_temperature if side == "B" else 0.0
@@ -128,7 +129,8 @@ def identity(settings):
     stamps = [lm.WARM_START_SHA256] if settings.model == lm.WARM_MODEL else []
     for file in sorted(Path(settings.model).glob("*.safetensors")):
         stamps.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
-    files = [settings.data] if settings.data else sorted(DATA.glob("*.jsonl"))
+    shipped = [*DATA.glob("eval_*.jsonl"), *DATA.glob("judge_*.jsonl")]
+    files = [settings.data] if settings.data else sorted(shipped)
     data = [data_gen.load_jsonl(file) for file in files]
     facts = [facts, stamps, data, reward.load_rubric(settings.rubric)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
@@ -138,7 +140,8 @@ class Side:
     """A or B: its settings, and the model that plays, loaded when it first has to speak."""
 
     def __init__(self, settings):
-        self.settings, self.id = settings, identity(settings)
+        self.settings = settings
+        self.id = identity(settings)
 
     @functools.cached_property
     def voice(self):
@@ -158,7 +161,9 @@ class Items:
 
     def __init__(self, path, batch):
         self.done = {tuple(item["key"]): item["value"] for item in report.whole_lines(path)}
-        self.path, self.batch, self.judge = path, batch, ""
+        self.path = path
+        self.batch = batch
+        self.judge = ""
         with open(path, "ab") as file:
             if file.tell():
                 file.write(b"\n")  # ends the half line that a kill may have left
@@ -289,11 +294,13 @@ def answers(voice, prompts, limit, temperature, top_p, seeds):
     rngs = [np.random.default_rng(seed) for seed in seeds]
     unread = [asked_alone(voice, prompt) for prompt in prompts]
     turns = [selfplay.Turn(0, "", True) for _ in prompts]
-    cache, live = lm.RaggedCache(len(prompts)), list(range(len(prompts)))
+    cache = lm.RaggedCache(len(prompts))
+    live = list(range(len(prompts)))
     while live:
         logits = cache.feed(voice.model, live, [unread[row] for row in live])  # (live, V)
         uniform = logits.new_tensor([rngs[row].random() for row in live])
-        heat, nucleus = torch.full_like(uniform, temperature), torch.full_like(uniform, top_p)
+        heat = torch.full_like(uniform, temperature)
+        nucleus = torch.full_like(uniform, top_p)
         drawn = selfplay.sample(logits, heat, nucleus, uniform)[0].tolist()
         for row, token in zip(live, drawn, strict=True):
             unread[row] = [token]
@@ -403,13 +410,14 @@ def against(name, pairs, sides, items, judge):
         judge.start_batch()
         asked = []
         for a, b in cases:
-            case, one, other = (a["dilemma"], a["personas"]), a["final"], b["final"]
-            asked.append(judge.compare(*case, one, other, QUESTIONS[name]))
-            asked.append(judge.compare(*case, other, one, QUESTIONS[name]))
+            for one, other in ((a["final"], b["final"]), (b["final"], a["final"])):
+                case = (a["dilemma"], a["personas"], one, other, QUESTIONS[name])
+                asked.append(judge.compare(*case))
         said = [verdict.value for verdict in verdicts(asked)]
         return list(zip(said[::2], said[1::2]))
 
-    todo, outcomes = {}, []
+    todo = {}
+    outcomes = []
     for a, b in pairs:
         if None in (a["final"], b["final"]):
             outcomes.append((a["scenario_id"], "missing"))
@@ -463,7 +471,8 @@ def open_questions(sides, items, judge):
     """A, and B, answer open questions alone."""
 
     def work(side, pairs):
-        settings, prompts = side.settings, [row["question"] for row, _ in pairs]
+        settings = side.settings
+        prompts = [row["question"] for row, _ in pairs]
         seeds = [
             [settings.seed, *hashlib.sha256(row["id"].encode()).digest()[:8], k] for row, k in pairs
         ]
@@ -500,12 +509,14 @@ def scripted(script):
 
 def cross(sides, items, judge):
     """A with other partners than itself; `endorse_first` is of the persona that it plays."""
-    settings, columns = sides["A"].settings, {}
+    settings = sides["A"].settings
     scenarios = scenarios_of(settings)
+    columns = {}
     pairings = [(first, second, "") for first, second in itertools.product(sides, sides)]
     pairings += [("A", "A", script) for script in PARTNERS]
     for first, second, script in pairings:
-        one, other, title = sides[first], sides[second], f"{first} with {script or second}"
+        title = f"{first} with {script or second}"
+        one, other = sides[first], sides[second]
         todo = {}
         for name, k in itertools.product(scenarios, range(settings.seeds)):
             todo[one.id, other.id, "cross", script, name, k] = (scenarios[name], k)
@@ -527,10 +538,11 @@ def passages(width=192):
 
 def general_items(side, pairs):
     """{"value": number, ...} of each row: 1 for a right answer, 0 for a wrong one; a token loss."""
-    voice, settings = side.voice, side.settings
+    voice = side.voice
     exact = [row for row, _ in pairs if row["kind"] == "exact"]
-    prompts, seeds = [row["prompt"] for row in exact], [0] * len(exact)
-    turns = iter(answers(voice, prompts, settings.answer_tokens, 0.0, 1.0, seeds))  # greedy
+    greedy = {"temperature": 0.0, "top_p": 1.0, "seeds": [0] * len(exact)}
+    prompts = [row["prompt"] for row in exact]
+    turns = iter(answers(voice, prompts, side.settings.answer_tokens, **greedy))
     found = []
     for row, _ in pairs:
         if row["kind"] == "exact":
@@ -612,7 +624,8 @@ def against_labels(name, scores, rows):
     ranked = [(row["dilemma"], scores[row["id"]], float(row["score"])) for row in rows]
     pairs = []
     for one, other in itertools.combinations(ranked, 2):
-        gap, apart = minus(one[1], other[1]), one[2] - other[2]
+        gap = minus(one[1], other[1])
+        apart = one[2] - other[2]
         if one[0] == other[0] and abs(apart) >= 0.5:
             right = None if gap is None else (1 + np.sign(gap * apart)) / 2
             pairs.append((one[0], right))
@@ -621,7 +634,8 @@ def against_labels(name, scores, rows):
 
 def audit(sides, items, judge):
     """Labelled solutions, scored twice and by a second judge; how far each ranks them rightly."""
-    side, settings = sides["A"], sides["A"].settings
+    side = sides["A"]
+    settings = side.settings
     rows = labelled(settings)
     scores = {"judge": scored("judge", rows, side, items, judge)}
     found = {"judge_url": judge.client.url, "judge_model": judge.model, "judge_mode": judge.mode}

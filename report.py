@@ -61,9 +61,9 @@ def best_step(run):
 
 def checkpoints_of(run):
     """The complete checkpoints of a run in their order, and not what else stands beside them."""
-    named = [p for p in (run / "checkpoints").iterdir() if re.fullmatch(r"step_\d{6,}", p.name)]
-    complete = [p for p in named if (p / "COMPLETE").exists()]
-    return sorted(complete, key=lambda p: int(p.name[5:]))
+    complete = [path.parent for path in (run / "checkpoints").glob("step_*/COMPLETE")]
+    ours = [path for path in complete if re.fullmatch(r"step_\d{6,}", path.name)]
+    return sorted(ours, key=lambda path: int(path.name[5:]))
 
 
 def locate(name):
@@ -129,7 +129,8 @@ def ngrams(texts, n):
 
 def overlap(one, other, n=3):
     """Share of the distinct n-grams of the side with fewer that the other says too, or None."""
-    ours, theirs = set(ngrams(one, n)), set(ngrams(other, n))
+    ours = set(ngrams(one, n))
+    theirs = set(ngrams(other, n))
     fewer = min(len(ours), len(theirs))
     return len(ours & theirs) / fewer if fewer else None
 
@@ -154,7 +155,8 @@ def stems(text):
 
 def grounding(final, sources):
     """Share of the final's content words whose stems occur in the sources; None without any."""
-    known, used = set(stems("\n".join(sources))), stems(final)
+    known = set(stems("\n".join(sources)))
+    used = stems(final)
     return sum(stem in known for stem in used) / len(used) if used else None
 
 
@@ -401,7 +403,8 @@ def chart(title, lines, stacked=False, from_zero=True):
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    svg, floor = io.BytesIO(), 0.0
+    svg = io.BytesIO()
+    floor = 0.0  # of the next bars
     with style.context(DATA / "report.mplstyle"):
         canvas = Figure()
         axes = canvas.subplots()
@@ -498,20 +501,24 @@ def readable(record, label, trained, decode):
     return {"label": label, "streams": streams, "raw": "\n".join(said).strip(), **kept}
 
 
+def rank_of(record):
+    """What dialogues are ranked by: a missing reward is the worst."""
+    return (record["reward"] is not None, record["reward"] or 0.0)
+
+
 def transcripts(run, limit, decode):
     """Per scenario its best and worst dialogues of the first and the last step.
 
     First come the scenarios with most steps between. The page opens on a scenario's first and last
     dialogue, so these are the best before and the best after training.
     """
-    found, trained = [], run.config.get("train_tokens", "dialogue")
+    found = []
+    trained = run.config.get("train_tokens", "dialogue")
     by_distance = sorted(run.kept.items(), key=lambda item: min(item[1])[0] - max(item[1])[0])
     for name, slot in by_distance[:limit]:
         dialogues = []
         for (step, source), records in sorted(slot.items()):
-            known = [r for r in records if r["reward"] is not None]
-            ranked = sorted(known, key=lambda r: r["reward"], reverse=True)
-            ranked += [r for r in records if r["reward"] is None]
+            ranked = sorted(records, key=rank_of, reverse=True)
             ends = [("best", ranked[0]), ("worst", ranked[-1])][: len(ranked)]
             if (step, source) == max(slot):
                 ends.reverse()
@@ -555,7 +562,8 @@ def main(argv):
         raise UserError(
             "report: name the folder of a run first, such as: python eval.py report runs/debug-0"
         )
-    folder, settings = argv[0], command_line(ReportSettings, argv[1:], "eval.py report RUN")
+    folder = argv[0]
+    settings = command_line(ReportSettings, argv[1:], "eval.py report RUN")
     run = read_run(folder)
     baseline = read_run(settings.baseline) if settings.baseline else None
     gain, late = gains(run, baseline) if baseline else ([], None)
