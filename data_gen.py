@@ -33,7 +33,6 @@ from tqdm import tqdm
 
 from cli import UserError, command_line, option, run_cli
 from client import Client, Missing, dig
-from measure import CHECKS
 from reward import fill
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -209,16 +208,12 @@ def line_fault(row, shape):
 def answer_fault(row):
     """Does a line of the general set hold what its answer is checked by?"""
     by = {
-        "instruction": {"checks": list},
         "choice": {"choices": list, "answer": int},
         "exact": {"answers": list},
     }.get(row["kind"])
     if by is None:
-        return f'no kind "{row["kind"]}"; use instruction, choice or exact'
-    if fault := shape_fault(row, by):
-        return fault
-    odd = [c for c in row.get("checks", []) if type(c) is not dict or c.get("type") not in CHECKS]
-    return f"an unknown check, {json.dumps(odd[0])[:80]}; use {', '.join(CHECKS)}" if odd else ""
+        return f'no kind "{row["kind"]}"; use choice or exact'
+    return shape_fault(row, by)
 
 
 # ---- JSON Lines, with errors that name the line ---------------------------------------------------------------------
@@ -430,12 +425,8 @@ def counted(rows):
 
 
 def balance_faults(sets):
-    """Three tiers and at least 24 topics, the same in training and evaluation, equal to two lines; instructions are half of their set."""
-    kinds, faults = [row["kind"] for row in sets["eval_general.jsonl"].values()], []
-    if 2 * kinds.count("instruction") != len(kinds):
-        faults.append(
-            f"eval_general.jsonl: {kinds.count('instruction')} instructions of {len(kinds)} lines; make it one half"
-        )
+    """Three tiers and at least 24 topics, the same in training and evaluation, equal to two lines."""
+    faults = []
     counts = {file: counted(sets[file]) for file in ("dilemmas.jsonl", "eval_conflict.jsonl")}
     if len({frozenset(c) for c in counts.values()}) > 1:
         faults.append(f"{' and '.join(counts)}: not the same tiers and topics; align them")

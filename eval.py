@@ -1,18 +1,18 @@
-"""Evaluation: does a trained model negotiate better than another, and how far can the judge that says so be trusted?
+"""Evaluation: does A negotiate better than B, and how far can the judge that says so be trusted?
 
-    conflict   A (and B) negotiate on sealed scenarios: scores, agreement, endorsements, texts, and A against B in pairs
+    conflict   A (and B) negotiate on sealed scenarios: scores, agreement, texts, A against B
     open       A (and B) answer open questions alone, and the same pairs
-    general    instructions, choices, exact answers, all checked by machine; the token loss on a fixed text
+    general    multiple choices, exact answers, the token loss on a fixed text: no judge
     cross      partners swapped: A with B, B with A, and A with scripted partners who never give way
-    audit      the judge itself: asked twice, in both orders, against labels, against length, against a second judge
+    audit      the judge itself: asked twice, against labels, length and a second judge
     report     a run as one HTML page (report.py)
 
     python eval.py conflict --model runs/debug-0 --baseline negotiator-135m --seeds 2
-    python eval.py report runs/debug-0 --baseline runs/single-0
 
-A and B get the same scenarios with the same seeds. Every row of results has its count, what is missing or dropped, and an interval over
-scenarios (measure.py). Finished items are written at once, so a run that was killed goes on where it was: start it again.
-Left out on purpose: downloads (IFEval, AIME, GPQA: the README has the command), Elo, an evaluation harness.
+    settings -> two Sides -> items (played, judged, written at once) -> Rows with intervals
+
+A and B get the same scenarios with the same seeds. A run that was killed goes on where it was:
+start it again. Left out: downloads (IFEval, AIME, GPQA: the README has the command), Elo.
 """
 
 import collections
@@ -39,814 +39,629 @@ import selfplay
 from cli import UserError, command_line, option, run_cli
 from client import BudgetSpent
 from data_gen import DATA
-from measure import (
-    SAME,
-    diversity,
-    figure,
-    measure,
-    opening,
-    outcome,
-    passed,
-    pearson,
-    spearman,
-    table,
-    win_rate,
-    words,
-)
+from judge_server import spearman
+from report import cells, diversity, figure, text_measures, words
 
-# ---- settings -----------------------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(selfplay.PlaySettings, reward.JudgeSettings):
-    """What is evaluated. A model out of a run folder plays as it did in training, unless flags say otherwise."""
+    """What is evaluated. A model of a run folder plays as it was trained, unless flags differ."""
 
-    model: str = option(
-        lm.WARM_MODEL,
-        f"A: {lm.WARM_MODEL}, smollm2-135m, a folder, a run folder (its best checkpoint, or its newest), or a Hugging Face id",
-    )
+    model: str = option(lm.WARM_MODEL, "A: a model, or a run folder (its best checkpoint)")
     baseline: str = option("", "B, on the same scenarios with the same seeds (empty: A alone)")
     baseline_temperature: float = option(
         0.0, "temperature of all that B says: the control for mere sharpening (0: as it is)", low=0
     )
-    greedy: bool = option(
-        False, "always the most likely token (for B too, unless it has a temperature of its own)"
-    )
+    greedy: bool = option(False, "always the likeliest token (B: unless it has a temperature)")
     data: str = option("", "a JSON Lines file in place of the shipped set of this command")
     limit: int = option(0, "items of the set, evenly spaced (0: all)", low=0)
     seeds: int = option(1, "dialogues, or answers, per scenario", low=1)
     seed: int = option(0, "of everything random", low=0)
-    answer_tokens: int = option(160, "tokens that an answer may have in open and general", low=2)
+    answer_tokens: int = option(160, "tokens of an answer in open and general", low=2)
     batch: int = option(16, "dialogues or questions at a time; as many are lost by a kill", low=1)
     dtype: str = option("auto", "of the computation", choices=("auto", "fp32", "bf16"))
     judge2_url: str = option("", "audit: a second judge to compare with")
     judge2_model: str = option("", "audit: the second judge's model")
-    finals: str = option(
-        "", "audit: the .items.jsonl of a conflict run, whose finals are judged too"
-    )
-    out: str = option(
-        "", "results, FILE.json (empty: in the run folder of --model, eval/..., else runs/eval/...)"
-    )
+    out: str = option("", "results, FILE.json (empty: in eval/ of the run folder, or of runs/)")
 
 
-FREE = {
-    "baseline",
-    "baseline_temperature",
-    "limit",
-    "seeds",
-    "batch",
-    "judge2_url",
-    "judge2_model",
-    "finals",
-    "out",
-    "judge_concurrency",
-    "judge_timeout",
-    "judge_deadline",
-    "judge_wait",
-    "judge_attempts",
-    "judge_budget",
-    "judge_cache",
-}  # settings that change no single item
+FREE = {  # settings that change no single item
+    *("baseline", "baseline_temperature", "limit", "seeds", "batch", "out"),
+    *("judge2_url", "judge2_model", "judge_concurrency", "judge_timeout", "judge_deadline"),
+    *("judge_wait", "judge_attempts", "judge_budget", "judge_cache"),
+}
+# Taken from a run's config.json: how it played, and the judge that trained it. Not its end without
+# agreement: the protocol's evaluation writes a final completion all the same.
+PLAY = {field.name for field in dataclasses.fields(selfplay.PlaySettings)} - {"on_impasse"}
+JUDGE = {"judge_url", "judge_model", "judge_mode", "judge_sees", "judge_noise", "rubric"}
 
 
 def read_settings(command, argv):
-    """({"A": Settings, "B": Settings}, path of the results): each side with what to load as its `model`; no "B" without --baseline.
+    """({"A": Settings, "B": Settings}, path of the results); no "B" without --baseline.
 
-    A side plays as its run was trained; one without a run, as the other one does (but beside a single-answer run it negotiates).
+    The `model` of each is what to load. A side plays as its run was trained; one without a run, as
+    the other does.
     """
     given = {}
-    settings = command_line(
-        Settings, argv, f"eval.py {command}", base=lambda flags: given.update(flags) or {}
-    )
-    sides, names, home = {}, [command], None
-    found = {
-        side: report.locate(name)
-        for side, name in (("A", settings.model), ("B", settings.baseline))
-        if name
-    }
+
+    def note(flags):
+        given.update(flags)
+        return {}
+
+    settings = command_line(Settings, argv, f"eval.py {command}", base=note)
+    found = {"A": report.locate(settings.model)}
+    if settings.baseline:
+        found["B"] = report.locate(settings.baseline)
     trained = {side: report.config_of(run) for side, (_, run) in found.items() if run}
-    lent = {} if len(trained) != 1 else next(iter(trained.values()))
-    if lent.get("max_turns") == 0:
-        lent = {key: value for key, value in lent.items() if key not in ("max_turns", "agreement")}
-    run_judge = {}
-    if (
-        "judge_url" not in given
-    ):  # the judge that trained A, read as it was, unless another one is named
-        asked = ("judge_url", "judge_model", "judge_mode", "judge_sees", "judge_noise", "rubric")
-        run_judge = {
-            key: trained["A"][key]
-            for key in asked
-            if key in trained.get("A", {}) and key not in given
-        }
+    lent = next(iter(trained.values())) if len(trained) == 1 else {}
+    if lent.get("max_turns") == 0:  # beside a run that answers alone, the other side negotiates
+        lent = picked(lent, lent.keys() - {"max_turns", "agreement"})
+    judge = {} if "judge_url" in given else picked(trained.get("A", {}), JUDGE - given.keys())
+    name = command
+    sides = {}
     for side, (folder, run) in found.items():
-        saved = trained.get(side, lent)
-        # but for the end without agreement: the protocol's evaluation writes a final completion all the same
-        play = {
-            f.name: saved[f.name]
-            for f in dataclasses.fields(selfplay.PlaySettings)
-            if f.name in saved and f.name not in {*given, "on_impasse"}
-        }
+        play = picked(trained.get(side, lent), PLAY - given.keys())
         heat = settings.baseline_temperature if side == "B" else 0.0
-        play |= (
-            {"temperature": heat, "final_temperature": heat} if settings.greedy or heat else {}
-        )  # 0 is for evaluation only
-        sides[side] = dataclasses.replace(settings, model=folder, **{**run_judge, **play})
-        home = run if side == "A" else home
-        names.append(
-            "-".join(
-                ([run.name] if run else []) + [Path(folder).name] + [f"T{heat:g}"] * bool(heat)
-            )
-        )
-    more = "".join(
-        f"-{key}_{value}" for key, value in given.items() if key not in FREE | {"model", "greedy"}
-    )  # other results, another file
-    more = more if len(more) < 80 else "-" + hashlib.sha256(more.encode()).hexdigest()[:8]
-    stem = re.sub(r"[^\w.-]+", "_", "-".join(names) + "-greedy" * settings.greedy + more)
-    return sides, Path(settings.out or (home or Path("runs")) / "eval" / (stem + ".json"))
+        if settings.greedy or heat:
+            play.update(temperature=heat, final_temperature=heat)
+        sides[side] = dataclasses.replace(settings, model=folder, **judge, **play)
+        name += (f"-{run.name}" if run else "") + f"-{Path(folder).name}"
+        name += f"-T{heat:g}" if heat else ""
+    name += "-greedy" if settings.greedy else ""
+    others = given.keys() - FREE - {"model", "greedy"}  # other settings, another file
+    more = "".join(f"-{key}_{value}" for key, value in given.items() if key in others)
+    name += more if len(more) < 80 else "-" + hashlib.sha256(more.encode()).hexdigest()[:8]
+    home = found["A"][1] or Path("runs")
+    out = settings.out or home / "eval" / (re.sub(r"[^\w.-]+", "_", name) + ".json")
+    return sides, Path(out)
+
+
+def picked(saved, keys):
+    """The part of a dict that has these keys."""
+    return {key: saved[key] for key in saved if key in keys}
 
 
 def identity(settings):
-    """12 hex digits of all that one side's items depend on: settings, rubric, data, and the weights in its folder."""
+    """12 hex digits of all that a side's items depend on: settings, rubric, data, its weights."""
     facts = {key: value for key, value in dataclasses.asdict(settings).items() if key not in FREE}
-    stamps = [
-        [f.name, f.stat().st_size, f.stat().st_mtime_ns]
-        for f in sorted(Path(settings.model).glob("*.safetensors"))
-    ]
-    stamps += [lm.WARM_START_SHA256] * (settings.model == lm.WARM_MODEL)
-    files = (
-        [settings.data]
-        if settings.data
-        else [
-            f
-            for f in sorted(DATA.glob("*.jsonl"))
-            if f.name.startswith(("eval", "judge", "agreement"))
-        ]
-    )
+    stamps = [lm.WARM_START_SHA256] if settings.model == lm.WARM_MODEL else []
+    for file in sorted(Path(settings.model).glob("*.safetensors")):
+        stamps.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
+    shipped = [*DATA.glob("eval_*.jsonl"), *DATA.glob("judge_*.jsonl")]
+    files = [settings.data] if settings.data else sorted(shipped)
     data = [data_gen.load_jsonl(file) for file in files]
-    return hashlib.sha256(
-        json.dumps([facts, stamps, data, reward.load_rubric(settings.rubric)]).encode()
-    ).hexdigest()[:12]
+    facts = [facts, stamps, data, reward.load_rubric(settings.rubric)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
-# ---- finished items, and the judge's answers ------------------------------------------------------------------------------
+class Side:
+    """A or B: its settings, and the model that plays, loaded when it first has to speak."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.id = identity(settings)
+
+    @functools.cached_property
+    def voice(self):
+        """The model with its chat format."""
+        settings = self.settings
+        return selfplay.voice(*lm.load(settings.model, settings.dtype, lm.own_device()))
+
+
+# ---- finished items, and the judge's answers -----------------------------------------------------
 
 
 class Items:
-    """What is finished: lines {"key": [...], "value": ...} in a file that is only ever appended to. Half lines are not there.
+    """What is finished: lines {"key": [...], "value": ...} of a file that is only appended to.
 
-    Keys end with `judge`, what the judge turned out to be, so that another one's answers are never taken for its own.
+    Keys end with `judge`, so that another judge's answers are never taken for this one's.
     """
 
-    judge = ""
-
     def __init__(self, path, batch):
-        self.done, self.batch = (
-            {tuple(item["key"]): item["value"] for item in report.whole_lines(path)},
-            batch,
-        )
-        self.file = open(path, "ab")
-        if self.file.tell():
-            self.file.write(
-                b"\n"
-            )  # ends the half line that a kill may have left; empty lines do no harm
+        self.done = {tuple(item["key"]): item["value"] for item in report.whole_lines(path)}
+        self.path = path
+        self.batch = batch
+        self.judge = ""
+        with open(path, "ab") as file:
+            if file.tell():
+                file.write(b"\n")  # ends the half line that a kill may have left
 
     def finish(self, title, todo, work):
-        """The values of `todo` {key: argument}, in its order. What is not finished comes from work([argument, ...]) -> [value, ...]."""
+        """The values of `todo` {key: argument}, in its order.
+
+        What is not finished comes from work([argument, ...]) -> [value, ...], a batch at a time.
+        """
         todo = {(*key, self.judge): argument for key, argument in todo.items()}
         left = [key for key in todo if key not in self.done]
-        with tqdm(
-            range(0, len(left), self.batch), desc=title, leave=False, disable=not left
-        ) as bar:  # closed, and so wiped, on an error too
-            for at in bar:
-                keys = left[at : at + self.batch]
-                fresh = dict(zip(keys, work([todo[key] for key in keys]), strict=True))
-                self.file.write(
-                    "".join(
-                        json.dumps({"key": key, "value": value}) + "\n"
-                        for key, value in fresh.items()
-                    ).encode()
-                )
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                self.done.update(fresh)
+        starts = range(0, len(left), self.batch)
+        with tqdm(starts, desc=title, leave=False, disable=not left) as bar:
+            for start in bar:
+                keys = left[start : start + self.batch]
+                values = work([todo[key] for key in keys])
+                with open(self.path, "ab") as file:
+                    for key, value in zip(keys, values, strict=True):
+                        self.done[key] = value
+                        file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
         return [self.done[key] for key in todo]
 
 
 def verdicts(futures):
-    """The judge's Verdicts. Raises UserError where most are missing: then nothing is recorded, and the next start asks again."""
+    """The judge's Verdicts. Raises UserError where most are missing, so that none is recorded."""
     got = [future.result() for future in futures]
-    lost = collections.Counter(v.reason for v in got if v.value is None)
+    lost = collections.Counter(verdict.reason for verdict in got if verdict.value is None)
     if len(got) >= 4 and 2 * lost.total() > len(got):
         raise UserError(
-            f"--judge-url: {lost.total()} of {len(got)} questions have no answer ({lost.most_common(1)[0][0]}); "
-            "look after the judge, then start again: what is finished is kept"
+            f"--judge-url: {lost.total()} of {len(got)} questions have no answer "
+            f"({lost.most_common(1)[0][0]}); look after the judge, then start again: what is "
+            "finished is kept"
         )
     return got
 
 
-def compare_both_ways(judge, cases):
-    """For each (dilemma, personas, one, other, question): the answers to (one, other) and to (other, one), as a pair."""
-    judge.start_batch()
-    got = verdicts(
-        [
-            judge.compare(d, p, *texts, q)
-            for d, p, one, other, q in cases
-            for texts in ((one, other), (other, one))
-        ]
-    )
-    return [[a.value, b.value] for a, b in zip(got[::2], got[1::2])]
+def judged(record, verdict):
+    """A record with its reward, None where the verdict is missing."""
+    failures = [verdict.reason] if verdict.reason else []
+    said = {"raw": verdict.raw, "failures": failures}
+    return {**record, "reward": verdict.value, "judge": said}
 
 
-# ---- negotiations and answers ---------------------------------------------------------------------------------------------
+# ---- negotiations and answers --------------------------------------------------------------------
 
 
-def negotiations(
-    voices, pairs, settings, judge, seed, partner=None, endorse=True, wait=verdicts, quiet=False
-):
-    """Play and judge (scenario, seed number) pairs in one batch; records as in dialogues.jsonl, with each persona's endorsement.
-
-    wait: futures -> Verdicts; `verdicts` gives up where most are missing. quiet: no progress bar.
-    """
+def played(voices, pairs, settings, judge, seed, partner=None, quiet=False):
+    """Play (scenario, seed number) pairs in one batch; the Dialogues, their verdicts awaited."""
     dialogues = [selfplay.Dialogue(scenario, 0, i, k) for i, (scenario, k) in enumerate(pairs)]
     judge.start_batch()
     with tqdm(total=len(dialogues), desc="dialogues", leave=False, disable=quiet) as bar:
-        selfplay.play(
-            voices, dialogues, settings, judge, seed, partner, on_done=lambda d: bar.update()
-        )
-    done = [d for d in dialogues if d.verdict is not None]
-    able = endorse and judge.can("endorse")
-    asked = (
-        [
-            judge.endorse(d.scenario.dilemma, persona, d.final)
-            for d in done
-            for persona in d.scenario.personas
-        ]
-        if able
-        else []
-    )
-    for d, verdict in zip(done, wait([d.verdict for d in done])):
-        d.reward, d.judge = (
-            verdict.value,
-            {"raw": verdict.raw, "failures": [verdict.reason] if verdict.reason else []},
-        )
-    endorsed = iter([v.value for v in wait(asked)])
-    return [
-        {
-            **d.record(),
-            "endorse": [next(endorsed, None), next(endorsed, None)]
-            if d.verdict is not None
-            else [None, None],
-        }
-        for d in dialogues
-    ]
+        watch = {"on_done": lambda dialogue: bar.update()}
+        selfplay.play(voices, dialogues, settings, judge, seed, partner, **watch)
+    return dialogues
+
+
+def negotiations(first, second, settings, judge, partner, pairs):
+    """Two Sides play, the judge judges: records as in dialogues.jsonl, endorsements, no tokens."""
+    voices = first.voice, second.voice
+    dialogues = played(voices, pairs, settings, judge, settings.seed, partner)
+    finished = [dialogue for dialogue in dialogues if dialogue.verdict is not None]
+    asked = []
+    for dialogue in finished if judge.can("endorse") else []:
+        for persona in dialogue.scenario.personas:
+            asked.append(judge.endorse(dialogue.scenario.dilemma, persona, dialogue.final))
+    scores = iter(verdicts([dialogue.verdict for dialogue in finished]))
+    endorsed = iter(verdicts(asked))
+    tokens = {"streams", "final_ids", "final_sample", "advantage", "step", "group"}
+    records = []
+    for dialogue in dialogues:
+        record = {**dialogue.record(), "endorse": [None, None]}
+        if dialogue.verdict is not None:
+            record = judged(record, next(scores))
+            if asked:
+                record["endorse"] = [next(endorsed).value, next(endorsed).value]
+        records.append(picked(record, record.keys() - tokens))
+    return records
 
 
 def heldout(voice, scenarios, settings, judge, samples=2, seed=0, share=slice(None)):
-    """For train.py: play `samples` dialogues on each of fixed scenarios, with the same seeds at every call; records of this rank's share.
+    """For train.py: records of `samples` dialogues on each scenario, with the same seeds each time.
 
-    A judge who is away costs their rewards (None), and never the run."""
-    pairs = [(scenario, k) for scenario in scenarios for k in range(samples)][share]
-    settings, patient = (
-        dataclasses.replace(settings, on_impasse="complete"),
-        lambda futures: [f.result() for f in futures],
-    )
-    return (
-        negotiations(
-            (voice, voice),
-            pairs,
-            settings,
-            judge,
-            seed,
-            endorse=False,
-            wait=patient,
-            quiet=bool(share.start),
-        )
-        if pairs
-        else []
-    )
+    share: which of them this rank plays. A judge who is away costs rewards (None), never the run.
+    """
+    pairs = list(itertools.product(scenarios, range(samples)))[share]
+    if not pairs:
+        return []
+    settings = dataclasses.replace(settings, on_impasse="complete")
+    quiet = bool(share.start)  # one progress bar for all ranks
+    records = []
+    for dialogue in played((voice, voice), pairs, settings, judge, seed, quiet=quiet):
+        record = {**dialogue.record(), "endorse": [None, None]}
+        if dialogue.verdict is not None:
+            record = judged(record, dialogue.verdict.result())
+        records.append(record)
+    return records
 
 
 def heldout_row(records):
-    """The metrics of `heldout` records: the reward with its interval over scenarios and its counts, agreement, `diversity`."""
+    """The metrics of `heldout` records: reward with its interval and counts, agreement, texts."""
     row = figure("reward", "", [(r["scenario_id"], r["reward"]) for r in records])
     return {
-        "reward": row["value"],
-        "reward_low": row["low"],
-        "reward_high": row["high"],
-        **{k: row[k] for k in ("n", "scenarios", "missing")},
+        "reward": row.value,
+        "reward_low": row.low,
+        "reward_high": row.high,
+        "n": row.n,
+        "scenarios": row.scenarios,
+        "missing": row.missing,
         "agreed_rate": float(np.mean([r["agreed"] for r in records])),
         "turns_mean": float(np.mean([len(r["turns"]) for r in records])),
         **diversity(records),
     }
 
 
-def answers(voice, prompts, limit, temperature, top_p, rngs):
-    """One answer to each prompt, a user's message, as selfplay.Turn; all in one batch. rngs: a random generator for each."""
-    head = voice.chat.head(HELPER)
-    cache, read, heads = lm.RaggedCache(len(prompts)), [[] for _ in prompts], {}
-    ask = lambda prompt, rng: selfplay.Say(
-        0,
-        head + voice.chat.plain(prompt) + voice.chat.opening,
-        len(head),
-        limit,
-        temperature,
-        top_p,
-        rng,
-    )
-    jobs = [
-        selfplay.Job(None, None, ask(*pair), cache, row)
-        for row, pair in enumerate(zip(prompts, rngs, strict=True))
-    ]
-    while live := [job for job in jobs if not job.spoken]:
-        with torch.no_grad():
-            selfplay.speak(live, voice, heads, read)
-    return [job.turn for job in jobs]
-
-
-def rng_of(settings, name, k=0):
-    """A random generator that depends on seed, item and number only."""
-    return np.random.default_rng([settings.seed, *hashlib.sha256(name.encode()).digest()[:8], k])
-
-
-def speaker(settings):
-    """A function that loads the model as a Voice when it is first called."""
-    return functools.cache(
-        lambda: selfplay.voice(*lm.load(settings.model, settings.dtype, lm.own_device()))
-    )
-
-
-# ---- A against B ------------------------------------------------------------------------------------------------------------
-
 HELPER = "You are a helpful assistant."  # the system text of open and general
+
+
+def asked_alone(voice, prompt):
+    """Ids of a prompt, a user's message, up to where the answer begins."""
+    return voice.chat.head(HELPER) + voice.chat.plain(prompt) + voice.chat.opening
+
+
+@torch.no_grad()
+def answers(voice, prompts, limit, temperature, top_p, seeds):
+    """One answer to each prompt as a selfplay.Turn, all in one batch, each with its own seed."""
+    rngs = [np.random.default_rng(seed) for seed in seeds]
+    unread = [asked_alone(voice, prompt) for prompt in prompts]
+    turns = [selfplay.Turn(0, "", True) for _ in prompts]
+    cache = lm.RaggedCache(len(prompts))
+    live = list(range(len(prompts)))
+    while live:
+        logits = cache.feed(voice.model, live, [unread[row] for row in live])  # (live, V)
+        uniform = logits.new_tensor([rngs[row].random() for row in live])
+        heat = torch.full_like(uniform, temperature)
+        nucleus = torch.full_like(uniform, top_p)
+        drawn = selfplay.sample(logits, heat, nucleus, uniform)[0].tolist()
+        for row, token in zip(live, drawn, strict=True):
+            unread[row] = [token]
+            turns[row].ids.append(token)
+            turns[row].truncated = token not in voice.chat.ends
+        live = [row for row in live if turns[row].truncated and len(turns[row].ids) < limit]
+    for turn in turns:
+        turn.text = voice.chat.text(turn.ids)
+    return turns
+
+
+def mean_logprobs(voice, prefix, continuations):
+    """Mean log-prob per token of each continuation of a prefix, both of them ids."""
+    wanted = [list(range(len(continuation))) for continuation in continuations]
+    with torch.no_grad():
+        found = lm.token_logprobs(voice.model, lm.Tree(prefix, continuations), wanted)
+    return [logprobs.mean().item() for logprobs in found]
+
+
+# ---- A against B ---------------------------------------------------------------------------------
+
 QUESTIONS = {
-    "ca": "Which solution serves Collective Agency better, so that everyone can understand, care, act and thrive more?",
-    "conflict": "Which solution resolves the conflict between the two parties better: fair to both, concrete, something both can carry out?",
+    "ca": "Which solution serves Collective Agency better, so that everyone can understand, care, "
+    "act and thrive more?",
+    "conflict": "Which solution resolves the conflict between the two parties better: fair to "
+    "both, concrete, something both can carry out?",
 }
+JUDGED = ("ca_score", "endorse_min", "endorse_mean", "endorse_first", "endorse_second")
 
 
 def each_side(sides, items, kind, rows, work, seeds=None):
-    """{side: values of work(voice, [(row, seed number), ...], settings)} for `rows` {id: row}. A model whose items are all there is not loaded."""
+    """{side: values of work(side, [(row, seed number), ...])} for rows {id: row}."""
     values = {}
-    for side, settings in sides.items():
-        voice, who = speaker(settings), identity(settings)
-        todo = {
-            (who, kind, name, k): (row, k)
-            for name, row in rows.items()
-            for k in range(seeds or settings.seeds)
-        }
-        values[side] = items.finish(
-            f"{kind}, {side}", todo, lambda pairs: work(voice(), pairs, settings)
-        )
+    for name, side in sides.items():
+        pairs = itertools.product(rows.items(), range(seeds or side.settings.seeds))
+        todo = {(side.id, kind, row_id, k): (row, k) for (row_id, row), k in pairs}
+        values[name] = items.finish(f"{kind}, {name}", todo, functools.partial(work, side))
     return values
 
 
-def compact(record):
-    """A record without token ids, which would make the file twenty times as long."""
-    return {
-        key: value
-        for key, value in record.items()
-        if key not in ("streams", "final_ids", "final_sample", "advantage", "step", "group")
-    }
-
-
 def measured(records):
-    """{(scenario, seed number): measures} of records, a column for `table`. own_opening: no other final of these records begins alike."""
-    count = collections.Counter(opening(r["final"]) for r in records if r["final"])
-    own = lambda final: float(count[opening(final)] == 1) if final else None
-    return {
-        (r["scenario_id"], r["member"]): {**measure(r), "own_opening": own(r["final"])}
-        for r in records
-    }
+    """{(scenario, seed number): {figure: number or None}} of records, a column for `table`."""
+    column = {}
+    for record in records:
+        turns = record["turns"]
+        endorsed = record.get("endorse") or [None, None]
+        known = None not in endorsed
+        cut = [turn["truncated"] for turn in turns] + [record["final_truncated"]]
+        column[record["scenario_id"], record["member"]] = {
+            "ca_score": record["reward"],
+            "endorse_min": min(endorsed) if known else None,
+            "endorse_mean": sum(endorsed) / 2 if known else None,
+            "endorse_first": endorsed[0],
+            "endorse_second": endorsed[1],
+            "agreed": float(record["agreed"]) if turns else None,
+            "turns_to_agreement": len(turns) if record["agreed"] else None,
+            "truncated": sum(cut) / len(cut),
+            **text_measures(record),
+        }
+    return column
+
+
+def table(columns, differences=(("A", "B"),)):
+    """Rows of each figure of {column: {(scenario, seed): {figure: number}}}, and of differences."""
+    rows = []
+    for name in next(iter(next(iter(columns.values())).values()), {}):
+        given = {}  # {what the row is of: [(scenario, number)]}
+        for of, column in columns.items():
+            given[of] = [(key[0], item[name]) for key, item in column.items()]
+        for one, other in differences:
+            if one in columns and other in columns:
+                pairs = zip(given[one], given[other], strict=True)
+                given[f"{one} - {other}"] = [(s, minus(a, b)) for (s, a), (_, b) in pairs]
+        if any(number is not None for _, number in itertools.chain(*given.values())):
+            for of, pairs in given.items():
+                # Only what a judge was asked for can be missing.
+                kept = [pair for pair in pairs if name in JUDGED or pair[1] is not None]
+                rows.append(figure(name, of, kept))
+    return rows
+
+
+def minus(one, other):
+    """A difference, None where one side is missing."""
+    return None if None in (one, other) else one - other
+
+
+def outcome(first, second):
+    """How A against B ended by the answers to (A, B) and to (B, A): a win needs both."""
+    if None in (first, second):
+        return "missing"
+    decided = {("A", "B"): "wins", ("B", "A"): "losses", ("tie", "tie"): "ties"}
+    return decided.get((first, second), "inconsistent")
+
+
+def win_rate(name, outcomes):
+    """The Row of wins / (wins + losses) of (scenario, outcome) pairs, with all their counts."""
+    kinds = ("wins", "losses", "ties", "inconsistent", "missing")
+    counts = {kind: sum(what == kind for _, what in outcomes) for kind in kinds}
+    decided = [(s, float(what == "wins")) for s, what in outcomes if what in ("wins", "losses")]
+    return figure(name, "A against B", decided, pairs=len(outcomes), **counts)
+
+
+def against(name, pairs, sides, items, judge):
+    """The win rate of A against B by a judge, who sees both finals in both orders."""
+
+    def work(cases):
+        judge.start_batch()
+        asked = []
+        for a, b in cases:
+            for one, other in ((a["final"], b["final"]), (b["final"], a["final"])):
+                case = (a["dilemma"], a["personas"], one, other, QUESTIONS[name])
+                asked.append(judge.compare(*case))
+        said = [verdict.value for verdict in verdicts(asked)]
+        return list(zip(said[::2], said[1::2]))
+
+    todo = {}
+    outcomes = []
+    for a, b in pairs:
+        if None in (a["final"], b["final"]):
+            outcomes.append((a["scenario_id"], "missing"))
+        else:
+            todo[sides["A"].id, sides["B"].id, name, a["scenario_id"], a["member"]] = (a, b)
+    said = items.finish(f"A against B, {name}", todo, work)
+    outcomes += [(key[3], outcome(*both)) for key, both in zip(todo, said, strict=True)]
+    return win_rate(f"win_rate_{name}", outcomes)
 
 
 def compared(records, sides, items, judge, questions):
-    """The rows of A and of B; and of A against B: in pairs, by their separate scores, and by the score among finals of like length."""
-    rows = table({side: measured(rs) for side, rs in records.items()})
-    if "B" not in sides:
-        return rows
-    who, pairs = (
-        [identity(s) for s in sides.values()],
-        list(zip(records["A"], records["B"], strict=True)),
-    )
-    length = lambda record: len(words(record["final"] or ""))
-    for name in questions:
-        todo = {
-            (*who, name, a["scenario_id"], a["member"]): (
-                a["dilemma"],
-                a["personas"],
-                a["final"],
-                b["final"],
-                QUESTIONS[name],
-            )
-            for a, b in pairs
-            if a["final"] is not None and b["final"] is not None
-        }
-        said = dict(
-            zip(
-                todo,
-                items.finish(
-                    f"A against B, {name}", todo, lambda cases: compare_both_ways(judge, cases)
-                ),
-            )
-        )
-        rows.append(
-            win_rate(
-                f"win_rate_{name}",
-                [
-                    (
-                        a["scenario_id"],
-                        outcome(
-                            *said.get((*who, name, a["scenario_id"], a["member"]), (None, None))
-                        ),
-                    )
-                    for a, _ in pairs
-                ],
-            )
-        )
-    gaps = [
-        (
-            a["scenario_id"],
-            None if None in (a["reward"], b["reward"]) else a["reward"] - b["reward"],
-        )
-        for a, b in pairs
-    ]
-    sign = lambda gap: (
-        "missing" if gap is None else "tie" if abs(gap) < 0.005 else "win" if gap > 0 else "loss"
-    )
-    alike = [
-        gap
-        for gap, (a, b) in zip(gaps, pairs)
-        if abs(length(a) - length(b)) <= 0.2 * max(length(a), length(b))
-    ]
-    return rows + [
-        win_rate("win_rate_by_score", [(name, sign(gap)) for name, gap in gaps]),
-        figure("ca_score_like_length", "A - B", alike, pairs=len(pairs)),
-    ]
+    """The rows of A and of B, and of A against B."""
+    rows = table({side: measured(found) for side, found in records.items()})
+    if "B" in sides:
+        pairs = list(zip(records["A"], records["B"], strict=True))
+        rows += [against(name, pairs, sides, items, judge) for name in questions]
+    return rows
 
 
 def rows_of(settings, file, shape):
     """{id: line} of a shipped set, or of --data."""
-    fault_of = lambda row: (
-        data_gen.shape_fault(row, {"id": str, **shape})
-        or (data_gen.answer_fault(row) if "prompt" in shape else "")
-    )
+
+    def fault_of(row):
+        fault = data_gen.shape_fault(row, {"id": str, **shape})
+        return fault or (data_gen.answer_fault(row) if "prompt" in shape else "")
+
     rows = data_gen.load_jsonl(settings.data or DATA / file, fault_of)
     return {row["id"]: row for row in data_gen.spread(rows, settings.limit)}
 
 
 def scenarios_of(settings):
     """{id: Scenario} of the sealed set, or of --data."""
-    return {
-        s.id: s
-        for s in data_gen.spread(
-            data_gen.load_scenarios(settings.data or DATA / "eval_conflict.jsonl"), settings.limit
-        )
-    }
+    scenarios = data_gen.load_scenarios(settings.data or DATA / "eval_conflict.jsonl")
+    return {scenario.id: scenario for scenario in data_gen.spread(scenarios, settings.limit)}
+
+
+# ---- the commands --------------------------------------------------------------------------------
 
 
 def conflict(sides, items, judge):
     """A, and B, negotiate with themselves."""
-    play = lambda voice, pairs, settings: list(
-        map(compact, negotiations((voice, voice), pairs, settings, judge, settings.seed))
-    )
-    return compared(
-        each_side(sides, items, "conflict", scenarios_of(sides["A"]), play),
-        sides,
-        items,
-        judge,
-        ("ca", "conflict"),
-    )
+
+    def work(side, pairs):
+        return negotiations(side, side, side.settings, judge, None, pairs)
+
+    records = each_side(sides, items, "conflict", scenarios_of(sides["A"].settings), work)
+    return compared(records, sides, items, judge, ("ca", "conflict"))
 
 
 def open_questions(sides, items, judge):
     """A, and B, answer open questions alone."""
 
-    def work(voice, pairs, settings):
-        turns = answers(
-            voice,
-            [row["question"] for row, _ in pairs],
-            settings.answer_tokens,
-            settings.final_temperature,
-            settings.final_top_p,
-            [rng_of(settings, row["id"], k) for row, k in pairs],
-        )
-        judge.start_batch()
-        scores = verdicts(
-            [
-                judge.score(row["question"], [], [], turn.text)
-                for (row, _), turn in zip(pairs, turns)
-            ]
-        )
-        return [
-            {
-                "scenario_id": row["id"],
-                "member": k,
-                "dilemma": row["question"],
-                "personas": [],
-                "turns": [],
-                "agreed": False,
-                "final": turn.text,
-                "final_truncated": turn.truncated,
-                "reward": v.value,
-                "judge": {"raw": v.raw, "failures": [v.reason] if v.reason else []},
-            }
-            for (row, k), turn, v in zip(pairs, turns, scores)
+    def work(side, pairs):
+        settings = side.settings
+        prompts = [row["question"] for row, _ in pairs]
+        seeds = [
+            [settings.seed, *hashlib.sha256(row["id"].encode()).digest()[:8], k] for row, k in pairs
         ]
+        sampling = settings.answer_tokens, settings.final_temperature, settings.final_top_p
+        turns = answers(side.voice, prompts, *sampling, seeds)
+        judge.start_batch()
+        asked = [judge.score(q, [], [], turn.text) for q, turn in zip(prompts, turns)]
+        records = []
+        for (row, k), turn, verdict in zip(pairs, turns, verdicts(asked), strict=True):
+            alone = {"personas": [], "turns": [], "agreed": False}
+            said = {"final": turn.text, "final_truncated": turn.truncated}
+            case = {"scenario_id": row["id"], "member": k, "dilemma": row["question"]}
+            records.append(judged({**case, **alone, **said}, verdict))
+        return records
 
-    return compared(
-        each_side(
-            sides, items, "open", rows_of(sides["A"], "eval_open.jsonl", {"question": str}), work
-        ),
-        sides,
-        items,
-        judge,
-        ("ca",),
-    )
-
-
-PARTNERS = {  # what scripted partners say, turn by turn, then from the beginning again: data, easy to edit
-    "stubborn": [
-        "No. I have said what I want, and I am not moving.",
-        "My answer is the same as before. Come to my side, and we are done.",
-        "You may ask as often as you like. It stays a no.",
-    ],
-    "hostile": [
-        "You are wasting my time, and you know nothing about this. I will not work with you.",
-        "That is ridiculous. I will make sure that you lose.",
-        "Stop talking and do as I say, or everyone will hear what you did.",
-    ],
-    "grasping": [
-        "That is a beginning. Now give me the rest of it as well.",
-        "You gave way before, so give way again. I want everything, and I want it first.",
-        "Nice. And what else do I get? I still give nothing.",
-    ],
-}
+    questions = rows_of(sides["A"].settings, "eval_open.jsonl", {"question": str})
+    records = each_side(sides, items, "open", questions, work)
+    return compared(records, sides, items, judge, ("ca",))
 
 
-def scripted(lines):
-    """A partner for selfplay.play who says its lines in turn."""
-    return lambda dialogue: lines[len(dialogue.turns) // 2 % len(lines)]
+# What scripted partners say, turn by turn, then from the beginning again.
+PARTNERS = json.loads((DATA / "partners.json").read_text(encoding="utf-8"))
+
+
+def scripted(script):
+    """The partner of this name, who says its lines in turn; None for no name."""
+
+    def partner(dialogue):
+        lines = PARTNERS[script]
+        return lines[len(dialogue.turns) // 2 % len(lines)]
+
+    return partner if script else None
 
 
 def cross(sides, items, judge):
-    """A with other partners than itself. Does it hold? `endorse_first` is how content the persona that it plays would be."""
-    voices, who, columns = (
-        {side: speaker(s) for side, s in sides.items()},
-        {side: identity(s) for side, s in sides.items()},
-        {},
-    )
-    settings, scenarios = sides["A"], scenarios_of(sides["A"])
-    for first, second, script in [
-        *[("A", "A", ""), ("A", "B", ""), ("B", "A", ""), ("B", "B", "")][
-            : 4 if "B" in sides else 1
-        ],
-        *[("A", "A", script) for script in PARTNERS],
-    ]:
-        partner = scripted(PARTNERS[script]) if script else None
-        play = lambda pairs: list(
-            map(
-                compact,
-                negotiations(
-                    (voices[first](), voices[second]()),
-                    pairs,
-                    settings,
-                    judge,
-                    settings.seed,
-                    partner,
-                ),
-            )
-        )
-        todo = {
-            (who[first], who[second], "cross", script, name, k): (s, k)
-            for name, s in scenarios.items()
-            for k in range(settings.seeds)
-        }
-        columns[f"{first} with {script or second}"] = measured(
-            items.finish(f"{first} with {script or second}", todo, play)
-        )
+    """A with other partners than itself; `endorse_first` is of the persona that it plays."""
+    settings = sides["A"].settings
+    scenarios = scenarios_of(settings)
+    columns = {}
+    pairings = [(first, second, "") for first, second in itertools.product(sides, sides)]
+    pairings += [("A", "A", script) for script in PARTNERS]
+    for first, second, script in pairings:
+        title = f"{first} with {script or second}"
+        one, other = sides[first], sides[second]
+        todo = {}
+        for name, k in itertools.product(scenarios, range(settings.seeds)):
+            todo[one.id, other.id, "cross", script, name, k] = (scenarios[name], k)
+        work = functools.partial(negotiations, one, other, settings, judge, scripted(script))
+        columns[title] = measured(items.finish(title, todo, work))
     return table(columns, [(name, "A with A") for name in columns if name != "A with A"])
 
 
-# ---- general ability ----------------------------------------------------------------------------------------------------------
+def passages(width=192):
+    """The fixed text in passages of `width` words, as rows; a shorter rest is left out.
 
-
-def general_items(voice, pairs, settings):
-    """[{"passed": [bool, ...], ...}] of lines of eval_general.jsonl: greedy answers, and choices by their mean log-prob per token."""
-    rows, out = [row for row, _ in pairs], {}
-    spoken = [row for row in rows if row["kind"] != "choice"]
-    turns = answers(
-        voice,
-        [row["prompt"] for row in spoken],
-        settings.answer_tokens,
-        0.0,
-        1.0,
-        [rng_of(settings, row["id"]) for row in spoken],
-    )
-    for row, turn in zip(spoken, turns):
-        out[row["id"]] = {"passed": passed(row, turn.text), "text": turn.text}
-    for row in [row for row in rows if row["kind"] == "choice"]:
-        tree = lm.Tree(
-            voice.chat.head(HELPER) + voice.chat.plain(row["prompt"]) + voice.chat.opening,
-            [voice.chat.plain(c) for c in row["choices"]],
-        )
-        with torch.no_grad():
-            means = [
-                x.mean().item()
-                for x in lm.token_logprobs(
-                    voice.model, tree, [list(range(len(c))) for c in tree.continuations]
-                )
-            ]
-        out[row["id"]] = {"passed": [int(np.argmax(means)) == row["answer"]], "logprobs": means}
-    return [out[row["id"]] for row in rows]
-
-
-def token_losses(voice, pairs, settings, width=192):
-    """For each text the mean negative log-prob of the tokens, but the first, of each passage of `width` words; a shorter last one is left out.
-
-    Passages are cut by words, so that models with different tokenizers read the same ones.
+    Cut by words, so that models with different tokenizers read the same ones.
     """
-    out = []
-    for text, _ in pairs:
-        spoken = text.split()
-        passages = [
-            voice.chat.plain(" ".join(spoken[i : i + width]))
-            for i in range(0, len(spoken) - width + 1, width)
-        ]
-        with torch.no_grad():
-            out.append(
-                [
-                    -lm.token_logprobs(
-                        voice.model, lm.Tree(p[:1], [p[1:]]), [list(range(len(p) - 1))]
-                    )[0]
-                    .mean()
-                    .item()
-                    for p in passages
-                ]
-            )
-    return out
+    said = (DATA / "public_domain.txt").read_text(encoding="utf-8").split()
+    starts = range(0, len(said) - width + 1, width)
+    texts = [" ".join(said[start : start + width]) for start in starts]
+    return {f"passage {i}": {"kind": "token_loss", "text": text} for i, text in enumerate(texts)}
+
+
+def general_items(side, pairs):
+    """{"value": number, ...} of each row: 1 for a right answer, 0 for a wrong one; a token loss."""
+    voice = side.voice
+    exact = [row for row, _ in pairs if row["kind"] == "exact"]
+    greedy = {"temperature": 0.0, "top_p": 1.0, "seeds": [0] * len(exact)}
+    prompts = [row["prompt"] for row in exact]
+    turns = iter(answers(voice, prompts, side.settings.answer_tokens, **greedy))
+    found = []
+    for row, _ in pairs:
+        if row["kind"] == "exact":
+            text = next(turns).text
+            found.append({"value": float(says_one(text, row["answers"])), "text": text})
+        elif row["kind"] == "choice":
+            choices = [voice.chat.plain(choice) for choice in row["choices"]]
+            means = mean_logprobs(voice, asked_alone(voice, row["prompt"]), choices)
+            right = int(np.argmax(means)) == row["answer"]
+            found.append({"value": float(right), "logprobs": means})
+        else:
+            ids = voice.chat.plain(row["text"])
+            found.append({"value": -mean_logprobs(voice, ids[:1], [ids[1:]])[0]})
+    return found
+
+
+def says_one(text, answers):
+    """Does the first line have one of the answers, as whole words in any case?"""
+    line = text.strip().split("\n")[0]
+    wanted = "|".join(map(re.escape, answers))
+    return re.search(rf"(?<!\w)({wanted})(?!\w)", line, re.IGNORECASE) is not None
 
 
 def general(sides, items, judge):
     """Is general ability kept? No judge is asked."""
-    rows, columns = rows_of(sides["A"], "eval_general.jsonl", {"kind": str, "prompt": str}), {}
-    losses = each_side(
-        sides,
-        items,
-        "loss by passage",
-        {"public_domain": (DATA / "public_domain.txt").read_text(encoding="utf-8")},
-        token_losses,
-        seeds=1,
-    )
-    none = dict.fromkeys(("instruction", "instruction_checks", "choice", "exact", "token_loss"))
-    for side, values in each_side(sides, items, "general", rows, general_items, seeds=1).items():
-        columns[side] = {
-            (f"passage {i}", 0): {**none, "token_loss": loss}
-            for i, loss in enumerate(losses[side][0])
-        }
-        for row, value in zip(rows.values(), values):
-            more = (
-                {"instruction_checks": float(np.mean(value["passed"]))}
-                if row["kind"] == "instruction"
-                else {}
+    rows = rows_of(sides["A"].settings, "eval_general.jsonl", {"kind": str, "prompt": str})
+    rows.update(passages())
+    given = each_side(sides, items, "general", rows, general_items, seeds=1)
+    found = []
+    for kind in ("choice", "exact", "token_loss"):
+        columns = {}
+        for side, values in given.items():
+            numbers = {(name, 0): {kind: v["value"]} for name, v in zip(rows, values, strict=True)}
+            columns[side] = picked(
+                numbers, [key for key in numbers if rows[key[0]]["kind"] == kind]
             )
-            columns[side][row["id"], 0] = {**none, **more, row["kind"]: float(all(value["passed"]))}
-    return table(columns)
+        found += table(columns)
+    return found
 
 
-# ---- the judge itself -----------------------------------------------------------------------------------------------------------
+# ---- the judge itself ----------------------------------------------------------------------------
 
 
 def labelled(settings):
-    """[row] of the labels' test part (of all of --data FILE), each with its dilemma. Raises UserError for a bad line."""
-    shape = {
-        "id": str,
-        "scenario_id": str,
-        "personas": list,
-        "solution": str,
-        "score": float,
-        "split": str,
-    }
-    dilemmas = {s.id: s.dilemma for s in data_gen.load_scenarios()}
-    rows = data_gen.load_jsonl(
-        settings.data or DATA / "judge_labels.jsonl", lambda row: data_gen.shape_fault(row, shape)
-    )
-    chosen = [row for row in rows if settings.data or row["split"] == "test"]
-    return [
-        {**row, "dilemma": dilemmas.get(row["scenario_id"], row["scenario_id"])}
-        for row in data_gen.spread(chosen, settings.limit)
-    ]
+    """The test part of the labels, or all of --data, each row with its dilemma."""
+    shape = {"id": str, "scenario_id": str, "personas": list, "solution": str, "score": float}
+    file = settings.data or DATA / "judge_labels.jsonl"
+    rows = data_gen.load_jsonl(file, lambda row: data_gen.shape_fault(row, shape))
+    if not settings.data:
+        rows = [row for row in rows if row["split"] == "test"]
+    dilemmas = {scenario.id: scenario.dilemma for scenario in data_gen.load_scenarios()}
+    for row in rows:
+        row["dilemma"] = dilemmas.get(row["scenario_id"], row["scenario_id"])
+    return data_gen.spread(rows, settings.limit)
 
 
-def audit(sides, items, judge):
-    """Labelled solutions, and the finals of a run (--finals): asked twice, by a second judge, against labels and length."""
-    settings, given = sides["A"], {}
-    rows, who = labelled(settings), identity(settings)
-    finals = finals_of(settings.finals) if settings.finals else []
+def scored(name, rows, side, items, judge):
+    """{row id: score or None} of solutions by a judge."""
 
-    def score(name, judge, rows):
-        def ask(chunk):
-            judge.start_batch()
-            return [
-                v.value
-                for v in verdicts(
-                    [
-                        judge.score(row["dilemma"], row["personas"], [], row["solution"])
-                        for row in chunk
-                    ]
-                )
-            ]
+    def work(rows):
+        judge.start_batch()
+        asked = [judge.score(r["dilemma"], r["personas"], [], r["solution"]) for r in rows]
+        return [verdict.value for verdict in verdicts(asked)]
 
-        todo = {(who, judge.model, judge.mode, name, row["id"]): row for row in rows}
-        given[name] = dict(zip([row["id"] for row in rows], items.finish(name, todo, ask)))
-
-    score("judge", judge, rows + finals)
-    with reward.open_judge(
-        dataclasses.replace(
-            settings,
-            judge_url=judge.client.url,
-            judge_model=judge.model,
-            judge_mode=judge.mode,
-            judge_cache="off",
-        )
-    ) as same:
-        score(
-            "judge again", same, (rows + finals)[::-1]
-        )  # in another order, and not out of the cache
-    if settings.judge2_url:
-        second = dataclasses.replace(
-            settings,
-            judge_url=settings.judge2_url,
-            judge_model=settings.judge2_model,
-            judge_mode="auto",
-        )
-        with reward.open_judge(second, key="JUDGE2_API_KEY") as other:
-            score("second judge", other, rows + finals)
-    out = [
-        figure(
-            name,
-            f"judge, {other}",
-            [
-                (row["dilemma"], given["judge"][row["id"]], given[other][row["id"]])
-                for row in rows + finals
-            ],
-            statistic,
-        )
-        for other in list(given)[1:]
-        for name, statistic in SAME.items()
-    ]
-    given["length alone"] = length = {
-        row["id"]: float(len(words(row["solution"]))) for row in rows + finals
-    }
-    out += [
-        figure(
-            "score_length_pearson",
-            of,
-            [(row["dilemma"], given["judge"][row["id"]], length[row["id"]]) for row in part],
-            pearson,
-        )
-        for of, part in (("judge, labelled", rows), ("judge, finals", finals))
-    ]
-    for name in [name for name in given if name != "judge again"]:
-        out += against_labels(name, given[name], rows)
-    return out
+    todo = {(side.id, judge.model, judge.mode, name, row["id"]): row for row in rows}
+    return dict(zip([row["id"] for row in rows], items.finish(name, todo, work), strict=True))
 
 
-def finals_of(path):
-    """The finals in the .items.jsonl of a conflict run, as rows to be judged. Raises UserError where there are none."""
-    kept = [
-        item
-        for item in report.whole_lines(path)
-        if "key" in item and item["key"][1] == "conflict" and item["value"]["final"]
-    ]
-    if not kept:
-        raise UserError(
-            f"--finals {path}: no finals of a conflict run in it; name the .items.jsonl that stands beside its results"
-        )
-    return [
-        {**item["value"], "id": json.dumps(item["key"]), "solution": item["value"]["final"]}
-        for item in kept
-    ]
+def same_points(one, other):
+    """Share of numbers that are the same in whole points."""
+    return np.mean(one.round() == other.round())
 
 
 def against_labels(name, scores, rows):
-    """How well one scorer ranks labelled solutions: over all, and in pairs on one dilemma whose labels differ by half a point or more."""
+    """How well a scorer ranks labelled solutions: over all, and in pairs on one dilemma.
+
+    The labels of a pair differ by half a point or more; a tie is half right.
+    """
     ranked = [(row["dilemma"], scores[row["id"]], float(row["score"])) for row in rows]
     pairs = []
-    for a, b in itertools.combinations(rows, 2):
-        if a["scenario_id"] == b["scenario_id"] and abs(a["score"] - b["score"]) >= 0.5:
-            one, other = scores[a["id"]], scores[b["id"]]
-            right = (
-                None
-                if None in (one, other)
-                else 0.5
-                if one == other
-                else float((one > other) == (a["score"] > b["score"]))
-            )
-            pairs.append((a["dilemma"], right))
+    for one, other in itertools.combinations(ranked, 2):
+        gap = minus(one[1], other[1])
+        apart = one[2] - other[2]
+        if one[0] == other[0] and abs(apart) >= 0.5:
+            right = None if gap is None else (1 + np.sign(gap * apart)) / 2
+            pairs.append((one[0], right))
     return [figure("spearman", name, ranked, spearman), figure("pairs_right", name, pairs)]
 
 
-# ---- the command line -------------------------------------------------------------------------------------------------------------
+def audit(sides, items, judge):
+    """Labelled solutions, scored twice and by a second judge; how far each ranks them rightly."""
+    side = sides["A"]
+    settings = side.settings
+    rows = labelled(settings)
+    scores = {"judge": scored("judge", rows, side, items, judge)}
+    found = {"judge_url": judge.client.url, "judge_model": judge.model, "judge_mode": judge.mode}
+    uncached = dataclasses.replace(settings, **found, judge_cache="off")
+    with reward.open_judge(uncached) as same:  # and in another order
+        scores["judge again"] = scored("judge again", rows[::-1], side, items, same)
+    if settings.judge2_url:
+        found = {"judge_url": settings.judge2_url, "judge_model": settings.judge2_model}
+        other = dataclasses.replace(settings, **found, judge_mode="auto")
+        with reward.open_judge(other, key="JUDGE2_API_KEY") as second:
+            scores["second judge"] = scored("second judge", rows, side, items, second)
+    scores["length alone"] = {row["id"]: float(len(words(row["solution"]))) for row in rows}
+    results = []
+    for name, given in scores.items():
+        both = [(row["dilemma"], scores["judge"][row["id"]], given[row["id"]]) for row in rows]
+        if name == "length alone":
+            results.append(figure("score_length_spearman", "judge", both, spearman))
+        elif name != "judge":
+            results.append(figure("exact", f"judge, {name}", both, same_points))
+            results.append(figure("spearman", f"judge, {name}", both, spearman))
+        if name != "judge again":
+            results += against_labels(name, given, rows)
+    return results
+
+
+# ---- the command line ----------------------------------------------------------------------------
 
 COMMANDS = {
     "conflict": conflict,
@@ -859,45 +674,39 @@ COMMANDS = {
 
 def main(argv=None):
     """Evaluate, print the rows of results and write them. Returns the exit code (None: 0)."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["report"]:
-        return report.main(argv[1:])
-    if argv[:1] in (["-h"], ["--help"]):
+    command, *flags = (sys.argv[1:] if argv is None else argv) or [""]
+    if command == "report":
+        return report.main(flags)
+    if command in ("-h", "--help"):
         return print(__doc__)
-    if not argv or argv[0] not in COMMANDS:
+    if command not in COMMANDS:
         raise UserError(
             f"say what: python eval.py {'|'.join(COMMANDS)}|report ...; each has a --help"
         )
-    sides, out = read_settings(argv[0], argv[1:])
-    found = {
-        "command": argv[0],
-        "settings": {side: dataclasses.asdict(s) for side, s in sides.items()},
-        "judge": "no judge",
-        "judge_counts": {},
-    }
-    for side in sides.values() if argv[0] != "audit" else ():  # audit speaks with no model
-        lm.find(side.model)  # before a judge starts and a file is made
+    sides, out = read_settings(command, flags)
+    if command != "audit":  # which loads no model
+        for settings in sides.values():
+            lm.find(settings.model)  # before a judge starts and a file is made
+    found = {"command": command, "judge": "no judge", "judge_counts": {}}
+    found["settings"] = {name: dataclasses.asdict(settings) for name, settings in sides.items()}
     with report.writing(out):
         items = Items(out.with_suffix(".items.jsonl"), sides["A"].batch)
+    judging = contextlib.nullcontext() if command == "general" else reward.open_judge(sides["A"])
     try:
-        with (
-            contextlib.nullcontext()
-            if argv[0] == "general"
-            else reward.open_judge(sides["A"]) as judge
-        ):
+        with judging as judge:
             if judge:
-                items.judge = f"{judge.model}, read by {judge.mode}"
-            rows = COMMANDS[argv[0]](sides, items, judge)
+                found["judge"] = items.judge = f"{judge.model}, read by {judge.mode}"
+            sides = {name: Side(settings) for name, settings in sides.items()}
+            rows = COMMANDS[command](sides, items, judge)
             if judge:
-                found.update(
-                    judge=items.judge, judge_counts=judge.take_stats()
-                )  # of this start alone
+                found["judge_counts"] = judge.take_stats()  # of this start alone
     except BudgetSpent as spent:
-        raise UserError(f"{spent}; start again with more: what is finished is kept")
-    report.write(out, json.dumps({**found, "rows": rows}, indent=1))
-    for row in rows:
-        print("{:24} {:28} {:>9}  {:22} {}".format(*report.cells(row)))
-    print(f"{out}: these rows; {items.file.name}: every finished item")
+        raise UserError(f"{spent}; start again with more: what is finished is kept") from spent
+    found["rows"] = [dataclasses.asdict(row) for row in rows]
+    report.write(out, json.dumps(found, indent=1))
+    for row in found["rows"]:
+        print("{:24} {:28} {:>9}  {:22} {}".format(*cells(row)))
+    print(f"{out}: these rows; {items.path}: every finished item")
     return 0
 
 

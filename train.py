@@ -38,8 +38,7 @@ from checkpoint import append, begin, claim, load_trainer, open_run, save_checkp
 from cli import UserError, command_line, option, run_cli
 from client import BudgetSpent
 from eval import heldout, heldout_row
-from measure import collapse, diversity
-from report import best_step, whole_lines
+from report import best_step, collapse, diversity, whole_lines
 
 # ---- settings -----------------------------------------------------------------------------------------------------------
 
