@@ -46,30 +46,15 @@ def show_plan(settings):
 
 
 def memory_plan(config, settings, dtype, prompt):
-    """{what: bytes} of one of `settings.nproc` cards; `prompt` tokens come before each dialogue.
-
-    "peak" is less than the sum, because playing and learning take turns.
-    """
+    """{what: bytes} of one of `settings.nproc` cards; prompt: tokens before each dialogue."""
     text, size = config.get_text_config(), dtype.itemsize
-    layers, heads = text.num_hidden_layers, text.num_attention_heads
-    shards = settings.nproc if settings.fsdp else 1
+    layers = text.num_hidden_layers
     with torch.device("meta"):
         model = prepare(AutoModelForCausalLM.from_config(config, dtype=dtype))
     if settings.lora_rank:
         add_lora(model, settings.lora_rank)
-    names = [(name, p.numel()) for name, p in model.named_parameters()]
-    weights = sum(n for _, n in names)
-    blocks = sum(n for name, n in names if ".layers." in name or ".h." in name)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    compute = size * weights if size < 4 or settings.lora_rank or shards > 1 else 0
-    if shards > 1:  # FSDP gathers two blocks and what is in none, with their gradients
-        compute += 4 * size * blocks // layers + 2 * size * (weights - blocks)
-    always = {
-        "weights (compute)": compute,
-        "weights (fp32)": 4 * (trained if shards == 1 else weights) // shards,
-        "optimizer": 8 * trained // shards,
-        "reference": size * weights if settings.beta > 0 and not settings.lora_rank else 0,
-    }
+    shards = settings.nproc if settings.fsdp else 1
+    weights = weight_bytes(model, settings, size, shards)
 
     turn = settings.turn_tokens + TURN_GLUE
     final = settings.final_tokens + FINAL_GLUE
@@ -82,10 +67,11 @@ def memory_plan(config, settings, dtype, prompt):
         into_layer = (prompt + rows * row) * text.hidden_size * size
         activations = activations // layers + layers * into_layer
     learn = {
-        "gradients": 4 * trained // shards,
+        "gradients": weights["optimizer"] // 2,
         "activations": activations,
         "logits": 4 * 4 * text.vocab_size * min(256, rows * row),
     }
+    heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     width *= getattr(text, "num_key_value_heads", None) or heads
     dialogues = -(-settings.scenarios_per_step // settings.nproc) * settings.group_size
@@ -94,8 +80,27 @@ def memory_plan(config, settings, dtype, prompt):
         "KV cache": 2 * layers * width * size * slots,
         "play logits": 5 * 4 * text.vocab_size * dialogues,
     }
-    peak = sum(always.values()) + max(sum(learn.values()), sum(play.values()))
-    return {**always, **learn, **play, "peak": peak}
+    # playing and learning take turns
+    peak = sum(weights.values()) + max(sum(learn.values()), sum(play.values()))
+    return {**weights, **learn, **play, "peak": peak}
+
+
+def weight_bytes(model, settings, size, shards):
+    """{what: bytes} that are held all the time; size: bytes of a number in computation."""
+    parameters = dict(model.named_parameters())
+    every = sum(p.numel() for p in parameters.values())
+    trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
+    compute = size * every if size < 4 or settings.lora_rank or shards > 1 else 0
+    if shards > 1:  # FSDP gathers two blocks and what is in none, with their gradients
+        blocks = sum(p.numel() for n, p in parameters.items() if ".layers." in n or ".h." in n)
+        compute += 4 * size * blocks // model.config.get_text_config().num_hidden_layers
+        compute += 2 * size * (every - blocks)
+    return {
+        "weights (compute)": compute,
+        "weights (fp32)": 4 * (trained if shards == 1 else every) // shards,
+        "optimizer": 8 * trained // shards,
+        "reference": size * every if settings.beta > 0 and not settings.lora_rank else 0,
+    }
 
 
 def kept_bytes(model, tree):
