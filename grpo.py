@@ -92,17 +92,17 @@ def masked_mean(values, mask):
 def sum_losses(losses, mask, aggregate, length=None):
     """The numerator of eq. 5 and its part of D: (sum, units), from losses and mask (B, T).
 
-    "token" adds all tokens; units are tokens. "sequence" adds the means of the rows that have a
-    token; units are those rows. "constant" divides each row by `length`; units are all rows.
+    Of "token" the units are tokens. "sequence" adds means of rows instead, its units are rows with
+    a token. "constant" divides each row by one `length`, its units are rows (arXiv 2503.20783).
     """
+    losses = losses * mask
     if aggregate == "token":
-        return (losses * mask).sum(), mask.sum().item()
-    row_sums = (losses * mask).sum(1)  # (B,)
-    row_tokens = mask.sum(1)  # (B,)
+        return losses.sum(), mask.sum().item()
     if aggregate == "sequence":
-        return (row_sums / row_tokens.clamp(min=1)).sum(), (row_tokens > 0).sum().item()
+        row_tokens = mask.sum(1)  # (B,)
+        return (losses.sum(1) / row_tokens.clamp(min=1)).sum(), (row_tokens > 0).sum().item()
     if aggregate == "constant" and length is not None:
-        return row_sums.sum() / length, len(mask)
+        return losses.sum() / length, len(mask)
     raise ValueError(
         f"aggregate {aggregate!r}: must be 'token', 'sequence' or, with a denominator, 'constant'"
     )
@@ -124,10 +124,9 @@ def policy_loss(
     """Eq. 2 to 5 of a whole batch: (loss, stats).
 
     logp, old_logp, ref_logp, mask (B, T), advantages (B,) or (B, T). aggregate: see `sum_losses`;
-    `denominator` is the length for "constant", and for "token" stands in for the number of tokens.
-    ratio "token": eq. 2; "sequence": the geometric mean over a row (GSPO, arXiv 2507.18071).
-    stats are means over masked tokens: clip_frac (the clip decided), approx_kl (k3 of old against
-    new), ratio_mean, kl_ref.
+    `denominator` is D for "token" (else the number of tokens), the length for "constant".
+    ratio "token": eq. 2; "sequence": its geometric mean over a row (GSPO, arXiv 2507.18071).
+    stats: means over masked tokens; clip_frac: the clip decided, approx_kl: k3 of old against new.
     """
     mask = mask.to(logp.dtype)
     losses, stats = token_losses(
@@ -157,12 +156,10 @@ def trained_samples(dialogue, train_tokens):
     """The samples of a dialogue to train on: "dialogue" (all turns), "final" or "both"."""
     turns = list(itertools.chain.from_iterable(dialogue.streams))
     final = dialogue.final_sample
-    if train_tokens == "dialogue":
-        return turns
-    if final is None:
-        return turns if train_tokens == "both" else []
     if train_tokens == "final":
-        return [final]
+        return [] if final is None else [final]
+    if train_tokens == "dialogue" or final is None:
+        return turns
     first = dialogue.streams[0]
     if len(first) == 1 and final.ids[: len(first[0].ids)] == first[0].ids:
         return [continued(first[0], final), *turns[1:]]
@@ -233,7 +230,7 @@ def make_row(sample, dialogue, prefix_tokens):
 
 # ---- one update ----------------------------------------------------------------------------------
 
-# What `Learner.step` reports as a mean over the trained tokens of all micro-batches and ranks.
+# Reported as means over the trained tokens of all micro-batches and ranks.
 TOKEN_MEANS = ("logprob_gap", "entropy", "clip_frac", "approx_kl", "ratio_mean", "kl_ref")
 SUMS = ("loss", "units", "tokens", "evidence", *TOKEN_MEANS)
 
@@ -250,7 +247,7 @@ class Learner:
         self.optimizer = optimizer
         self.settings = settings
         self.reference = reference
-        self.sums = collections.Counter()  # {name of SUMS: sum since the last step}
+        self.sums = collections.Counter()  # SUMS since the last step; its `update` adds
 
     def backward(self, tree, rows):
         """Forward and backward of one micro-batch: adds the gradient of eq. 5's numerator."""
@@ -264,10 +261,11 @@ class Learner:
         self.model.eval()
         mask = padded([[1.0] * len(row.wanted) for row in rows], logp.device)  # (B, T)
         old_logp = padded([row.sampler_logp for row in rows], logp.device)  # (B, T)
-        # Written by somebody, not sampled: at ratio 1 the gradient is that of plain likelihood.
-        old_logp = torch.where(old_logp.isnan(), logp.detach(), old_logp)
+        if rows[0].dialogue.stop == "written":
+            # Nobody sampled it: at ratio 1 the gradient is that of plain likelihood.
+            old_logp = torch.where(old_logp.isnan(), logp.detach(), old_logp)
         ref_logp = self.reference_logprobs(tree, rows) if cfg.beta > 0 else None  # (B, T)
-        advantages = torch.tensor([row.dialogue.advantage for row in rows], device=logp.device)
+        advantages = torch.tensor([row.dialogue.advantage for row in rows]).to(logp)  # (B,)
 
         low, high = cfg.clip_low, cfg.clip_high
         losses, stats = token_losses(
@@ -280,7 +278,7 @@ class Learner:
         tokens = mask.sum().item()
         stats["logprob_gap"] = masked_mean((logp.detach() - old_logp).abs(), mask)
         stats["entropy"] = masked_mean(-old_logp, mask)
-        self.sums.update({name: mean * tokens for name, mean in stats.items()})  # adds
+        self.sums.update({name: mean * tokens for name, mean in stats.items()})
         evidence = advantages.abs().sum().item()
         self.sums.update(loss=loss_sum.item(), units=units, tokens=tokens, evidence=evidence)
 
