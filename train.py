@@ -32,6 +32,7 @@ import data_gen
 import grpo
 import judge_server
 import model as lm
+import plan
 import reward
 import selfplay
 from checkpoint import append, begin, claim, load_trainer, open_run, save_checkpoint
@@ -109,11 +110,6 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
         0.0, "weight of the KL to the reference policy (the model before training)", low=0
     )
     updates_per_rollout: int = option(1, "optimizer steps on the same dialogues", low=1)
-    tis_cap: float = option(
-        0.0,
-        "cap of the importance weight that corrects for sampler and learner differing (0: off)",
-        low=0,
-    )
     micro_tokens: int = option(600, "tokens in one forward and backward pass", low=1)
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, a third more time"
@@ -933,43 +929,6 @@ def epoch_news(rows, step, settings, scenarios):
     )
 
 
-def show_plan(settings):
-    """`--plan`: what one card must hold, where it fits, and what to change where it does not."""
-    _, config, tokenizer = lm.find(settings.model)
-    dtype = torch.float32 if settings.dtype == "fp32" else torch.bfloat16
-    glue = lambda s: len(
-        tokenizer(
-            selfplay.SYSTEM
-            + selfplay.CASE
-            + s.dilemma
-            + max((p["creed"] for p in s.personas), key=len)
-        )["input_ids"]
-    )
-    head = max(glue(s) for s in data_gen.load_scenarios(settings.scenarios or None, settings.seed))
-    plan = {
-        what: size / 1e9
-        for what, size in grpo.memory_plan(config, settings, settings.nproc, dtype, head).items()
-    }
-    print(f"{settings.model} on {settings.nproc} card(s), {dtype}, GB per card:")
-    print("\n".join(f"  {what:18} {size:8.2f}" for what, size in plan.items()))
-    for size in (24, 40, 80, 96):
-        print(f"  fits in {size} GB: {'yes' if plan['peak'] < 0.9 * size else 'no'}")
-    largest = max((what for what in plan if what != "peak"), key=plan.get)
-    print(
-        "largest: "
-        + largest
-        + "; to need less: "
-        + {
-            "activations": "--gradient-checkpointing, or a smaller --micro-tokens",
-            "logits": "a smaller --micro-tokens",
-            "KV cache": "a smaller --group-size or --scenarios-per-step, or more cards",
-            "play logits": "a smaller --group-size or more cards",
-            "reference": "--beta 0, or --lora-rank 16 (the base is the reference)",
-        }.get(largest, "--fsdp on more cards, or --lora-rank 16")
-    )
-    return 0
-
-
 def peak_memory_gb(device):
     """The most memory this process has held: on the GPU, or resident on a CPU."""
     if device.type == "cuda":
@@ -1025,7 +984,7 @@ def main(argv=None):
     """Train. Returns the exit code: 0, 130 after SIGINT or SIGTERM, 3 where the run stopped itself (judge gone, budget spent, not finite)."""
     settings = read_settings(argv)
     if settings.plan:
-        return show_plan(settings)
+        return plan.show_plan(settings)
     world = start_world()
     try:
         with contextlib.ExitStack() as stack:
