@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import random
 import re
 import string
@@ -315,19 +314,23 @@ class Memory:
 
 WORDS = {"dilemma": (40, 90), "creed": (20, 50), "turn": (15, 35), "final": (30, 60)}
 WORDS |= {"question": (6, 40), "prompt": (3, 100)}  # at least, at most
+PATTERNS = {
+    "dilemma": (r"\?\s*$", "without a question at the end; end with the decision to be taken"),
+    "creed": (r"(?i)\byou(r|rs|rself)?\b", "not in the second person; address the persona as you"),
+}
 
 
 def line_fault(row, shape):
     """Is it a line as good as the shipped ones? Returns what is wrong, or ""."""
     fault = shape_fault(row, shape)
-    for key, check_key in LINE_CHECKS:
+    for key, check_line in LINE_CHECKS:
         if key in shape:
-            fault = fault or check_key(row)
+            fault = fault or check_line(row)
     return fault
 
 
 def text_fault(row):
-    """Has each text of a line its length, and do they differ?"""
+    """Has each text of a line its length and pattern, and do they differ?"""
     texts = texts_of(row)
     for what, text in texts:
         low, high = WORDS[what]
@@ -335,26 +338,15 @@ def text_fault(row):
         if not low <= count <= high:
             size = "short" if count < low else "long"
             return f"{what} too {size} ({count} words); write {low} to {high}"
+        pattern, fault = PATTERNS.get(what, ("", ""))
+        if not re.search(pattern, text):
+            return f"{what} {fault}"
     if "final" in row and len(row["turns"]) > 4:
         return f"{len(row['turns'])} turns; write 2 to 4"
     for (what, one), (_, other) in itertools.combinations(texts, 2):
         if jaccard(grams(one), grams(other)) >= NEAR:
             return f"{what}s alike; they must say different things"
     return ""
-
-
-def question_fault(row):
-    """Does a dilemma end with a question?"""
-    if row["dilemma"].rstrip().endswith("?"):
-        return ""
-    return "dilemma without a question at the end; end with the decision to be taken"
-
-
-def creed_fault(row):
-    """Are the creeds in the second person?"""
-    if all(re.search(r"\b(you|your|yours|yourself)\b", creed.lower()) for creed in creeds_of(row)):
-        return ""
-    return "creed not in the second person; address the persona as you"
 
 
 def rating_fault(row):
@@ -374,12 +366,10 @@ def answer_fault(row: dict) -> str:
     return f'no kind "{row["kind"]}"; use choice or exact'
 
 
-LINE_CHECKS = (  # (key of a line that is checked, what may be wrong)
+LINE_CHECKS = (  # (what a line holds, what may be wrong with such a line)
     ("turns", turns_fault),
-    ("id", text_fault),
     ("final", text_fault),
-    ("dilemma", question_fault),
-    ("personas", creed_fault),
+    ("id", text_fault),
     ("kind", answer_fault),
     ("score", rating_fault),
 )
@@ -435,7 +425,8 @@ def variety_faults(sets):
 
 def check(folder=DATA):
     """Verify the shipped files; 0 when all is well, else 1 and what is wrong."""
-    sets, faults = {}, []
+    sets = {}
+    faults = []
     for file, (count, shape) in FILES.items():
         try:
             rows = load_jsonl(folder / file, lambda row, shape=shape: line_fault(row, shape))
@@ -511,78 +502,69 @@ def read_reply(text, start, shape):
     return row, line_fault(row, shape)
 
 
-class Output:
-    """The file that grows. Nothing new may resemble its lines or the shipped ones."""
-
-    def __init__(self, path, shape):
-        self.path = Path(path)
-        self.rows = []
-        self.memory = Memory()
-        for file in TEXTS:
-            for number, row in enumerate(load_jsonl(DATA / file), 1):
-                self.memory.add(f"{file}:{number}", row)
-        with open(path, "a+b") as file:
-            file.seek(0)
-            data = file.read()
-        if data:
-            self.rows = load_jsonl(path, lambda row: shape_fault(row, shape))
-        if not data.endswith(b"\n"[: len(data)]):
+def open_output(path, shape):
+    """The lines of earlier runs; the half line that a killed one may have left is cut off."""
+    with open(path, "a+b") as file:
+        file.seek(0)
+        data = file.read()
+        half = data[data.rfind(b"\n") + 1 :]
+        if half and not half.startswith(b'{"id": "gen-'):
             raise UserError(f"--out {path}: its last line has no end; mend it or take it out")
-        for row in self.rows:
-            self.memory.add(path, row)
+        file.truncate(len(data) - len(half))
+    return load_jsonl(path, lambda row: shape_fault(row, shape)) if len(data) > len(half) else []
 
-    def write(self, row):
-        """Append a line, whole or not at all."""
-        size = self.path.stat().st_size
-        try:
-            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError:
-            os.truncate(self.path, size)
-            raise
-        self.memory.add(self.path, row)
-        self.rows.append(row)
+
+def memory_of(path, written):
+    """The shipped lines and those in a file: nothing new may resemble them."""
+    memory = Memory()
+    for file in TEXTS:
+        for number, row in enumerate(load_jsonl(DATA / file), 1):
+            memory.add(f"{file}:{number}", row)
+    for number, row in enumerate(written, 1):
+        memory.add(f"{path}:{number}", row)
+    return memory
 
 
 def generate(command, settings, client):
-    """Ask for the lines that --out lacks, and write those that are sound and new.
-
-    Returns 0, or 1 when something was lacking and nothing came.
-    """
+    """Ask for the lines that --out lacks. Returns 0, or 1 when some were lacking and none came."""
     shape = FILES[f"{command}.jsonl"][1]
     shipped = load_jsonl(DATA / f"{command}.jsonl")
-    output = Output(settings.out, shape)
-    there = {row["id"] for row in output.rows}
-    shown = shipped + output.rows  # no sealed line is ever shown to the LLM
+    written = open_output(settings.out, shape)
+    memory = memory_of(settings.out, written)
+    ids = {row["id"] for row in written}
     wishes = draw_wishes(shipped, settings.n, settings.seed)
-    todo = [(start, setting) for start, setting in wishes if start["id"] not in there]
-    prompts = [write_prompt(command, *wish, shown) for wish in todo]
+    wishes = [(start, setting) for start, setting in wishes if start["id"] not in ids]
+    prompts = [write_prompt(command, *wish, shipped + written) for wish in wishes]
     asked = {}  # future -> start of the line
-    for (start, _), prompt in zip(todo, prompts):
+    for (start, _), prompt in zip(wishes, prompts):
         asked[client.submit(ask, client, settings, prompt)] = start
-    done = concurrent.futures.as_completed(asked)
-    reasons = collections.Counter()  # why replies were refused or did not come
+    collect(asked, settings, shape, written, memory)
+    print(f"{settings.out}: {len(written)} lines, {len(written) - len(ids)} of them new")
+    return 1 if asked and len(written) == len(ids) else 0
+
+
+def collect(asked, settings, shape, written, memory):
+    """Write the lines that are sound and new, as they come; say what is wrong with the others."""
     failed = 0  # requests in a row
+    done = concurrent.futures.as_completed(asked)
     for future in tqdm(done, settings.out, len(asked), unit=" replies"):
         try:
             row, fault = read_reply(future.result(), asked[future], shape)
-            fault = fault or output.memory.fault(row)
+            fault = fault or memory.fault(row)
             failed = 0
         except Missing as miss:
-            fault = miss.reason
+            fault = f"{miss.reason} {miss.raw[:200]}"
             failed += 1
-            if failed == settings.concurrency + 3:
-                why = f"{failed} requests in a row failed ({fault} {miss.raw[:200]})"
-                raise UserError(f"--url {settings.url}: {why}; see to it, start again") from miss
+        if failed == settings.concurrency + 3:
+            why = f"{failed} requests in a row failed ({fault})"
+            raise UserError(f"--url {settings.url}: {why}; see to it and start again")
         if fault:
-            reasons[re.split(r" \(|;", fault)[0]] += 1
-        else:
-            output.write(row)
-    new = len(output.rows) - len(there)
-    print(f"{settings.out}: {len(output.rows)} lines, {new} of them new")
-    for reason, count in reasons.most_common():
-        print(f"  not written: {count}, {reason} (the same command asks again)")
-    return 1 if asked and not new else 0
+            tqdm.write(f"{asked[future]['id']} not written: {fault}")
+            continue
+        with open(settings.out, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        written.append(row)
+        memory.add(f"{settings.out}:{len(written)}", row)
 
 
 def write_prompt(command, start, setting, shown):
@@ -598,13 +580,12 @@ def ask(client, settings, prompt, _):
     message = {"role": "user", "content": prompt}
     payload = {"model": settings.model, "messages": [message]}
     payload |= {"temperature": settings.temperature, "max_tokens": settings.tokens}
-    ends = time.monotonic() + 3 * settings.timeout  # for all attempts together
-    return client.ask("/chat/completions", payload, text_of, ends)
-
-
-def text_of(reply):
-    """The text of a chat completion."""
-    return dig(reply, "choices", 0, "message", "content", kind=str)
+    return client.ask(
+        "/chat/completions",
+        payload,
+        lambda reply: dig(reply, "choices", 0, "message", "content", kind=str),
+        time.monotonic() + 3 * settings.timeout,  # for all attempts together
+    )
 
 
 def main():
@@ -621,11 +602,10 @@ def main():
             raise UserError(f"--{flag}: missing; python data_gen.py {command} --help says more")
     try:
         client = Client(settings.url, settings.concurrency, settings.timeout)
-    except UserError as error:
-        raise UserError(str(error).replace("--judge-url", "--url")) from error
-    try:
         with contextlib.closing(client):
             return generate(command, settings, client)
+    except UserError as error:
+        raise UserError(str(error).replace("--judge-url", "--url")) from error
     except OSError as error:
         hint = "mend that and start again, it goes on where it was"
         raise UserError(f"--out {settings.out}: {error.strerror}; {hint}") from error

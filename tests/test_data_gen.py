@@ -575,17 +575,20 @@ def test_bad_replies_are_refused_counted_and_never_written(serve, run, tmp_path)
     llm = serve(lambda n, prompt: bad[n] if n < len(bad) else good(n, prompt))
     code, said = run(*args(out, llm, "--n", 13, *ONE))
     assert code == 0 and len(llm.prompts) == 13 and len(load_jsonl(out)) == 2
-    again = "(the same command asks again)"
-    assert said.splitlines() == [
-        f"{out}: 2 lines, 2 of them new",
-        f"  not written: 4, not one JSON object {again}",
-        f"  not written: 2, near-duplicate {again}",
-        f'  not written: 1, "dilemma" is a number instead of text {again}',
-        f'  not written: 1, no "dilemma" {again}',
-        f"  not written: 1, dilemma too short {again}",
-        f"  not written: 1, dilemma too long {again}",
-        f"  not written: 1, dilemma without a question at the end {again}",
-    ]
+    *faults, last = said.splitlines()
+    assert last == f"{out}: 2 lines, 2 of them new"
+    assert sorted(re.sub("^gen-.* not written: ", "", fault) for fault in faults) == sorted(
+        [
+            *["not one JSON object; reply with it and nothing else"] * 4,
+            '"dilemma" is a number instead of text; correct it',
+            'no "dilemma"; needed are id, tier, topic, dilemma',
+            "dilemma too short (9 words); write 40 to 90",
+            "dilemma too long (105 words); write 40 to 90",
+            "dilemma without a question at the end; end with the decision to be taken",
+            "near-duplicate (eval_conflict.jsonl:1); write it anew",
+            f"near-duplicate ({out}:1); write it anew",
+        ]
+    )
     assert run(*args(out, llm, "--n", 13)) == (0, f"{out}: 13 lines, 11 of them new")
     nothing = serve(lambda n, prompt: "no")
     assert run(*args(tmp_path / "new", nothing, "--n", 1))[0] == 1
@@ -614,14 +617,12 @@ def test_a_slow_and_failing_server(serve, run, tmp_path, monkeypatch):
 
     llm, out = serve(script), tmp_path / "my.jsonl"
     code, said = run(*args(out, llm, "--n", 3, *ONE, "--timeout", 0.5))
-    again = "(the same command asks again)"
-    assert said.splitlines() == [
-        f"{out}: 2 lines, 2 of them new",
-        f"  not written: 1, http 404 {again}",
-    ]
+    fault, last = said.splitlines()
+    assert "not written: http 404 " in fault
+    assert last == f"{out}: 2 lines, 2 of them new"
     half = serve(lambda n, prompt: (404, "gone") if n % 2 == 0 else good(n, prompt))
     code, said = run(*args(tmp_path / "c", half, "--n", 20, *ONE))  # never many in a row
-    assert said.startswith(f"{tmp_path / 'c'}: 10 lines")
+    assert said.endswith(f"{tmp_path / 'c'}: 10 lines, 10 of them new")
 
 
 def test_all_attempts_of_a_request_end_together(serve, run, tmp_path):
@@ -636,8 +637,8 @@ def test_a_dead_server_and_a_refused_key_end_the_run(serve, run, tmp_path, monke
     llm, out = serve(lambda n, prompt: (401, "no such key")), tmp_path / "a"
     says = refusal(run, *args(out, llm, "--n", 500, "--concurrency", 2))
     assert says.startswith(f"--url {llm.url}: 5 requests in a row failed (http 401 ")
-    assert "no such key" in says and says.endswith("; see to it, start again")
-    assert 5 <= len(llm.prompts) <= 8 and out.read_bytes() == b""
+    assert "no such key" in says and says.endswith("; see to it and start again")
+    assert 5 <= len(llm.prompts) < 50 and out.read_bytes() == b""
     llm.close()
     assert "requests in a row failed (connection " in refusal(run, *args(out, llm, "--n", 500))
 
@@ -652,13 +653,13 @@ def test_personas(serve, run, tmp_path):
     llm = serve(lambda n, prompt: json.dumps({"personas": bad[n]}) if n < 4 else good(n, prompt))
     line = args(out, llm, "--n", 25, *ONE, command="personas")
     code, said = run(*line)
-    reasons = [line.split(", ")[1].split(" (")[0] for line in said.splitlines()[1:]]
-    assert reasons == [
+    for fault in (
         "name or id already taken",
         "creeds alike",
         "creed too short",
         "creed not in the second person",
-    ]
+    ):
+        assert said.count(f"not written: {fault}") == 1
     assert run(*line) == (0, f"{out}: 25 lines, 4 of them new")
     rows = load_jsonl(out, lambda r: data_gen.line_fault(r, data_gen.PAIR))
     assert {r["axis"] for r in rows} == {r["axis"] for r in PAIRS}
@@ -681,6 +682,8 @@ def test_kill_minus_nine_in_mid_run_then_finish(serve, run, tmp_path):
     left = out.read_bytes()
     done, asked = left.count(b"\n"), len(llm.prompts)
     assert 5 <= done < 40 and left.endswith(b"\n")
+    with out.open("ab") as file:  # and the worst moment of all: half a line, within a character
+        file.write('{"id": "gen-medicine-001", "tier": "profess\u00e9'.encode()[:-1])
     assert run(*line) == (0, f"{out}: 40 lines, {40 - done} of them new")
     assert len(llm.prompts) - asked == 40 - done and out.read_bytes().startswith(left)
     rows = load_jsonl(out, lambda r: data_gen.line_fault(r, data_gen.DILEMMA))
@@ -688,7 +691,7 @@ def test_kill_minus_nine_in_mid_run_then_finish(serve, run, tmp_path):
     assert sorted(r["id"] for r in rows) == sorted(start["id"] for start, _ in wishes)
 
 
-def test_a_full_disk_is_an_error_and_leaves_whole_lines(serve, run, tmp_path):
+def test_a_full_disk_is_an_error_and_the_next_run_goes_on(serve, run, tmp_path):
     llm, out = serve(), tmp_path / "my.jsonl"
     run(*args(out, llm, "--n", 1))
     before = out.read_bytes()
@@ -700,7 +703,7 @@ def test_a_full_disk_is_an_error_and_leaves_whole_lines(serve, run, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     hint = "mend that and start again, it goes on where it was"
     assert says == f"--out {out}: File too large; {hint}"
-    assert out.read_bytes() == before
+    assert out.read_bytes().startswith(before)
     assert run(*args(out, llm, "--n", 4)) == (0, f"{out}: 4 lines, 3 of them new")
 
 
