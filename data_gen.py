@@ -3,10 +3,11 @@
     dilemmas.jsonl + personas.jsonl, combined by seed    ->  Scenarios       load_scenarios()
     a FILE whose lines have personas, used as it is      ->  Scenarios       load_scenarios(FILE)
     demonstrations.jsonl, negotiations that were written ->  Demonstrations  load_demonstrations()
-    (tier, topic, setting) drawn by seed, LLM, checks    ->  one more line   Generator
+    (tier, topic, setting) drawn by seed, LLM, checks    ->  one more line   generate()
 
 The same checks refuse a bad line of ours and of the LLM. They see form, length and word-for-word
-likeness. Left out: a judge of quality; whether a dilemma is worth an hour, only a reader sees.
+likeness. Left out: a judge of quality; whether a dilemma is worth an hour, only a reader sees. And
+a lock on --out: two runs into one file ask for the same lines, and load_scenarios names the double.
 
     python data_gen.py check
     python data_gen.py dilemmas --n 500 --out my.jsonl --url http://127.0.0.1:8000/v1 --model NAME
@@ -46,6 +47,7 @@ FILES = {  # shipped file: (how many lines, what a line holds)
     "judge_labels.jsonl": (1052, LABEL | {"solution": str, "score": float, "endorse": list}),
     "agreement_labels.jsonl": (330, LABEL | {"turns": list, "agreed": bool}),
 }
+# whose scenarios and personas are those of training, and the files that hold texts of their own
 BORROWERS = ("demonstrations.jsonl", "judge_labels.jsonl", "agreement_labels.jsonl")
 TEXTS = [file for file in FILES if file not in BORROWERS]
 
@@ -298,6 +300,11 @@ class Memory:
             for gram in own:
                 self.holders[gram].append((place, own))
 
+    def add_file(self, file, rows):
+        """From now on nothing may resemble the lines of a file."""
+        for number, row in enumerate(rows, 1):
+            self.add(f"{file}:{number}", row)
+
     def fault(self, row):
         """Is `row` new: its texts, its id and the names of its personas?"""
         for _, text in texts_of(row):
@@ -453,7 +460,7 @@ def check(folder=DATA):
 class GenerateSettings:
     """How many lines to make, where, and by whom."""
 
-    n: int = option(100, "wishes to draw; each gives a line, or none if its replies fail", low=1)
+    n: int = option(100, "lines to ask for; refused ones are asked again by another run", low=1)
     out: str = option("", "JSON Lines file to write; what is there already is kept and continued")
     url: str = option("", "OpenAI-compatible server, http://host:port/v1")
     model: str = option("", "name of the model on that server")
@@ -514,23 +521,15 @@ def open_output(path, shape):
     return load_jsonl(path, lambda row: shape_fault(row, shape)) if len(data) > len(half) else []
 
 
-def memory_of(path, written):
-    """The shipped lines and those in a file: nothing new may resemble them."""
-    memory = Memory()
-    for file in TEXTS:
-        for number, row in enumerate(load_jsonl(DATA / file), 1):
-            memory.add(f"{file}:{number}", row)
-    for number, row in enumerate(written, 1):
-        memory.add(f"{path}:{number}", row)
-    return memory
-
-
 def generate(command, settings, client):
     """Ask for the lines that --out lacks. Returns 0, or 1 when some were lacking and none came."""
     shape = FILES[f"{command}.jsonl"][1]
     shipped = load_jsonl(DATA / f"{command}.jsonl")
     written = open_output(settings.out, shape)
-    memory = memory_of(settings.out, written)
+    memory = Memory()
+    for file in TEXTS:
+        memory.add_file(file, load_jsonl(DATA / file))
+    memory.add_file(settings.out, written)
     ids = {row["id"] for row in written}
     wishes = draw_wishes(shipped, settings.n, settings.seed)
     wishes = [(start, setting) for start, setting in wishes if start["id"] not in ids]
@@ -591,6 +590,8 @@ def ask(client, settings, prompt, _):
 def main():
     """The command line."""
     command, argv = (sys.argv + [""])[1], sys.argv[2:]
+    if command == "check" and argv:
+        raise UserError(f"check {argv[0]}: check takes no flags")
     if command == "check":
         return check()
     if command not in ("dilemmas", "personas"):

@@ -70,32 +70,23 @@ def test_the_seed_decides_and_nothing_else():
 
 
 def test_a_file_with_personas_is_used_as_it_is(tmp_path):
-    path = write(
-        tmp_path / "own.jsonl",
-        row(1, personas=PERSONAS),
-        "",
-        row(2, personas=PERSONAS[::-1], source="mine"),
-    )
-    assert (
-        load_scenarios(path, seed=1)
-        == load_scenarios(path, seed=2)
-        == [
-            data_gen.Scenario("d1", "everyday", "Dilemma 1?", tuple(PERSONAS)),
-            data_gen.Scenario("d2", "everyday", "Dilemma 2?", tuple(PERSONAS[::-1])),
-        ]
-    )
+    swapped = PERSONAS[::-1]
+    lines = [row(1, personas=PERSONAS), "", row(2, personas=swapped, source="mine")]
+    path = write(tmp_path / "own.jsonl", *lines)
+    assert load_scenarios(path, seed=1) == load_scenarios(path, seed=2)
+    assert load_scenarios(path) == [
+        data_gen.Scenario("d1", "everyday", "Dilemma 1?", tuple(PERSONAS)),
+        data_gen.Scenario("d2", "everyday", "Dilemma 2?", tuple(swapped)),
+    ]
 
 
 def test_dilemmas_of_ones_own_meet_shipped_or_given_pairs(tmp_path):
+    """25 shipped pairs, each once in either order; then one pair, in turn in either order."""
     path = write(tmp_path / "own.jsonl", *map(row, range(50)))
-    assert (
-        len({s.personas[0]["name"] for s in load_scenarios(path)}) == 50
-    )  # 25 pairs, each once in either order
+    assert len({s.personas[0]["name"] for s in load_scenarios(path)}) == 50
     pairs = write(tmp_path / "pairs.jsonl", {"personas": PERSONAS})
-    assert (
-        sorted(s.personas[0]["name"] for s in load_scenarios(path, personas=pairs))
-        == ["Ann"] * 25 + ["Bob"] * 25
-    )
+    first = [s.personas[0]["name"] for s in load_scenarios(path, personas=pairs)]
+    assert sorted(first) == ["Ann"] * 25 + ["Bob"] * 25
 
 
 BAD_LINES = [
@@ -738,6 +729,7 @@ def test_the_command_line_says_what_to_do(run):
     commands = "say python data_gen.py check, dilemmas or personas, and --help behind it"
     url = ("--url", "http://h/v1")
     assert refusal(run) == f"no command: {commands}"
+    assert refusal(run, "check", "--all") == "check --all: check takes no flags"
     assert refusal(run, "make") == f"make: {commands}"
     assert refusal(run, "dilemmas") == f"--out: missing; {more}"
     assert refusal(run, "dilemmas", "--out", "x") == f"--url: missing; {more}"
