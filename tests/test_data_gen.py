@@ -325,8 +325,10 @@ def test_check_names_files_and_lines_that_are_wrong(wrong):
     (wrong.folder / "eval_open.jsonl").unlink()
     (wrong.folder / "public_domain.txt").write_text("short")
     write(wrong.folder / "personas.jsonl", *PAIRS[:-1])
-    assert wrong({"dilemmas.jsonl": {10: {"dilemma": "Why?"}}}) == [
-        f"{wrong.folder}/dilemmas.jsonl:10: dilemma too short (1 words); write 40 to 90",
+    short = {"dilemma": "Why?"}
+    assert wrong({"dilemmas.jsonl": {10: short, 12: short}}) == [
+        "dilemmas.jsonl:10: dilemma too short (1 words); write 40 to 90",
+        "dilemmas.jsonl:12: dilemma too short (1 words); write 40 to 90",
         "personas.jsonl: 24 lines instead of 25; correct either",
         f"{wrong.folder}/eval_open.jsonl: cannot be read (No such file or directory); "
         "pass a JSON Lines file, one JSON object per line",
