@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import random
 import re
 import string
@@ -514,6 +515,8 @@ def read_reply(text, start, shape):
 
 def open_output(path, shape):
     """The lines of earlier runs; the half line that a killed one may have left is cut off."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"--out {path}: not a plain file; name another one")
     with open(path, "a+b") as file:
         file.seek(0)
         data = file.read()
@@ -521,7 +524,21 @@ def open_output(path, shape):
         if half and not half.startswith(b'{"id": "gen-'):
             raise UserError(f"--out {path}: its last line has no end; mend it or take it out")
         file.truncate(len(data) - len(half))
-    return load_jsonl(path, lambda row: shape_fault(row, shape)) if len(data) > len(half) else []
+    rows = load_jsonl(path, lambda row: shape_fault(row, shape)) if len(data) > len(half) else []
+    if any(set(row) != set(shape) for row in rows):
+        raise UserError(f"--out {path}: lines with other keys than ours; name another one")
+    return rows
+
+
+def append_line(path, row):
+    """Add a line, whole or not at all."""
+    size = os.path.getsize(path)
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError:
+        os.truncate(path, size)
+        raise
 
 
 def generate(command, settings, client):
@@ -563,8 +580,7 @@ def collect(asked, settings, shape, written, memory):
         if fault:
             tqdm.write(f"{asked[future]['id']} not written: {fault}")
             continue
-        with open(settings.out, "a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        append_line(settings.out, row)
         written.append(row)
         memory.add(f"{settings.out}:{len(written)}", row)
 

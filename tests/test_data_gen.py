@@ -684,7 +684,7 @@ def test_kill_minus_nine_in_mid_run_then_finish(serve, run, tmp_path):
     assert sorted(r["id"] for r in rows) == sorted(start["id"] for start, _ in wishes)
 
 
-def test_a_full_disk_is_an_error_and_the_next_run_goes_on(serve, run, tmp_path):
+def test_a_full_disk_is_an_error_and_leaves_whole_lines(serve, run, tmp_path):
     llm, out = serve(), tmp_path / "my.jsonl"
     run(*args(out, llm, "--n", 1))
     before = out.read_bytes()
@@ -696,7 +696,7 @@ def test_a_full_disk_is_an_error_and_the_next_run_goes_on(serve, run, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     hint = "mend that and start again, it goes on where it was"
     assert says == f"--out {out}: File too large; {hint}"
-    assert out.read_bytes().startswith(before)
+    assert out.read_bytes() == before
     assert run(*args(out, llm, "--n", 4)) == (0, f"{out}: 4 lines, 3 of them new")
 
 
@@ -705,6 +705,7 @@ OTHER_FILES = {
     "object per line",
     json.dumps(PAIRS[0]).encode() + b"\n": ':1: no "tier"; needed are id, tier, topic, dilemma',
     b"\x80\x81\n": ": not UTF-8 text; pass a JSON Lines file, one JSON object per line",
+    json.dumps(SEALED[0]).encode() + b"\n": ": lines with other keys than ours; name another one",
     json.dumps(TRAIN[0]).encode(): ": its last line has no end; mend it or take it out",
 }
 
@@ -717,12 +718,13 @@ def test_an_out_of_another_kind_is_refused_and_left_alone(serve, run, tmp_path, 
     assert out.read_bytes() == data and not llm.prompts
 
 
-@pytest.mark.parametrize(
-    "name, why", [("", "Is a directory"), ("no/out", "No such file or directory")]
-)
-def test_an_out_that_cannot_be_written(serve, run, tmp_path, name, why):
-    out, llm = tmp_path / name, serve()
-    assert refusal(run, *args(out, llm)).startswith(f"--out {out}: {why}; ")
+def test_an_out_that_cannot_be_written(serve, run, tmp_path):
+    llm, nowhere = serve(), tmp_path / "no" / "out"
+    for path in (tmp_path, "/dev/full"):
+        says = f"--out {path}: not a plain file; name another one"
+        assert refusal(run, *args(path, llm)) == says
+    says = f"--out {nowhere}: No such file or directory; "
+    assert refusal(run, *args(nowhere, llm)).startswith(says)
     assert not llm.prompts
 
 
