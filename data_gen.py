@@ -1,31 +1,30 @@
-"""Scenarios: load the shipped dilemmas and personas, check them, and make more with any LLM.
+"""Scenarios: load the shipped dilemmas and personas, check them, and write more with any LLM.
 
-    data/dilemmas.jsonl + data/personas.jsonl, combined by seed  ->  list of Scenario      load_scenarios()
-    FILE whose lines carry two personas each, used as it is      ->  list of Scenario      load_scenarios(FILE)
-    data/demonstrations.jsonl, negotiations that were written out   ->  list of Demonstration   load_demonstrations()
-    (tier, topic, setting) drawn by seed -> LLM -> one JSON object -> checked -> one line  Generator
+    dilemmas.jsonl + personas.jsonl, combined by seed    ->  Scenarios       load_scenarios()
+    a FILE whose lines have personas, used as it is      ->  Scenarios       load_scenarios(FILE)
+    demonstrations.jsonl, negotiations that were written ->  Demonstrations  load_demonstrations()
+    (tier, topic, setting) drawn by seed, LLM, checks    ->  one more line   generate()
 
-The same checks refuse a bad line of ours, of yours and of the LLM. Left out on purpose: a judge of quality. The checks see
-form, length and word-for-word likeness; whether a dilemma is worth an hour of somebody's thought, only a reader sees.
+The same checks refuse a bad line of ours and of the LLM. They see form, length and word-for-word
+likeness. Left out: a judge of quality; whether a dilemma is worth an hour, only a reader sees. And
+a lock on --out: two runs into one file ask for the same lines, and load_scenarios names the double.
 
-    python data_gen.py check                                    # verify data/, print the counts and the nearest pairs
-    python data_gen.py dilemmas --n 500 --out my.jsonl --url http://127.0.0.1:8000/v1 --model NAME    # key: JUDGE_API_KEY
-    python data_gen.py personas --n 25 --out pairs.jsonl --url ... --model ...
+    python data_gen.py check
+    python data_gen.py dilemmas --n 500 --out my.jsonl --url http://127.0.0.1:8000/v1 --model NAME
+    python data_gen.py personas --n 25 --out pairs.jsonl --url ... --model ...  # JUDGE_API_KEY
 """
 
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
-import fcntl
+import itertools
 import json
 import os
 import random
 import re
-import stat
+import string
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -33,28 +32,25 @@ from tqdm import tqdm
 
 from cli import UserError, command_line, option, run_cli
 from client import Client, Missing, dig
-from reward import fill
 
 DATA = Path(__file__).resolve().parent / "data"
-DILEMMA, PAIR = (
-    {"id": str, "tier": str, "topic": str, "dilemma": str},
-    {"id": str, "axis": str, "personas": list},
-)
-SETS = {  # shipped file -> (how many lines, what a line holds)
+DILEMMA = {"id": str, "tier": str, "topic": str, "dilemma": str}
+PAIR = {"id": str, "axis": str, "personas": list}
+DEMONSTRATION = {"scenario_id": str, "personas": list, "turns": list, "agreed": bool, "final": str}
+LABEL = {"id": str, "scenario_id": str, "split": str, "personas": list}
+FILES = {  # shipped file: (how many lines, what a line holds)
     "dilemmas.jsonl": (320, DILEMMA),
     "personas.jsonl": (25, PAIR),
-    "eval_conflict.jsonl": (100, {**DILEMMA, "personas": list}),
+    "eval_conflict.jsonl": (100, DILEMMA | {"personas": list}),
     "eval_open.jsonl": (100, {"id": str, "topic": str, "question": str}),
-    "eval_general.jsonl": (120, {"id": str, "kind": str, "prompt": str}),
+    "eval_general.jsonl": (60, {"id": str, "kind": str, "prompt": str}),
+    "demonstrations.jsonl": (640, DEMONSTRATION),
+    "judge_labels.jsonl": (1052, LABEL | {"solution": str, "score": float, "endorse": list}),
+    "agreement_labels.jsonl": (330, LABEL | {"turns": list, "agreed": bool}),
 }
-DEMONSTRATION = {"scenario_id": str, "personas": list, "turns": list, "agreed": bool, "final": str}
-WORDS = {
-    "dilemma": (40, 90),
-    "creed": (20, 50),
-    "question": (6, 40),
-    "prompt": (3, 100),
-}  # at least, at most
-NEAR = 0.3  # word 5-gram Jaccard from which two texts count as the same
+# whose scenarios and personas are those of training, and the files that hold texts of their own
+BORROWERS = ("demonstrations.jsonl", "judge_labels.jsonl", "agreement_labels.jsonl")
+TEXTS = [file for file in FILES if file not in BORROWERS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +65,7 @@ class Scenario:
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """A negotiation that somebody wrote, to be imitated: what was said in turn (scenario.personas[0] opens), and the joint solution."""
+    """A written negotiation, to be imitated; scenario.personas[0] says the first of the turns."""
 
     scenario: Scenario
     turns: tuple  # of texts
@@ -77,214 +73,118 @@ class Demonstration:
     final: str
 
 
-# ---- likeness -------------------------------------------------------------------------------------------------------
+# ---- JSON Lines: every error names its line --------------------------------------------------
 
 
-def grams(text):
-    """The word 5-grams of a text, case and punctuation aside; a shorter text is one gram."""
-    words = re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)*", text.lower())
-    return {tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
+def load_jsonl(path, fault_of=lambda row: "") -> list:
+    """The values of a JSON Lines file; `fault_of(row)` says what is wrong with one ("": nothing).
+
+    Raises UserError: "FILE:LINE: what is wrong; what to do".
+    """
+    hint = "pass a JSON Lines file, one JSON object per line"
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text; {hint}") from error
+    rows = []
+    lines = text.split("\n")  # not splitlines: a JSON text may hold U+2028
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise UserError(f"{path}:{number}: not JSON ({reason}); {hint}") from error
+        fault = fault_of(rows[-1])
+        if fault:
+            raise UserError(f"{path}:{number}: {fault}")
+    if not rows:
+        raise UserError(f"{path}: empty; {hint}")
+    return rows
 
 
-def jaccard(a, b):
-    """|A & B| / |A | B| of two sets."""
-    return len(a & b) / len(a | b)
+# ---- the form of a line: these functions return "what is wrong; what to do", or "" -------------
+
+TYPES = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number"}
+TYPES |= {bool: "true or false", type(None): "null"}
 
 
-def texts_of(row):
-    """The texts of a line that must not resemble another's."""
-    return [row[key] for key in WORDS if type(row.get(key)) is str] + [
-        p["creed"] for p in row.get("personas", ())
-    ]
-
-
-def names_of(row):
-    """The names of a line's personas, without "the ..." behind a comma."""
-    return {p["name"].split(",")[0].strip().lower() for p in row.get("personas", ())}
-
-
-class Memory:
-    """The lines that are there: nothing new may resemble them. Texts are kept by 5-gram, so only those that share one are compared."""
-
-    def __init__(self):
-        self.texts, self.holders, self.names = (
-            [],
-            collections.defaultdict(set),
-            set(),
-        )  # [(place, grams)]; gram -> indices of texts
-
-    def add(self, file, row):
-        """From now on nothing may resemble `row`, which stands in `file`."""
-        self.names |= names_of(row)
-        for own in map(grams, texts_of(row)):
-            for gram in own:
-                self.holders[gram].add(len(self.texts))
-            self.texts.append(((file, row["id"]), own))
-
-    def nearest(self, row):
-        """[(Jaccard, (file, id))] of all texts that share a 5-gram with one of `row`'s, nearest first."""
-        near = []
-        for own in map(grams, texts_of(row)):
-            for i in set().union(*(self.holders.get(gram, ()) for gram in own)):
-                place, theirs = self.texts[i]
-                near.append((jaccard(own, theirs), place))
-        return sorted(near, reverse=True)
-
-    def fault(self, row):
-        """Is `row` new, its texts and the names of its personas?"""
-        for likeness, (file, other) in self.nearest(row)[:1]:
-            if likeness >= NEAR:
-                return (
-                    f"near-duplicate (Jaccard {likeness:.2f} with {other} of {file}); write it anew"
-                )
-        taken = ", ".join(sorted(names_of(row) & self.names))
-        return f"name already taken ({taken}); choose another" if taken else ""
-
-
-# ---- what is wrong with a line: each function returns "what is wrong; what to do", or "" ----------------------------
-
-TYPES = {
-    str: "text",
-    list: "a list",
-    dict: "an object",
-    int: "a number",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}
-
-
-def shape_fault(row, shape):
-    """Is it an object that holds `shape` = {key: type}, with something in every text, and two personas under "personas"?"""
+def shape_fault(row, shape: dict) -> str:
+    """Is it an object that holds `shape` = {key: type}, and two personas under "personas"?"""
     if type(row) is not dict:
         return f"{TYPES[type(row)]} instead of an object; write {{...}} with {', '.join(shape)}"
     for key, kind in shape.items():
         if key not in row:
             return f'no "{key}"; needed are {", ".join(shape)}'
-        if type(row[key]) is not kind and not (kind is float and type(row[key]) is int):
-            return f'"{key}" is {TYPES[type(row[key])]} instead of {TYPES[kind]}; correct it'
-        if kind is str and not row[key].strip():
-            return f'"{key}" is empty; write it or take the line out'
-        if kind is str and any("\ud800" <= c <= "\udfff" for c in row[key]):
-            return f'"{key}" holds half a character (a lone surrogate); correct it'
-    if "personas" not in shape:
-        return ""
-    if len(row["personas"]) != 2:
-        return f'"personas" holds {len(row["personas"])} instead of two; give two objects with a name and a creed'
-    for i, persona in enumerate(row["personas"], 1):
+        value = row[key]
+        if type(value) not in ((int, float) if kind is float else (kind,)):
+            return f'"{key}" is {TYPES[type(value)]} instead of {TYPES[kind]}; correct it'
+        if kind is str and not is_text(value):
+            return f'"{key}" is empty, or holds half a character; correct it or take the line out'
+    return personas_fault(row["personas"]) if "personas" in shape else ""
+
+
+def is_text(value):
+    """Is it a text with something in it, and no lone surrogate, which no file can hold?"""
+    return type(value) is str and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
+
+
+def personas_fault(personas):
+    """Are they two, with different names?"""
+    if len(personas) != 2:
+        count = len(personas)
+        return f'"personas" holds {count} instead of two; give two objects with a name and a creed'
+    for number, persona in enumerate(personas, 1):
         fault = shape_fault(persona, {"name": str, "creed": str})
         if fault:
-            return f"persona {i}: {fault}"
-    return (
-        "both personas have the same name; change one"
-        if row["personas"][0]["name"] == row["personas"][1]["name"]
-        else ""
-    )
-
-
-def line_fault(row, shape):
-    """Is it a line as good as the shipped ones are: shape, lengths, a question at the end, creeds in the second person?"""
-    fault = shape_fault(row, shape)
-    if fault:
-        return fault
-    creeds = [p["creed"] for p in row["personas"]] if "personas" in shape else []
-    for key, text in [(key, row[key]) for key in WORDS if key in shape] + [
-        ("creed", creed) for creed in creeds
-    ]:
-        (low, high), n = WORDS[key], len(text.split())
-        if not low <= n <= high:
-            return f"{key} too {'short' if n < low else 'long'} ({n} words); write {low} to {high}"
-    if "dilemma" in shape and not row["dilemma"].rstrip().endswith("?"):
-        return "dilemma without a question at the end; end with the decision to be taken"
-    if not all(re.search(r"\byou(r|rs|rself)?\b", creed, re.IGNORECASE) for creed in creeds):
-        return "creed not in the second person; address the persona as you"
-    if creeds and jaccard(*map(grams, creeds)) >= NEAR:
-        return "creeds alike; the two must want different things"
-    if "prompt" in shape:
-        return answer_fault(row)
+            return f"persona {number}: {fault}"
+    if personas[0]["name"] == personas[1]["name"]:
+        return "both personas have the same name; change one"
     return ""
 
 
-def answer_fault(row):
-    """Does a line of the general set hold what its answer is checked by?"""
-    by = {
-        "choice": {"choices": list, "answer": int},
-        "exact": {"answers": list},
-    }.get(row["kind"])
-    if by is None:
-        return f'no kind "{row["kind"]}"; use choice or exact'
-    return shape_fault(row, by)
+def turns_fault(row):
+    """Are the turns two texts or more?"""
+    turns = row["turns"]
+    if len(turns) < 2:
+        return f'"turns" holds {len(turns)}; a negotiation has at least two'
+    for turn in turns:
+        if not is_text(turn):
+            return f'"turns" holds {json.dumps(turn)[:40]}; write each turn as a text'
+    return ""
 
 
-# ---- JSON Lines, with errors that name the line ---------------------------------------------------------------------
-
-
-def load_jsonl(path, fault_of=lambda row: ""):
-    """The values of a JSON Lines file in order, blank lines passed over; `fault_of(row)` says what is wrong with one ("": nothing).
-
-    Raises UserError: "FILE:LINE: what is wrong; what to do", also for a file that is empty, missing or of another kind.
-    """
-    try:
-        data = Path(path).read_bytes()
-        lines = data.decode("utf-8-sig").split(
-            "\n"
-        )  # not splitlines: U+2028 may stand inside a JSON text
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); pass a JSON Lines file, one JSON object per line"
-        )
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}:{line}: not UTF-8 text; pass a JSON Lines file, one JSON object per line"
-        )
-    rows = []
-    for n, line in [(n, line) for n, line in enumerate(lines, 1) if line.strip()]:
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            reason = (
-                f"{error.msg}, column {error.colno}"
-                if isinstance(error, json.JSONDecodeError)
-                else str(error)
-            )
-            raise UserError(f"{path}:{n}: not JSON ({reason}); write one JSON object per line")
-        fault = fault_of(rows[-1])
-        if fault:
-            raise UserError(f"{path}:{n}: {fault}")
-    if not rows:
-        raise UserError(f"{path}: empty; pass a JSON Lines file, one JSON object per line")
-    return rows
-
-
-# ---- scenarios ------------------------------------------------------------------------------------------------------
+# ---- scenarios and demonstrations -------------------------------------------------------------
 
 
 def shuffled(items, rng):
-    """A random order that is the same on every Python: only `random()` itself is guaranteed to stay."""
+    """A random order that is the same on every Python: only `random()` itself is sure to stay."""
     return sorted(items, key=lambda _: rng.random())
 
 
-def spread(items, n):
-    """`n` of the items, about evenly spaced, so that every tier and topic of an ordered file has its share; all of them for 0.
+def spread(items: list, n: int) -> list:
+    """`n` of the items, evenly spaced, so that each part of an ordered file has its share; 0: all.
 
-    Multiples of the golden ratio, modulo 1, fill the unit interval evenly: so the items whose multiple is small lie evenly too,
-    and a larger `n` only adds some.
+    Multiples of the golden ratio, modulo 1, fill the unit interval evenly: so the items whose
+    multiple is small lie evenly too, and a larger `n` only adds some.
     """
     chosen = sorted(range(len(items)), key=lambda i: i * 0.6180339887498949 % 1)[: n or None]
     return [items[i] for i in sorted(chosen)]
 
 
-def load_scenarios(path=None, seed=0, personas=None):
-    """The scenarios of a JSON Lines file (None: the shipped dilemmas), in the file's order, the same on every rank.
+def load_scenarios(path=None, seed=0, personas=None) -> list[Scenario]:
+    """The scenarios of a JSON Lines file (None: the shipped dilemmas), in the file's order.
 
-    Lines {id, tier, dilemma, personas} are used as they are. Lines without personas get a pair of `personas` (a file of
-    lines {personas}; None: the shipped pairs) by seed. Raises UserError as `load_jsonl` does.
+    Lines {id, tier, dilemma, personas} are used as they are. Lines without personas get a pair of
+    the file `personas` (None: the shipped one), dealt by seed. Raises UserError as `load_jsonl`.
     """
-    shape, ids = {"id": str, "tier": str, "dilemma": str}, set()
+    shape = {"id": str, "tier": str, "dilemma": str}
+    ids = set()
 
     def fault_of(row):
-        """What is wrong with a line, or None."""
         if not ids and type(row) is dict and "personas" in row:
             shape["personas"] = list  # the first line decides for all
         fault = shape_fault(row, shape)
@@ -298,571 +198,437 @@ def load_scenarios(path=None, seed=0, personas=None):
         return ""
 
     rows = load_jsonl(path or DATA / "dilemmas.jsonl", fault_of)
-    if "personas" in shape:
-        pairs = [row["personas"] for row in rows]
-    else:
-        pairs = load_jsonl(
-            personas or DATA / "personas.jsonl", lambda row: shape_fault(row, {"personas": list})
-        )
-        pairs = deal_pairs([row["personas"] for row in pairs], len(rows), seed)
-    keep = lambda pair: tuple({"name": p["name"], "creed": p["creed"]} for p in pair)
-    return [
-        Scenario(row["id"], row["tier"], row["dilemma"], keep(pair))
-        for row, pair in zip(rows, pairs)
-    ]
+    if "personas" not in shape:
+        deal_personas(rows, personas or DATA / "personas.jsonl", seed)
+    scenarios = []
+    for row in rows:
+        pair = tuple({"name": p["name"], "creed": p["creed"]} for p in row["personas"])
+        scenarios.append(Scenario(row["id"], row["tier"], row["dilemma"], pair))
+    return scenarios
 
 
-def deal_pairs(pairs, n, seed):
-    """`n` pairs in seeded rounds, each round a new order of all pairs; who speaks first changes from round to round."""
+def deal_personas(rows, path, seed):
+    """Give each row a pair of a file, in seeded rounds; who speaks first changes by round."""
+    shape = {"personas": list}
+    pairs = [row["personas"] for row in load_jsonl(path, lambda row: shape_fault(row, shape))]
     rng = random.Random(seed)
-    swapped, dealt = [rng.random() < 0.5 for _ in pairs], []
-    for turn in range(-(-n // len(pairs))):
-        dealt += [
-            pairs[k][::-1] if swapped[k] ^ turn % 2 else pairs[k]
-            for k in shuffled(range(len(pairs)), rng)
-        ]
-    return dealt[:n]
+    swapped = [rng.random() < 0.5 for _ in pairs]
+    order = []
+    for row in rows:
+        order = order or shuffled(range(len(pairs)), rng)
+        k = order.pop(0)
+        row["personas"] = pairs[k][::-1] if swapped[k] else pairs[k]
+        swapped[k] = not swapped[k]
 
 
-def load_demonstrations(path=None, scenarios=None):
-    """The negotiations of a JSON Lines file (None: the shipped ones) whose lines are like DEMONSTRATION, in the file's order.
+def load_demonstrations(path=None, scenarios=None) -> list[Demonstration]:
+    """The negotiations of a JSON Lines file (None: the shipped one), each line a DEMONSTRATION.
 
-    The dilemma of a line is that of its scenario_id in the file `scenarios` (None: the shipped dilemmas). Raises UserError as `load_jsonl` does.
+    The dilemma of a line is that of its scenario_id in the file `scenarios` (None: the shipped
+    dilemmas). Raises UserError as `load_jsonl` does.
     """
-    known = {s.id: s for s in load_scenarios(scenarios)}
+    known = {scenario.id: scenario for scenario in load_scenarios(scenarios)}
 
     def fault_of(row):
-        if fault := shape_fault(row, DEMONSTRATION):
+        fault = shape_fault(row, DEMONSTRATION)
+        if fault:
             return fault
         if row["scenario_id"] not in known:
-            return f'scenario_id "{row["scenario_id"]}" is not in {scenarios or "data/dilemmas.jsonl"}; correct it, or name its file with --scenarios'
-        if len(row["turns"]) < 2:
-            return f'"turns" holds {len(row["turns"])}; a negotiation has at least two'
-        odd = [
-            turn
-            for turn in row["turns"]
-            if type(turn) is not str
-            or not turn.strip()
-            or any("\ud800" <= c <= "\udfff" for c in turn)
-        ]
-        return f'"turns" holds {json.dumps(odd[0])[:40]}; write each turn as a text' if odd else ""
+            file = scenarios or "data/dilemmas.jsonl"
+            hint = "correct it, or name its file with --scenarios"
+            return f'scenario_id "{row["scenario_id"]}" is not in {file}; {hint}'
+        return turns_fault(row)
 
-    def demonstration(row):
+    demonstrations = []
+    for row in load_jsonl(path or DATA / "demonstrations.jsonl", fault_of):
         scenario = dataclasses.replace(known[row["scenario_id"]], personas=tuple(row["personas"]))
-        return Demonstration(
-            scenario,
-            tuple(turn.strip() for turn in row["turns"]),
-            row["agreed"],
-            row["final"].strip(),
-        )
-
-    return [
-        demonstration(row) for row in load_jsonl(path or DATA / "demonstrations.jsonl", fault_of)
-    ]
+        turns = tuple(turn.strip() for turn in row["turns"])
+        demonstrations.append(Demonstration(scenario, turns, row["agreed"], row["final"].strip()))
+    return demonstrations
 
 
-# ---- check the shipped data -----------------------------------------------------------------------------------------
+# ---- likeness ---------------------------------------------------------------------------------
+
+NEAR = 0.3  # word 5-gram Jaccard from which two texts count as the same
 
 
-@dataclasses.dataclass(frozen=True)
-class CheckSettings:
-    """What to check."""
+def grams(text):
+    """The word 5-grams of a text, case and punctuation aside; a shorter text is one gram."""
+    words = re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)*", text.lower())
+    return {tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
 
-    data: str = option(str(DATA), "the folder with the sets")
+
+def jaccard(a, b):
+    """|A & B| / |A | B| of two sets."""
+    return len(a & b) / len(a | b)
 
 
-def check(settings):
-    """Verify the sets in a folder, print counts and nearest pairs; 0 when all is well, else 1 and what is wrong."""
-    folder, memory, faults, across, sets = Path(settings.data), Memory(), [], [], {}
-    for file, (lines, shape) in SETS.items():
+def creeds_of(row):
+    """The creeds in a line."""
+    return [persona["creed"] for persona in row.get("personas", [])]
+
+
+def texts_of(row):
+    """[(what, text)] that a line adds: a demonstration borrows its personas, a label all of it."""
+    texts = [(key, row[key]) for key in ("dilemma", "question", "prompt", "final") if key in row]
+    if "final" in row:
+        texts += [("turn", turn) for turn in row["turns"]]
+    if "scenario_id" not in row:
+        texts += [("creed", creed) for creed in creeds_of(row)]
+    return texts
+
+
+def names_of(row):
+    """The id that a line adds, and the names of its personas without "the ..." behind a comma."""
+    names = {row["id"]} if "id" in row else set()
+    if "scenario_id" not in row:
+        names |= {p["name"].split(",")[0].strip().lower() for p in row.get("personas", [])}
+    return names
+
+
+class Memory:
+    """The lines that are there: nothing new may resemble them."""
+
+    def __init__(self):
+        self.holders = collections.defaultdict(list)  # 5-gram -> (place, 5-grams) of texts with it
+        self.names = set()
+
+    def add(self, place, row):
+        """From now on nothing may resemble `row`, which stands at `place`."""
+        self.names |= names_of(row)
+        for _, text in texts_of(row):
+            own = grams(text)
+            for gram in own:
+                self.holders[gram].append((place, own))
+
+    def add_file(self, file, rows):
+        """From now on nothing may resemble the lines of a file."""
+        for number, row in enumerate(rows, 1):
+            self.add(f"{file}:{number}", row)
+
+    def fault(self, row):
+        """Is `row` new: its texts, its id and the names of its personas?"""
+        for _, text in texts_of(row):
+            own = grams(text)
+            for gram in own & self.holders.keys():
+                for place, other in self.holders[gram]:
+                    if jaccard(own, other) >= NEAR:
+                        return f"near-duplicate ({place}); write it anew"
+        taken = ", ".join(sorted(names_of(row) & self.names))
+        return f"name or id already taken ({taken}); choose another" if taken else ""
+
+
+# ---- check the shipped data: each line, then all files together --------------------------------
+
+WORDS = {"dilemma": (40, 90), "creed": (20, 50), "turn": (15, 35), "final": (30, 60)}
+WORDS |= {"question": (6, 40), "prompt": (3, 100)}  # at least, at most
+PATTERNS = {
+    "dilemma": (r"\?\s*$", "without a question at the end; end with the decision to be taken"),
+    "creed": (r"(?i)\byou(r|rs|rself)?\b", "not in the second person; address the persona as you"),
+}
+
+
+def line_fault(row, shape):
+    """Is it a line as good as the shipped ones? Returns what is wrong, or ""."""
+    fault = shape_fault(row, shape)
+    for key, check_line in LINE_CHECKS:
+        if key in shape:
+            fault = fault or check_line(row)
+    return fault
+
+
+def text_fault(row):
+    """Has each text of a line its length and pattern, and do they differ?"""
+    texts = texts_of(row)
+    for what, text in texts:
+        low, high = WORDS[what]
+        count = len(text.split())
+        if not low <= count <= high:
+            size = "short" if count < low else "long"
+            return f"{what} too {size} ({count} words); write {low} to {high}"
+        pattern, fault = PATTERNS.get(what, ("", ""))
+        if not re.search(pattern, text):
+            return f"{what} {fault}"
+    if "final" in row and len(row["turns"]) > 4:
+        return f"{len(row['turns'])} turns; write 2 to 4"
+    for (what, one), (_, other) in itertools.combinations(texts, 2):
+        if jaccard(grams(one), grams(other)) >= NEAR:
+            return f"{what}s alike; they must say different things"
+    return ""
+
+
+def rating_fault(row):
+    """Are the ratings of a label half points from 0 to 5?"""
+    half_points = [n / 2 for n in range(11)]
+    if all(rating in half_points for rating in [row["score"], *row["endorse"]]):
+        return ""
+    return "a rating that is no half point from 0 to 5; correct it"
+
+
+def answer_fault(row: dict) -> str:
+    """Does a line of the general set hold what its answer is checked by?"""
+    if row["kind"] == "exact":
+        return shape_fault(row, {"answers": list})
+    if row["kind"] == "choice":
+        return shape_fault(row, {"choices": list, "answer": int})
+    return f'no kind "{row["kind"]}"; use choice or exact'
+
+
+LINE_CHECKS = (  # (what a line holds, what may be wrong with such a line)
+    ("turns", turns_fault),
+    ("final", text_fault),
+    ("id", text_fault),
+    ("kind", answer_fault),
+    ("score", rating_fault),
+)
+
+
+def likeness_faults(sets):
+    """Is each id, text and name new?"""
+    memory = Memory()
+    for file, rows in sets.items():
+        for number, row in enumerate(rows, 1):
+            fault = memory.fault(row)
+            if fault:
+                yield f"{file}:{number}: {fault}"
+            memory.add(f"{file}:{number}", row)
+
+
+def sealed_faults(sets):
+    """Do demonstrations and labels know training data only? Is no dilemma in two parts of them?"""
+    dilemmas = {row["id"] for row in sets["dilemmas.jsonl"]}
+    pairs = [set(creeds_of(row)) for row in sets["personas.jsonl"]]
+    missing = dilemmas - {row["scenario_id"] for row in sets["demonstrations.jsonl"]}
+    if missing:
+        yield f"demonstrations.jsonl: none for {', '.join(sorted(missing))}; write them"
+    parts = {}
+    for file in BORROWERS:
+        for number, row in enumerate(sets[file], 1):
+            name, place = row["scenario_id"], f"{file}:{number}"
+            if name not in dilemmas:
+                yield f"{place}: {name} is no training dilemma; sealed ones must stay sealed"
+            if set(creeds_of(row)) not in pairs:
+                yield f"{place}: personas that are no pair of personas.jsonl; take one of its pairs"
+            if "split" in row and parts.setdefault(name, row["split"]) != row["split"]:
+                yield f"{place}: {name} is in both parts; keep a dilemma in one"
+
+
+def variety_faults(sets):
+    """Are tiers and topics spread evenly, the same in training and sealed? Do finals vary?"""
+    for key in ("tier", "topic"):
+        training = collections.Counter(row[key] for row in sets["dilemmas.jsonl"])
+        sealed = collections.Counter(row[key] for row in sets["eval_conflict.jsonl"])
+        if set(training) != set(sealed):
+            yield f"dilemmas.jsonl and eval_conflict.jsonl: not the same {key}s; align them"
+        for file, counts in (("dilemmas.jsonl", training), ("eval_conflict.jsonl", sealed)):
+            fewest, most = min(counts.values()), max(counts.values())
+            if most - fewest > 2:
+                yield f"{file}: {key}s with {fewest} to {most} lines; make them all alike"
+    rows = sets["demonstrations.jsonl"]
+    openings = {" ".join(row["final"].lower().split()[:3]) for row in rows}
+    if len(openings) < 0.8 * len(rows):
+        found = f"{len(openings)} different openings of {len(rows)} finals"
+        yield f"demonstrations.jsonl: {found}; vary them"
+
+
+def check(folder=DATA):
+    """Verify the shipped files; 0 when all is well, else 1 and what is wrong."""
+    sets = {}
+    faults = []
+    for file, (count, shape) in FILES.items():
         try:
-            rows = load_jsonl(folder / file, lambda row: shape_fault(row, {"id": str}))
+            sets[file] = load_jsonl(folder / file)
         except UserError as error:
             faults.append(str(error))
-            rows = []
-        sets[file] = {}  # id -> line
-        for row in rows:
-            fault = (
-                line_fault(row, shape)
-                or memory.fault(row)
-                or ("id occurs twice; change it" if row["id"] in sets[file] else "")
-            )
+            continue
+        for number, row in enumerate(sets[file], 1):
+            fault = line_fault(row, shape)
             if fault:
-                faults.append(f"{file}: {row['id']}: {fault}")
-            else:
-                across += [
-                    (likeness, (file, row["id"]), place)
-                    for likeness, place in memory.nearest(row)
-                    if place[0] != file
-                ]
-                memory.add(file, row)
-                sets[file][row["id"]] = row
-        if len(sets[file]) != lines:
-            faults.append(
-                f"{file}: {len(sets[file])} sound lines instead of {lines}; write what is missing"
-            )
-    faults += balance_faults(sets) + demonstration_faults(folder) + label_faults(folder)
+                faults.append(f"{file}:{number}: {fault}")
+        print(f"{file} {len(sets[file])}")
+        if len(sets[file]) != count:
+            faults.append(f"{file}: {len(sets[file])} lines instead of {count}; correct either")
     text = folder / "public_domain.txt"
-    if not text.is_file() or len(text.read_text(encoding="utf-8", errors="replace").split()) < 1000:
+    if not text.is_file() or len(text.read_bytes().split()) < 1000:
         faults.append("public_domain.txt: missing, or shorter than 1000 words; put it back")
-    print(
-        "  ".join(f"{file} {len(rows)}" for file, rows in sets.items()) + "\n\nin training, sealed"
-    )
-    for (tier, topic), n in sorted(counted(sets["dilemmas.jsonl"]).items()):
-        print(f"{n:4}{counted(sets['eval_conflict.jsonl'])[tier, topic]:4}  {tier} {topic}")
-    print("\nthe ten nearest pairs across sets (word 5-gram Jaccard)")
-    for likeness, one, other in sorted(across, reverse=True)[:10]:
-        print(f"  {likeness:.3f}  {' '.join(one)}  -  {' '.join(other)}")
-    print("\n" + "\n".join(["wrong:"] + faults if faults else ["all sound"]))
+    if not faults:  # each line is sound: compare them
+        faults = [*likeness_faults(sets), *sealed_faults(sets), *variety_faults(sets)]
+    print("\n".join(["wrong:", *faults] if faults else ["all sound"]))
     return 1 if faults else 0
 
 
-def counted(rows):
-    """{(tier, topic): lines}, and {(tier, ""): lines} for a tier in all."""
-    return collections.Counter(
-        key for row in rows.values() for key in ((row["tier"], ""), (row["tier"], row["topic"]))
-    )
-
-
-def balance_faults(sets):
-    """Three tiers and at least 24 topics, the same in training and evaluation, equal to two lines."""
-    faults = []
-    counts = {file: counted(sets[file]) for file in ("dilemmas.jsonl", "eval_conflict.jsonl")}
-    if len({frozenset(c) for c in counts.values()}) > 1:
-        faults.append(f"{' and '.join(counts)}: not the same tiers and topics; align them")
-    for file, c in counts.items():
-        for what, least, of in (
-            ("tiers", 3, [n for key, n in c.items() if not key[1]]),
-            ("topics", 24, [n for key, n in c.items() if key[1]]),
-        ):
-            if len(of) < least or max(of) - min(of) > 2:
-                faults.append(
-                    f"{file}: {len(of)} {what} with {min(of, default=0)} to {max(of, default=0)} lines; at least {least}, all alike"
-                )
-    return faults
-
-
-SAID = {
-    "turn": (15, 35),
-    "final": (30, 60),
-}  # words of a shipped demonstration's texts, at least and at most
-
-
-def demonstration_faults(folder):
-    """What is wrong with demonstrations.jsonl: lengths, likeness, openings that repeat, a scenario or persona that is not one of training."""
-    try:
-        demonstrations = load_demonstrations(
-            folder / "demonstrations.jsonl", folder / "dilemmas.jsonl"
-        )
-        pairs = [
-            row["personas"]
-            for row in load_jsonl(
-                folder / "personas.jsonl", lambda row: shape_fault(row, {"personas": list})
-            )
-        ]
-        dilemmas = {row["id"] for row in load_jsonl(folder / "dilemmas.jsonl")}
-    except UserError as error:
-        return [str(error)]
-    faults, holders, known = (
-        [],
-        collections.defaultdict(list),
-        [{p["name"]: p["creed"] for p in pair} for pair in pairs],
-    )
-    for n, d in enumerate(demonstrations, 1):
-        if {p["name"]: p["creed"] for p in d.scenario.personas} not in known:
-            faults.append(
-                f"demonstrations.jsonl:{n}: personas that are no pair of personas.jsonl; take one of its pairs"
-            )
-        if not 2 <= len(d.turns) <= 4:
-            faults.append(f"demonstrations.jsonl:{n}: {len(d.turns)} turns; write 2 to 4")
-        for kind, text in [*(("turn", turn) for turn in d.turns), ("final", d.final)]:
-            (low, high), count, own = SAID[kind], len(text.split()), grams(text)
-            if not low <= count <= high:
-                faults.append(
-                    f"demonstrations.jsonl:{n}: a {kind} has {count} words; write {low} to {high}"
-                )
-            if any(jaccard(own, other) >= NEAR for gram in own for other in holders[gram]):
-                faults.append(
-                    f"demonstrations.jsonl:{n}: a {kind} is nearly another one ({text[:40]}...); write it anew"
-                )
-            for gram in own:
-                holders[gram].append(own)
-    missing = dilemmas - {d.scenario.id for d in demonstrations}
-    if missing:
-        faults.append(
-            f"demonstrations.jsonl: none for {len(missing)} dilemmas, {min(missing)} among them; write what is missing"
-        )
-    openings = collections.Counter(" ".join(d.final.lower().split()[:3]) for d in demonstrations)
-    if len(openings) < 0.8 * len(demonstrations):
-        common = openings.most_common(1)[0][0]
-        faults.append(
-            f'demonstrations.jsonl: {len(openings)} different openings of {len(demonstrations)} finals ("{common}"); vary them'
-        )
-    print(
-        f"demonstrations.jsonl {len(demonstrations)}, {sum(d.agreed for d in demonstrations)} of them agreed, {len(openings)} openings of finals"
-    )
-    return faults
-
-
-LABEL = {
-    "id": str,
-    "scenario_id": str,
-    "split": str,
-    "source": str,
-    "personas": list,
-    "solution": str,
-    "score": float,
-    "endorse": list,
-}
-ENDING = {
-    "id": str,
-    "scenario_id": str,
-    "split": str,
-    "personas": list,
-    "turns": list,
-    "agreed": bool,
-}
-
-
-def label_faults(folder):
-    """What is wrong with the judge's labels: form, ratings in halves from 0 to 5, a dilemma in both parts or none of training."""
-    faults, part = [], {}
-    for file, shape in (("judge_labels.jsonl", LABEL), ("agreement_labels.jsonl", ENDING)):
-        try:
-            rows = load_jsonl(folder / file, lambda row, shape=shape: shape_fault(row, shape))
-            dilemmas = {row["id"] for row in load_jsonl(folder / "dilemmas.jsonl")}
-        except UserError as error:
-            return [*faults, str(error)]
-        for n, row in enumerate(rows, 1):
-            ratings = [row["score"], *row["endorse"]] if shape is LABEL else []
-            if any(2 * x not in range(11) for x in ratings):
-                faults.append(f"{file}:{n}: a rating that is no half point from 0 to 5; correct it")
-            if row["scenario_id"] not in dilemmas:
-                faults.append(
-                    f"{file}:{n}: {row['scenario_id']} is no training dilemma; sealed ones must not be judged here"
-                )
-            if part.setdefault(row["scenario_id"], row["split"]) != row["split"]:
-                faults.append(
-                    f"{file}:{n}: {row['scenario_id']} is in both parts; keep a dilemma in one"
-                )
-        counts = collections.Counter(row["split"] for row in rows)
-        print(
-            f"{file} {len(rows)} on {len({row['scenario_id'] for row in rows})} dilemmas, {counts['test']} of them in the test part"
-        )
-    return faults
-
-
-# ---- make more with an LLM ------------------------------------------------------------------------------------------
-
-ASK_DILEMMA = """Write one moral dilemma for a negotiation exercise. Kind: {tier}. Topic: {topic}. Setting: {setting}.
-It has 40 to 90 words: a concrete situation, at least two parties who each have a legitimate claim, no obvious answer, no real person's name.
-The last sentence is a question: the decision that has to be taken now. Do not resemble these:
-{avoid}
-Reply with one JSON object and nothing else, the two parties named by words copied from the dilemma:
-{"dilemma": "...", "parties": ["...", "..."]}"""
-ASK_PAIR = """Write two opposing personas for a negotiation exercise. What divides them: {axis}. Where they come from: {setting}.
-Each has a name (a first name, perhaps with a trade) and a creed: 20 to 50 words in the second person ("You believe ..."), about what they
-hold dear in any dispute. The two creeds really conflict, and either could be right. Do not resemble these:
-{avoid}
-Reply with one JSON object and nothing else:
-{"personas": [{"name": "...", "creed": "..."}, {"name": "...", "creed": "..."}]}"""
+# ---- write more with an LLM -------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateSettings:
     """How many lines to make, where, and by whom."""
 
-    n: int = option(
-        100,
-        "wishes to draw; each gives one line, or none when all replies to it are refused",
-        low=1,
-    )
+    n: int = option(100, "lines to ask for; refused ones are asked again by another run", low=1)
     out: str = option("", "JSON Lines file to write; what is there already is kept and continued")
     url: str = option("", "OpenAI-compatible server, http://host:port/v1")
     model: str = option("", "name of the model on that server")
     seed: int = option(0, "of the drawing of wishes", low=0)
-    tries: int = option(3, "replies to ask for, for one wish, before it is skipped", low=1)
     temperature: float = option(1.0, "of the LLM", low=0)
     tokens: int = option(400, "tokens that a reply may have", low=64)
     concurrency: int = option(4, "requests in flight at most", low=1)
     timeout: float = option(120.0, "seconds that one attempt of a request may take", above=0)
-    attempts: int = option(3, "attempts of a request whose server fails", low=1)
-    deadline: float = option(300.0, "seconds for a request with all its attempts", above=0)
+
+
+def subject_of(row):
+    """What a line is about: tier and topic of a dilemma, axis of a pair."""
+    return tuple((key, row[key]) for key in ("tier", "topic", "axis") if key in row)
 
 
 def draw_wishes(shipped, n, seed):
-    """The first `n` of all (start of a line, setting) in a seeded order that takes the subjects of `shipped` in turn, without repetition.
+    """[(start of a line, setting)], `n` of them, that take the subjects of `shipped` in turn.
 
-    The id in the start of a line follows from subject and setting, so a file tells which wishes it answers.
+    No (subject, setting) comes twice, and the id follows from them: a file tells what it answers.
     """
     settings = (DATA / "settings.txt").read_text(encoding="utf-8").splitlines()
-    subjects = list(
-        dict.fromkeys(
-            tuple((key, row[key]) for key in ("tier", "topic", "axis") if key in row)
-            for row in shipped
-        )
-    )
-    if n > len(subjects) * len(settings):
-        raise UserError(
-            f"--n {n}: there are {len(subjects) * len(settings)} different wishes; ask for fewer, or add lines to data/settings.txt"
-        )
-    subjects = shuffled(subjects, random.Random(seed))
-    orders = {
-        subject: shuffled(range(len(settings)), random.Random(f"{seed} {subject}"))
-        for subject in subjects
-    }
+    subjects = shuffled(dict.fromkeys(map(subject_of, shipped)), random.Random(seed))
+    most = len(subjects) * len(settings)
+    if n > most:
+        hint = "ask for fewer, or add lines to data/settings.txt"
+        raise UserError(f"--n {n}: there are {most} different wishes; {hint}")
     wishes = []
-    for k in range(n):
-        subject = subjects[k % len(subjects)]
-        setting = orders[subject][k // len(subjects)]
-        wishes.append(
-            (
-                {
-                    "id": f"gen-{subject[-1][1].replace(' ', '-')}-{setting + 1:03d}",
-                    **dict(subject),
-                },
-                settings[setting],
-            )
-        )
-    return wishes
+    for subject in subjects:
+        order = shuffled(range(len(settings)), random.Random(f"{seed} {subject}"))
+        name = subject[-1][1].replace(" ", "-")
+        ids = [f"gen-{name}-{k + 1:03d}" for k in order]
+        wishes.append([({"id": i} | dict(subject), settings[k]) for i, k in zip(ids, order)])
+    in_turn = itertools.chain.from_iterable(zip(*wishes))
+    return list(itertools.islice(in_turn, n))
 
 
-def read_reply(text, start):
-    """(line, fault) from an LLM's reply: one JSON object, bare, in a code fence or after its thoughts, that completes the `start` of a line."""
+def read_reply(text, start, shape):
+    """(line, what is wrong) from a reply: the first { to the last }, behind any thoughts."""
+    answer = text.rpartition("</think>")[2]
+    answer = answer[answer.find("{") : answer.rfind("}") + 1]
     try:
-        answer = json.loads(
-            re.sub(r"(?s)^(<think>.*</think>)?\s*(```(json)?\s)?|\s*```$", "", text.strip())
-        )
+        values = json.loads(" ".join(answer.split())) | start
     except (ValueError, RecursionError):
         return None, "not one JSON object; reply with it and nothing else"
-    fault = shape_fault(
-        answer, {"personas": list} if "axis" in start else {"dilemma": str, "parties": list}
-    )
-    if fault:
-        return None, fault
-    tidy = lambda text: " ".join(text.split())
-    if "axis" in start:
-        row = {
-            **start,
-            "personas": [
-                {"name": tidy(p["name"]), "creed": tidy(p["creed"])} for p in answer["personas"]
-            ],
-        }
-        return row, line_fault(row, PAIR)
-    row, parties = (
-        {**start, "dilemma": tidy(answer["dilemma"])},
-        {tidy(str(party)).lower() for party in answer["parties"]},
-    )
-    if len(parties) != 2 or not all(party and party in row["dilemma"].lower() for party in parties):
-        return None, "parties not found in the dilemma; name two by words copied from it"
-    return row, line_fault(row, DILEMMA)
+    row = {key: values[key] for key in shape if key in values}
+    return row, line_fault(row, shape)
 
 
-class Lines:
-    """A JSON Lines file that only grows: a whole line in one write with O_APPEND, then fsync. Opening it cuts off the half line
-    that a killed run may have left at the end, and refuses a file of another kind."""
+def open_output(path, shape):
+    """The lines of earlier runs; the half line that a killed one may have left is cut off."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"--out {path}: not a plain file; name another one")
+    with open(path, "a+b") as file:
+        file.seek(0)
+        data = file.read()
+        half = data[data.rfind(b"\n") + 1 :]
+        if half and not half.startswith(b'{"id": "gen-'):
+            raise UserError(f"--out {path}: its last line has no end; mend it or take it out")
+        file.truncate(len(data) - len(half))
+    rows = load_jsonl(path, lambda row: shape_fault(row, shape)) if len(data) > len(half) else []
+    if any(set(row) != set(shape) for row in rows):
+        raise UserError(f"--out {path}: lines with other keys than ours; name another one")
+    return rows
 
-    def __init__(self, path, shape):
-        self.path = path
+
+def append_line(path, row):
+    """Add a line, whole or not at all."""
+    size = os.path.getsize(path)
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError:
+        os.truncate(path, size)
+        raise
+
+
+def generate(command, settings, client):
+    """Ask for the lines that --out lacks. Returns 0, or 1 when some were lacking and none came."""
+    shape = FILES[f"{command}.jsonl"][1]
+    shipped = load_jsonl(DATA / f"{command}.jsonl")
+    written = open_output(settings.out, shape)
+    memory = Memory()
+    for file in TEXTS:
+        memory.add_file(file, load_jsonl(DATA / file))
+    memory.add_file(settings.out, written)
+    ids = {row["id"] for row in written}
+    wishes = draw_wishes(shipped, settings.n, settings.seed)
+    wishes = [(start, setting) for start, setting in wishes if start["id"] not in ids]
+    prompts = [write_prompt(command, *wish, shipped + written) for wish in wishes]
+    asked = {}  # future -> start of the line
+    for (start, _), prompt in zip(wishes, prompts):
+        asked[client.submit(ask, client, settings, prompt)] = start
+    collect(asked, settings, shape, written, memory)
+    print(f"{settings.out}: {len(written)} lines, {len(written) - len(ids)} of them new")
+    return 1 if asked and len(written) == len(ids) else 0
+
+
+def collect(asked, settings, shape, written, memory):
+    """Write the lines that are sound and new, as they come; say what is wrong with the others."""
+    failed = 0  # requests in a row
+    done = concurrent.futures.as_completed(asked)
+    for future in tqdm(done, settings.out, len(asked), unit=" replies"):
         try:
-            self.file = open(path, "ab+", buffering=0)
-            if not stat.S_ISREG(os.fstat(self.file.fileno()).st_mode):
-                raise UserError(f"--out {path}: not a plain file; name another one")
-            fcntl.flock(
-                self.file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # two runs into one file would write the same lines
-        except BlockingIOError:
-            raise UserError(
-                f"--out {path}: another run is writing to it; wait for it, or name another file"
-            )
-        except OSError as error:
-            raise UserError(
-                f"--out {path}: cannot be written ({error.strerror}); name another file"
-            )
-        self.file.seek(0)
-        data = self.file.read()
-        end = data.rfind(b"\n") + 1
-        if not data[end:].startswith(b'{"id": "gen-'[: len(data) - end]):
-            raise UserError(
-                f"--out {path}: the last line is not ours and has no end; finish it, or name another file"
-            )
-        self.file.truncate(end)
-        other = lambda row: (
-            shape_fault(row, shape)
-            or (set(row) != set(shape) and "holds other keys too; name another --out")
-            or ""
-        )
-        self.rows = load_jsonl(path, other) if end else []
-
-    def append(self, row):
-        """Write one line, whole or not at all. Raises UserError when the disk is full."""
-        line, before = (
-            (json.dumps(row, ensure_ascii=False) + "\n").encode(),
-            os.fstat(self.file.fileno()).st_size,
-        )
-        try:
-            if os.write(self.file.fileno(), line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            self.file.truncate(before)
-            raise UserError(
-                f"--out {self.path}: cannot be written ({error.strerror}); make room and start again, it goes on where it was"
-            )
-        self.rows.append(row)
+            row, fault = read_reply(future.result(), asked[future], shape)
+            fault = fault or memory.fault(row)
+            failed = 0
+        except Missing as miss:
+            fault = f"{miss.reason} {miss.raw[:200]}"
+            failed += 1
+        if failed == settings.concurrency + 3:
+            why = f"{failed} requests in a row failed ({fault})"
+            raise UserError(f"--url {settings.url}: {why}; see to it and start again")
+        if fault:
+            tqdm.write(f"{asked[future]['id']} not written: {fault}")
+            continue
+        append_line(settings.out, row)
+        written.append(row)
+        memory.add(f"{settings.out}:{len(written)}", row)
 
 
-class Generator:
-    """Asks, checks and writes; the workers of `client` share it. `out`: Lines of shape DILEMMA or PAIR."""
+def write_prompt(command, start, setting, shown):
+    """A wish in words, with three lines of its subject to avoid."""
+    alike = [row for row in shown if subject_of(row) == subject_of(start)]
+    avoid = ["- " + " / ".join(text for _, text in texts_of(row)) for row in alike[-3:]]
+    template = string.Template((DATA / f"ask_{command}.txt").read_text(encoding="utf-8"))
+    return template.substitute(start, setting=setting, avoid="\n".join(avoid))
 
-    def __init__(self, settings, shape, client, out):
-        self.settings, self.client, self.out, self.memory, self.lock = (
-            settings,
-            client,
-            out,
-            Memory(),
-            threading.Lock(),
-        )
-        self.accepted, self.skipped, self.dead, self.refused, self.failed = (
-            0,
-            0,
-            0,
-            collections.Counter(),
-            collections.Counter(),
-        )
-        sets = {file: load_jsonl(DATA / file) for file in SETS}
-        for file, rows in [*sets.items(), (out.path, out.rows)]:
-            for row in rows:
-                self.memory.add(file, row)
-        shipped, there = (
-            sets["dilemmas.jsonl" if shape is DILEMMA else "personas.jsonl"],
-            {row["id"] for row in out.rows},
-        )
-        self.shown = shipped + out.rows  # no sealed line is ever shown to the LLM
-        self.wishes = draw_wishes(shipped, settings.n, settings.seed)
-        self.todo = [wish for wish in self.wishes if wish[0]["id"] not in there]
 
-    def run(self):
-        """Fulfil the wishes that the file does not answer yet. Returns 0, or 1 when something was to do and nothing was accepted."""
-        with tqdm(
-            total=len(self.wishes),
-            initial=len(self.wishes) - len(self.todo),
-            desc=self.out.path,
-            unit=" wishes",
-        ) as bar:
-            for done in concurrent.futures.as_completed(
-                [self.client.submit(self.fulfil, *wish) for wish in self.todo]
-            ):
-                self.skipped += not done.result()
-                bar.update()
-                bar.set_postfix(
-                    accepted=self.accepted, refused=self.refused.total(), failed=self.failed.total()
-                )
-        told = [
-            f"{n} {what}" + "".join(f", {reason}: {k}" for reason, k in why.most_common())
-            for n, what, why in (
-                (self.refused.total(), "replies refused", self.refused),
-                (self.failed.total(), "requests failed", self.failed),
-            )
-        ]
-        print(
-            f"{self.out.path}: {len(self.out.rows)} lines, {self.accepted} of them new; {'; '.join(told)}; {self.skipped} wishes skipped"
-            + (" (the same command tries them again)" if self.skipped else "")
-        )
-        return 1 if self.todo and not self.accepted else 0
-
-    def fulfil(self, start, setting, _):
-        """Ask until a reply is accepted and written, `tries` times at most; True when one was. Raises UserError: disk full, dead server."""
-        fault = ""
-        for _ in range(self.settings.tries):
-            text = self.ask(self.prompt(start, setting, fault))
-            if text is None:
-                continue
-            row, fault = read_reply(text, start)
-            with self.lock:
-                fault = fault or self.memory.fault(row)
-                if not fault:
-                    self.out.append(row)
-                    self.memory.add(self.out.path, row)
-                    self.shown.append(row)
-                    self.accepted += 1
-                    return True
-                self.refused[re.split(r" \(|;", fault)[0]] += 1
-        return False
-
-    def prompt(self, start, setting, fault):
-        """The request for a wish: with three lines of its kind to avoid, and what was wrong with the last reply."""
-        alike = [
-            row for row in self.shown if all(row[key] == start[key] for key in start if key != "id")
-        ]
-        avoid = "\n".join("- " + " / ".join(texts_of(row)) for row in alike[-3:])
-        asked = fill(
-            ASK_PAIR if "axis" in start else ASK_DILEMMA,
-            {**start, "setting": setting, "avoid": avoid},
-        )
-        return asked + (f"\nYour last reply was refused: {fault}." if fault else "")
-
-    def ask(self, prompt):
-        """The LLM's reply, or None when there is none. Raises UserError when the server seems dead, and asks it no more."""
-        payload = {
-            "model": self.settings.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": self.settings.temperature,
-            "max_tokens": self.settings.tokens,
-        }
-        limit = self.settings.concurrency + 3
-        if self.dead < limit:
-            try:
-                text = self.client.ask(
-                    "/chat/completions",
-                    payload,
-                    lambda reply: dig(reply, "choices", 0, "message", "content", kind=str),
-                    time.monotonic() + self.settings.deadline,
-                )
-                self.dead = 0
-                return text
-            except Missing as miss:
-                with self.lock:
-                    self.failed[miss.reason] += 1
-                    self.dead, self.last = self.dead + 1, f"{miss.reason} {miss.raw[:200]}"
-        if self.dead >= limit:
-            raise UserError(
-                f"--url {self.client.url}: {limit} requests in a row failed ({self.last}); see to it, and start again"
-            )
-        return None
+def ask(client, settings, prompt, _):
+    """The LLM's reply, in one of the client's threads. Raises Missing."""
+    message = {"role": "user", "content": prompt}
+    payload = {"model": settings.model, "messages": [message]}
+    payload |= {"temperature": settings.temperature, "max_tokens": settings.tokens}
+    return client.ask(
+        "/chat/completions",
+        payload,
+        lambda reply: dig(reply, "choices", 0, "message", "content", kind=str),
+        time.monotonic() + 3 * settings.timeout,  # for all attempts together
+    )
 
 
 def main():
     """The command line."""
     command, argv = (sys.argv + [""])[1], sys.argv[2:]
+    if command == "check" and argv:
+        raise UserError(f"check {argv[0]}: check takes no flags")
     if command == "check":
-        return check(command_line(CheckSettings, argv, "data_gen.py check"))
+        return check()
     if command not in ("dilemmas", "personas"):
-        raise UserError(
-            f"{command or 'no command'}: say python data_gen.py check, dilemmas or personas, and --help behind it"
-        )
-    settings, shape = (
-        command_line(GenerateSettings, argv, f"data_gen.py {command}"),
-        DILEMMA if command == "dilemmas" else PAIR,
-    )
-    if not settings.out:
-        raise UserError("--out: names no file; say --out my.jsonl")
-    if not settings.url:
-        raise UserError("--url: names no server; say --url http://127.0.0.1:8000/v1")
-    if not settings.model:
-        raise UserError("--model: names no model; say which one the server is to use")
-    with contextlib.ExitStack() as stack:
-        out = Lines(settings.out, shape)
-        stack.enter_context(out.file)
-        try:
-            client = stack.enter_context(
-                contextlib.closing(
-                    Client(settings.url, settings.concurrency, settings.timeout, settings.attempts)
-                )
-            )
-        except UserError as error:
-            raise UserError(str(error).replace("--judge-url", "--url"))
-        return Generator(settings, shape, client, out).run()
+        hint = "say python data_gen.py check, dilemmas or personas, and --help behind it"
+        raise UserError(f"{command or 'no command'}: {hint}")
+    settings = command_line(GenerateSettings, argv, f"data_gen.py {command}")
+    for flag in ("out", "url", "model"):
+        if not getattr(settings, flag):
+            raise UserError(f"--{flag}: missing; python data_gen.py {command} --help says more")
+    try:
+        client = Client(settings.url, settings.concurrency, settings.timeout)
+        with contextlib.closing(client):
+            return generate(command, settings, client)
+    except UserError as error:
+        raise UserError(str(error).replace("--judge-url", "--url")) from error
+    except OSError as error:
+        hint = "mend that and start again, it goes on where it was"
+        raise UserError(f"--out {settings.out}: {error.strerror}; {hint}") from error
 
 
 if __name__ == "__main__":
