@@ -323,7 +323,7 @@ class Judge:
         key = hashlib.sha256(question.encode()).digest()
         known = self.answers.get(key)
         if known and not (known.done() and (known.exception() or known.result().value is None)):
-            self.client.count(cache_hits=1)
+            self.client.count("cache_hits")
             return known
         asked = self.client.submit(self._answer, kind, case)
         if kind != "agreed":  # a dialogue is asked about once; its joint solution may come again
@@ -335,7 +335,7 @@ class Judge:
         try:
             return getattr(self, "_" + self.settings.judge_mode)(kind, case, ends)
         except Missing as miss:
-            self.client.count(missing=miss.reason)
+            self.client.count_missing(miss.reason)
             return Verdict(None, miss.reason, miss.raw)
 
     # -- three ways to read a judge: each returns a Verdict or raises Missing
