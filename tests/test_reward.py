@@ -299,27 +299,29 @@ def top(**words):
 
 
 def test_expect_is_the_mean_of_the_digits_and_needs_mass():
-    judge = reward.Judge(settings(judge_model="m"), "http://127.0.0.1:9/v1")
-    reply = None
-    judge.client.ask = lambda path, payload, parse, ends: parse(reply)
     reply = top(_5=math.log(0.3), _2=math.log(0.1), The=math.log(0.5))
-    assert judge._expect("score", CASE, 0).value == pytest.approx(
-        (5 * 0.3 + 2 * 0.1) / 0.4, abs=1e-3
-    )
-    for reply in (
+    mean = (5 * 0.3 + 2 * 0.1) / 0.4
+    assert reward.read_expect("score", reply).value == pytest.approx(mean, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
         top(The=-0.1, _5=-9.0),
         top(_5=3.0),
         top(_5=float("nan")),
+        top(_5=-(10**400)),
         top(),
         {"choices": []},
         {"choices": [{"logprobs": None}]},
+        {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": 5, "logprob": 0}]}]}}]},
         [],
         "x",
-        {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token": 5, "logprob": 0}]}]}}]},
-    ):
-        with pytest.raises(client.Missing):
-            judge._expect("score", CASE, 0)
-    judge.close()
+    ],
+)
+def test_expect_anything_else_is_missing(reply):
+    with pytest.raises(client.Missing):
+        reward.read_expect("score", reply)
 
 
 # ---- faults -----------------------------------------------------------------------------------------------------------
@@ -603,13 +605,13 @@ def test_the_cache_survives_the_run_and_knows_what_it_answers(tmp_path):
         second.score(DILEMMA, PERSONAS, TURNS, "A dam.").result(20)
         second.score(DILEMMA + " ", PERSONAS[::-1], TURNS, "A well.").result(20)
         assert len(server.requests) == 2  # another text, another order of the personas
-        second.settings = dataclasses.replace(second.settings, judge_model="other")
+        second.way = dataclasses.replace(second.way, model="other")
         second.answers.clear()
         second.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20)
         assert len(server.requests) == 3
         for path in tmp_path.rglob("*.json"):
             path.write_text('{"choices')  # a file that some accident cut short
-        second.settings = dataclasses.replace(second.settings, judge_model="scripted")
+        second.way = dataclasses.replace(second.way, model="scripted")
         second.answers.clear()
         assert (
             second.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20).value == 4
@@ -780,9 +782,8 @@ class Reasoner(JudgeServer):
 def test_a_reasoning_judge_is_asked_in_the_words_that_it_takes(message):
     with Reasoner(message) as server:
         judge = open_judge(server, judge_tokens=500)
-        assert judge.mode == "json" and judge.limits == {
-            "max_completion_tokens": 0
-        }  # the default temperature: it takes no other
+        assert judge.mode == "json"
+        assert (judge.way.limit, judge.way.cold) == ("max_completion_tokens", False)
         assert (
             judge.score(DILEMMA, PERSONAS, TURNS, "A well.").result(20).value == 3
             and len(server.requests) == 1
@@ -813,7 +814,7 @@ def test_a_server_that_knows_one_name_of_each_limit_is_asked_at_temperature_zero
             else proper(path, body)
         )
         judge = open_judge(server)
-        assert judge.mode == "json" and judge.limits == {"max_tokens": 0, "temperature": 0}
+        assert judge.mode == "json" and (judge.way.limit, judge.way.cold) == ("max_tokens", True)
         judge.close()
 
 
@@ -851,11 +852,11 @@ def test_a_rubric_file_replaces_the_rubric_and_errors_name_the_key(tmp_path):
         assert "5: like a poem" in server.requests[0][1]["messages"][0]["content"]
         judge.close()
     for key, value, said in (
-        ("anchors", {}, "anchors must have the keys 0, 1, 2, 3, 4, 5"),
-        ("parties", 3, "parties must be a str"),
-        ("definition", None, "definition must be"),
-        ("aspects", {}, "aspects must hold texts"),
-        ("aspects", {"a": 1}, "aspects must hold texts"),
+        ("anchors", {"0": "a"}, "anchors must have the keys 0 to 5"),
+        ("parties", 3, "parties must be a text"),
+        ("definition", None, "definition must be a text"),
+        ("aspects", {}, "aspects must be an object of texts"),
+        ("aspects", {"a": 1}, "aspects must be an object of texts"),
     ):
         path.write_text(json.dumps({**other, key: value}))
         with pytest.raises(cli.UserError, match="rubric.json: .*" + said):
