@@ -25,6 +25,7 @@ import urllib.parse
 from pathlib import Path
 
 import requests
+import urllib3
 
 from cli import UserError
 
@@ -86,6 +87,25 @@ def retry_after(header):
     return max(0.0, email.utils.mktime_tz(date) - time.time())
 
 
+class Kept:
+    """A connection that keeps its socket: http.client lets go of it on "Connection: close"."""
+
+    kept = None
+
+    def connect(self):
+        """Connect, as ever."""
+        super().connect()
+        self.kept = self.sock
+
+
+class KeptHttp(Kept, urllib3.connection.HTTPConnection):
+    """http://"""
+
+
+class KeptHttps(Kept, urllib3.connection.HTTPSConnection):
+    """https://"""
+
+
 class Wire(requests.adapters.HTTPAdapter):
     """The connection of one worker, which `cut` ends from another thread.
 
@@ -95,21 +115,22 @@ class Wire(requests.adapters.HTTPAdapter):
     connection = None
 
     def get_connection_with_tls_context(self, *args, **more):
-        """The pool that makes the connections (requests calls this for each request)."""
+        """The pool for a request, told to make connections that are remembered."""
         pool = super().get_connection_with_tls_context(*args, **more)
-        if not isinstance(pool.ConnectionCls, functools.partial):
-            pool.ConnectionCls = functools.partial(self.connect, pool.ConnectionCls)
+        kind = KeptHttps if pool.scheme == "https" else KeptHttp
+        pool.ConnectionCls = functools.partial(self.remember, kind)
         return pool
 
-    def connect(self, connection_class, **details):
-        """A new connection, remembered."""
-        self.connection = connection_class(**details)
+    def remember(self, kind, **details):
+        """A new connection; a worker has one in use at a time."""
+        self.connection = kind(**details)
         return self.connection
 
     def cut(self):
         """End what is in flight."""
         with contextlib.suppress(OSError, AttributeError):  # it ended by itself, or never began
-            self.connection.sock.shutdown(socket.SHUT_RDWR)
+            open_socket = self.connection.sock or self.connection.kept
+            open_socket.shutdown(socket.SHUT_RDWR)
 
 
 @dataclasses.dataclass(eq=False)

@@ -26,7 +26,7 @@ REPLIES = {  # what a judge may say in place of a score
     "out of range": '{"score": 7}',
     "two scores": '{"score": 1} {"score": 5}',
 }
-HANGING = ("hang", "hang in the middle", "trickle", "trickle headers")
+HANGING = ("hang", "hang in the middle", "trickle", "trickle until close", "trickle headers")
 BROKEN = ("reset", "cut short", "not json", "wrong type", "huge", "redirect", "truncated")
 LATER = ("429 seconds", "429 date", "503 long")  # with a Retry-After
 STATUS = ("400", "401", "408", "429", "500")
@@ -262,6 +262,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         if fault == "trickle":
             start, byte = b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", b" "
+        elif fault == "trickle until close":
+            start, byte = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", b" "
         else:
             start, byte = b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x"
         self.wfile.write(start)

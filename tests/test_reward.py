@@ -298,6 +298,7 @@ AGAIN = {
     "hang": "timeout",
     "hang in the middle": "timeout",
     "trickle": "timeout",
+    "trickle until close": "timeout",
     "trickle headers": "timeout",
     "reset": "connection",
     "cut short": "connection",
