@@ -1,12 +1,16 @@
-"""A client for somebody else's server, which may fail in any way: an answer, or the reason why there is none.
+"""A client for somebody else's server, which may fail in any way: an answer or a reason.
 
-`Client` asks any OpenAI-compatible server over HTTP: many calls at once, bounded attempts, one deadline for a batch, a budget, answers kept
-on disk. What does not arrive is `Missing`, with a reason that is counted; nothing is made up in its place.
+    ask -> kept on disk? -> up to `attempts` requests within a deadline -> parse(reply) or Missing
+
+It speaks to any OpenAI-compatible server. What does not arrive is `Missing`, with a reason that the
+caller counts; nothing is made up in its place. Left out: streaming.
 """
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import email.utils
+import functools
 import hashlib
 import json
 import math
@@ -25,7 +29,9 @@ import urllib3
 
 from cli import UserError
 
-FIRST_PAUSE, LONGEST_REPLY = 0.5, 4 << 20  # seconds before the second attempt; bytes of a reply
+FIRST_PAUSE = 0.5  # seconds before the second attempt, about; doubled each time
+LONGEST_REPLY = 4 << 20  # bytes
+COUNTERS = ("calls", "retries", "retry_seconds", "cache_hits", "prompt_tokens", "completion_tokens")
 
 
 class BudgetSpent(UserError):
@@ -33,95 +39,128 @@ class BudgetSpent(UserError):
 
 
 class Missing(Exception):
-    """No usable answer. reason: what is counted; raw: what came; again: whether another attempt may help, after `pause` seconds."""
+    """No usable answer: `reason` is counted, `raw` is what came.
+
+    again: whether another attempt may help, after `pause` seconds at least.
+    """
 
     def __init__(self, reason, raw="", again=False, pause=0.0):
         super().__init__(reason)
-        self.reason, self.raw, self.again, self.pause = reason, str(raw)[:500], again, pause
+        self.reason = reason
+        self.raw = str(raw)[:500]
+        self.again = again
+        self.pause = pause
 
 
 def dig(reply, *path, kind=object):
-    """`reply[path[0]][path[1]]...`, which must be there and of type `kind`; else Missing("wrong shape")."""
-    for step in path:
-        inside = (
-            isinstance(reply, dict)
-            and step in reply
-            or isinstance(reply, list)
-            and isinstance(step, int)
-            and step < len(reply)
-        )
-        reply = reply[step] if inside else None
-    if not isinstance(reply, kind) or reply is None or isinstance(reply, bool):
+    """`reply[path[0]][path[1]]...`, there and of type `kind` (no bool); else Missing."""
+    try:
+        for step in path:
+            reply = reply[step]
+    except (KeyError, IndexError, TypeError):
+        reply = None
+    if reply is None or isinstance(reply, bool) or not isinstance(reply, kind):
         raise Missing("wrong shape", f"no {'.'.join(map(str, path))}")
     return reply
 
 
-def _retry_after(value):
-    """Seconds that a Retry-After header asks for, as a number or as a date; 0.0 without a readable one."""
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", value or ""):
-        return float(value)
-    date = email.utils.parsedate_tz(value or "")
-    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+def host_of(url):
+    """The host of a server's address. Raises UserError when no request could go there."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:  # half a bracket of an IPv6 address
+        parts = urllib.parse.urlsplit("")
+    usable = parts.scheme in ("http", "https") and parts.hostname
+    if not usable or parts.username or parts.query:
+        like = "must look like http://127.0.0.1:8000/v1, without a user, password or query"
+        raise UserError(f"--judge-url: {like}")
+    return parts.hostname
 
 
-class Client:
-    """Requests to an OpenAI-compatible server: at most `concurrency` at once, bounded attempts, one deadline per batch.
+def retry_after(header):
+    """Seconds that a Retry-After header asks for, as a number or as a date; 0.0 if unreadable."""
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", header or ""):
+        return float(header)
+    date = email.utils.parsedate_tz(header or "")
+    if not date:
+        return 0.0
+    return max(0.0, email.utils.mktime_tz(date) - time.time())
 
-    url ends before /chat/completions. timeout: seconds that one attempt may take, to its last byte. batch_seconds: seconds from
-    `start_batch` after which nothing is waited for. budget: attempts in all (0: no limit). cache: folder of answers, or None.
-    The key in the environment variable `key` goes to this origin only (redirects are not followed) and is shown nowhere.
+
+class Kept:
+    """A connection that keeps its socket: http.client lets go of it on "Connection: close"."""
+
+    kept = None
+
+    def connect(self):
+        """Connect, as ever."""
+        super().connect()
+        self.kept = self.sock
+
+
+class KeptHttp(Kept, urllib3.connection.HTTPConnection):
+    """http://"""
+
+
+class KeptHttps(Kept, urllib3.connection.HTTPSConnection):
+    """https://"""
+
+
+class Wire(requests.adapters.HTTPAdapter):
+    """The connection of one worker, which `cut` ends from another thread.
+
+    A socket's own time-out never trips while bytes trickle in, be it one a second.
     """
 
-    def __init__(
-        self,
-        url,
-        concurrency=8,
-        timeout=60.0,
-        attempts=4,
-        batch_seconds=600.0,
-        budget=0,
-        cache=None,
-        key="JUDGE_API_KEY",
-    ):
-        try:
-            parts = urllib.parse.urlsplit(url)
-        except ValueError:  # half a bracket of an IPv6 address
-            parts = urllib.parse.urlsplit("")
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or parts.username
-            or parts.query
-        ):
-            raise UserError(
-                "--judge-url: must look like http://127.0.0.1:8000/v1, without a user, password or query"
-            )
-        self.url, self.loopback = (
-            url.rstrip("/"),
-            parts.hostname in ("127.0.0.1", "localhost", "::1"),
-        )
-        self.timeout, self.attempts, self.batch_seconds, self.budget, self.cache = (
-            timeout,
-            attempts,
-            batch_seconds,
-            budget,
-            cache,
-        )
-        self.key, self._key, self._lock, self._closing, self._spent = (
-            key,
-            os.environ.get(key, "").strip(),
-            threading.Lock(),
-            threading.Event(),
-            0,
-        )
-        if not (self._key.isascii() and self._key.isprintable()):
-            raise UserError(
-                f"{key}: holds characters that no header can carry; set it again, without quotes"
-            )
-        self._own, self._wires, self.stats = threading.local(), [], {}
+    connection = None
+
+    def get_connection_with_tls_context(self, *args, **more):
+        """The pool for a request, told to make connections that are remembered."""
+        pool = super().get_connection_with_tls_context(*args, **more)
+        kind = KeptHttps if pool.scheme == "https" else KeptHttp
+        pool.ConnectionCls = functools.partial(self.remember, kind)
+        return pool
+
+    def remember(self, kind, **details):
+        """A new connection; a worker has one in use at a time."""
+        self.connection = kind(**details)
+        return self.connection
+
+    def cut(self):
+        """End what is in flight."""
+        with contextlib.suppress(OSError, AttributeError):  # it ended by itself, or never began
+            open_socket = self.connection.sock or self.connection.kept
+            open_socket.shutdown(socket.SHUT_RDWR)
+
+
+@dataclasses.dataclass(eq=False)
+class Client:
+    """Requests to one server. The key goes to its origin only, and is shown nowhere."""
+
+    url: str  # before /chat/completions
+    concurrency: int = 8  # requests in flight
+    timeout: float = 60.0  # seconds of one attempt, to its last byte
+    attempts: int = 4  # per question
+    batch_seconds: float = 600.0  # from `start_batch` until waiting ends
+    budget: int = 0  # attempts in all (0: no limit)
+    cache: str | Path | None = None  # folder of answers
+    key: str = "JUDGE_API_KEY"  # environment variable that holds the key
+
+    def __post_init__(self):
+        self.loopback = host_of(self.url) in ("127.0.0.1", "localhost", "::1")
+        self.url = self.url.rstrip("/")
+        self._secret = os.environ.get(self.key, "").strip()
+        if not (self._secret.isascii() and self._secret.isprintable()):
+            raise UserError(f"{self.key}: holds characters that no header can carry; set it again")
+        self._spent = 0
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._wires = []
+        self._worker = threading.local()  # .session and .wire of each worker
         self._pool = concurrent.futures.ThreadPoolExecutor(
-            concurrency, "judge", initializer=self._open_session
+            self.concurrency, "judge", initializer=self._open_session
         )
+        self.stats = None
         self.take_stats()
         self.start_batch()
 
@@ -130,184 +169,175 @@ class Client:
         self.ends = time.monotonic() + self.batch_seconds
 
     def take_stats(self):
-        """The counters since the last take: a dict; `missing` holds a dict of its own, by reason."""
-        fresh = {
-            "calls": 0,
-            "retries": 0,
-            "retry_seconds": 0.0,
-            "cache_hits": 0,
-            "prompt_tokens": 0,
-            "completion_tokens": 0,
-            "missing": {},
-        }
+        """The counters since the last take: a dict; `missing` holds a dict by reason."""
+        fresh = dict.fromkeys(COUNTERS, 0)
         with self._lock:
-            taken, self.stats = self.stats, fresh
+            taken, self.stats = self.stats, {**fresh, "retry_seconds": 0.0, "missing": {}}
         return taken
 
-    def count(self, missing=None, **more):
-        """Add to the counters."""
+    def count(self, name, number=1):
+        """Add to a counter."""
         with self._lock:
-            for table, name, n in [(self.stats, *item) for item in more.items()] + [
-                (self.stats["missing"], missing, 1)
-            ] * bool(missing):
-                table[name] = table.get(name, 0) + n
+            self.stats[name] += number
+
+    def count_missing(self, reason):
+        """Count a question that stays without an answer."""
+        with self._lock:
+            missing = self.stats["missing"]
+            missing[reason] = missing.get(reason, 0) + 1
 
     def submit(self, job, *args):
-        """Run `job(*args, ends)` on a worker; a Future. `ends` is the deadline of the present batch, but a question that comes late,
-        because playing took long, has time for one attempt all the same. Only workers may `ask`."""
-        now, one = time.monotonic(), min(self.timeout, self.batch_seconds)
-        return self._pool.submit(job, *args, self.ends if self.ends > now + one / 2 else now + one)
+        """Run `job(*args, ends)` on a worker (only workers may `ask`); a Future.
+
+        ends: the deadline of this batch. A question that comes late, because playing took long,
+        has time for one attempt all the same.
+        """
+        now = time.monotonic()
+        one_attempt = min(self.timeout, self.batch_seconds)
+        ends = self.ends if self.ends > now + one_attempt / 2 else now + one_attempt
+        return self._pool.submit(job, *args, ends)
 
     def ask(self, path, payload, parse, ends=math.inf, root=False):
-        """`parse(reply)` of a POST of `payload` (None: a GET). Raises Missing when no answer parses in time, BudgetSpent.
+        """`parse(reply)` of a POST of `payload` (None: a GET); an answer that parses is kept.
 
-        root: `path` stands beside /v1, not below it."""
+        root: `path` stands beside /v1, not below it. Raises Missing when no answer that parses
+        comes in time, BudgetSpent.
+        """
         url = (self.url.removesuffix("/v1") if root else self.url) + path
         body = None if payload is None else json.dumps(payload, sort_keys=True).encode()
-        digest = hashlib.sha256(b"\0".join([url.encode(), body or b""])).hexdigest()
-        kept = self.cache and body and Path(self.cache, digest[:2], digest + ".json")
-        if kept:
+        kept = None
+        if self.cache and body:
+            digest = hashlib.sha256(url.encode() + b"\0" + body).hexdigest()
+            kept = Path(self.cache, digest[:2], digest + ".json")
             with contextlib.suppress(OSError, ValueError, Missing):  # not there, or not whole: ask
                 value = parse(json.loads(kept.read_bytes()))
-                self.count(cache_hits=1)
+                self.count("cache_hits")
                 return value
-        jitter = random.Random(digest)
-        for attempt in range(1, self.attempts + 1):
-            try:
-                reply = self._once(url, body, ends)
-                value = parse(reply)
-                break
-            except Missing as miss:
-                pause = max(
-                    miss.pause, FIRST_PAUSE * 2 ** (attempt - 1) * (0.5 + jitter.random())
-                )  # doubled each time, with jitter
-                if not miss.again or attempt == self.attempts or time.monotonic() + pause >= ends:
-                    raise
-                self.count(retries=1, retry_seconds=pause)
-                if self._closing.wait(pause):
-                    raise
+        reply = self._persist(url, body, ends)
+        value = parse(reply)
         if kept:
             self._keep(kept, reply)
         return value
 
+    def _persist(self, url, body, ends):
+        """The reply of the first attempt that succeeds, with longer and longer pauses between."""
+        jitter = random.Random(body)
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return self._attempt(url, body, ends)
+            except Missing as miss:
+                doubled = FIRST_PAUSE * 2 ** (attempt - 1)
+                pause = max(miss.pause, doubled * (0.5 + jitter.random()))
+                too_late = time.monotonic() + pause >= ends
+                if not miss.again or attempt == self.attempts or too_late:
+                    raise
+            self.count("retries")
+            self.count("retry_seconds", pause)
+            self._closing.wait(pause)
+
+    def _attempt(self, url, body, ends):
+        """One request, bounded in time whatever the server does: the decoded JSON, or Missing."""
+        started = time.monotonic()
+        limit = min(self.timeout, ends - started)
+        if limit <= 0 or self._closing.is_set():
+            raise Missing("deadline")
+        self._spend(free=body is None)  # a list of models costs nothing
+        timer = threading.Timer(limit, self._worker.wire.cut)
+        timer.start()
+        try:
+            reply, text = self._receive(url, body, limit)
+        except requests.RequestException as error:
+            late = time.monotonic() - started >= limit
+            raise self._failure(error, late) from None
+        finally:
+            timer.cancel()
+        if time.monotonic() - started >= limit:  # a cut can look like the end of the reply
+            raise Missing("timeout", again=True)
+        return self._decode(reply, text)
+
+    def _spend(self, free):
+        """Count an attempt, and take it from the budget."""
+        with self._lock:
+            if not free:
+                if self.budget and self._spent >= self.budget:
+                    raise BudgetSpent(f"--judge-budget {self.budget}: all calls are used")
+                self._spent += 1
+            self.stats["calls"] += 1
+
+    def _receive(self, url, body, limit):
+        text = b""
+        method = "GET" if body is None else "POST"
+        how = {"stream": True, "allow_redirects": False, "timeout": (min(10.0, limit), limit)}
+        with self._worker.session.request(method, url, data=body, **how) as reply:
+            for chunk in reply.iter_content(1 << 16):
+                text += chunk
+                if len(text) > LONGEST_REPLY:
+                    raise Missing("too large")
+        return reply, text
+
+    def _failure(self, error, late):
+        """What a request that broke off counts as; a certificate does not mend by asking again."""
+        said = self._hide(str(error))
+        if late or isinstance(error, requests.Timeout):
+            return Missing("timeout", said, again=True)
+        if isinstance(error, requests.exceptions.SSLError):
+            return Missing("tls", said)
+        if isinstance(error, requests.exceptions.ProxyError):
+            return Missing("proxy", said)
+        return Missing("connection", said, again=True)
+
+    def _decode(self, reply, text):
+        status = reply.status_code
+        said = self._hide(text.decode("utf-8", "replace"))
+        if 300 <= status < 400:
+            raise Missing("redirect", self._hide(reply.headers.get("Location", "")))
+        if status != 200:
+            again = status in (408, 409, 429) or status >= 500
+            pause = retry_after(reply.headers.get("Retry-After"))
+            raise Missing(f"http {status}", said, again, pause)
+        try:
+            decoded = json.loads(text)
+        except (ValueError, RecursionError):
+            raise Missing("not json", said) from None
+        for name in ("prompt_tokens", "completion_tokens"):
+            with contextlib.suppress(Missing):  # not every server tells
+                self.count(name, dig(decoded, "usage", name, kind=int))
+        return decoded
+
     def _keep(self, path, reply):
-        """Write an answer to the cache under a temporary name, then rename it: other ranks, or a kill, see all of it or nothing."""
+        """Write an answer to a temporary name, then rename it: nobody ever sees half of it."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{path.stem}.{os.getpid()}-{threading.get_ident()}.part")
             part.write_text(json.dumps(reply))
             part.replace(path)
         except OSError as error:  # a full disk costs the cache, not the run
-            print(
-                f"warning: --judge-cache: cannot write ({error.strerror}); going on without it",
-                file=sys.stderr,
-                flush=True,
-            )
             self.cache = None
-
-    def _once(self, url, body, ends):
-        """One attempt: the decoded JSON of a reply with status 200; else Missing."""
-        limit, started, text = min(self.timeout, ends - time.monotonic()), time.monotonic(), b""
-        if limit <= 0 or self._closing.is_set():
-            raise Missing("deadline")
-        with self._lock:
-            if self.budget and self._spent >= self.budget and body is not None:
-                raise BudgetSpent(f"--judge-budget {self.budget}: all calls are used")
-            self._spent += body is not None  # asking for the list of models costs nothing
-            self.stats["calls"] += 1
-        clock = threading.Timer(
-            limit, _cut, [self._own.wire]
-        )  # a trickle of bytes never trips a socket's own time-out
-        clock.start()
-        try:
-            with self._own.session.request(
-                "GET" if body is None else "POST",
-                url,
-                data=body,
-                stream=True,
-                allow_redirects=False,
-                timeout=(min(10.0, limit), limit),
-            ) as reply:
-                for chunk in reply.iter_content(1 << 16):
-                    text += chunk
-                    if len(text) > LONGEST_REPLY:
-                        raise Missing("too large")
-        except requests.RequestException as error:
-            late = isinstance(error, requests.Timeout) or time.monotonic() - started >= limit
-            kinds = {requests.exceptions.SSLError: "tls", requests.exceptions.ProxyError: "proxy"}
-            why = "timeout" if late else kinds.get(type(error), "connection")
-            raise Missing(why, self._hide(str(error)), again=why not in kinds.values()) from None
-        finally:
-            clock.cancel()
-        if time.monotonic() - started >= limit:
-            raise Missing("timeout", again=True)
-        status, said = reply.status_code, self._hide(text.decode("utf-8", "replace"))
-        if 300 <= status < 400:
-            raise Missing("redirect", self._hide(reply.headers.get("Location", "")))
-        if status != 200:
-            raise Missing(
-                f"http {status}",
-                said,
-                status in (408, 409, 429) or status >= 500,
-                _retry_after(reply.headers.get("Retry-After")),
-            )
-        try:
-            decoded = json.loads(text)
-        except (ValueError, RecursionError):
-            raise Missing("not json", said) from None
-        usage = decoded.get("usage") if isinstance(decoded, dict) else None
-        if isinstance(usage, dict):
-            self.count(
-                **{
-                    k: usage[k]
-                    for k in ("prompt_tokens", "completion_tokens")
-                    if type(usage.get(k)) is int
-                }
-            )
-        return decoded
+            fault = f"cannot write ({error.strerror}); going on without it"
+            print(f"warning: --judge-cache: {fault}", file=sys.stderr, flush=True)
 
     def _open_session(self):
-        """A worker's own session: no proxy for loopback, no .netrc. `wire` holds its latest connection, so that a clock can cut it."""
-
-        def sign(request):  # set as `auth`, so that nothing overrules it
-            request.headers.update({"Authorization": "Bearer " + self._key} if self._key else {})
-            return request
-
-        self._own.session, self._own.wire = session, wire = requests.Session(), []
-        self._wires.append(wire)
-        session.trust_env, session.auth = not self.loopback, sign
+        """Give this worker a session of its own: no proxy on loopback, no .netrc."""
+        wire = self._worker.wire = Wire()
+        session = self._worker.session = requests.Session()
+        session.trust_env = not self.loopback
+        session.auth = self._sign  # here nothing overrules it
         session.headers.update({"Content-Type": "application/json", "Accept-Encoding": "identity"})
-        adapter = requests.adapters.HTTPAdapter()
-        adapter.poolmanager.pool_classes_by_scheme = {
-            "http": _watched(urllib3.HTTPConnectionPool, wire),
-            "https": _watched(urllib3.HTTPSConnectionPool, wire),
-        }
-        session.mount("http://", adapter)
-        session.mount("https://", adapter)
+        session.mount("http://", wire)
+        session.mount("https://", wire)
+        self._wires.append(wire)
+
+    def _sign(self, request):
+        if self._secret:
+            request.headers["Authorization"] = "Bearer " + self._secret
+        return request
 
     def _hide(self, text):
-        return text.replace(self._key, "***")[:500] if self._key else text[:500]
+        return text.replace(self._secret, "***")[:500] if self._secret else text[:500]
 
     def close(self):
         """Cut what is in flight, drop what waits, end the workers."""
         self._closing.set()
         for wire in self._wires:
-            _cut(wire)
+            wire.cut()
         self._pool.shutdown(cancel_futures=True)
-
-
-def _watched(pool, wire):
-    """A urllib3 connection pool whose connections put themselves on `wire` when they connect."""
-
-    class Connection(pool.ConnectionCls):
-        def connect(self):
-            wire[:] = [self]
-            super().connect()
-
-    return type("Watched", (pool,), {"ConnectionCls": Connection})
-
-
-def _cut(wire):
-    for connection in wire[:]:
-        with contextlib.suppress(OSError, AttributeError):  # it ended by itself, or never began
-            connection.sock.shutdown(socket.SHUT_RDWR)

@@ -1,10 +1,11 @@
-"""Servers for tests, on loopback: a judge whose rule everybody can read, and all that may go wrong on the way to it.
+"""Servers for tests, on loopback: a judge with a rule that everybody can read, and all its faults.
 
     with JudgeServer(lambda text: 5 * ("together" in text)) as server:
         judge = reward.Judge(settings, server.url)
 
-`offers` says what it has: "expect" (top log-probs), "json"; "pooling", "classify" (as vLLM has them), "sglang" (its /classify). `faults` is a list with one
-entry per POST, in order of arrival (None: answer properly), or a function (number, path) -> entry; FAULTS names what there is.
+`offers` says what it has: "expect" (top log-probs), "json"; "pooling", "classify" (as vLLM has
+them), "sglang" (its /classify). `faults` is a list with one entry per POST, in order of arrival
+(None: answer properly), or a function (number, path) -> entry; FAULTS names what there is.
 """
 
 import email.utils
@@ -17,34 +18,7 @@ import struct
 import threading
 import time
 
-FAULTS = (
-    "hang",
-    "hang in the middle",
-    "trickle",
-    "trickle headers",
-    "reset",
-    "429",
-    "429 seconds",
-    "429 date",
-    "500",
-    "503 long",
-    "408",
-    "cut short",
-    "not json",
-    "wrong type",
-    "huge",
-    "redirect",
-    "prose",
-    "refusal",
-    "empty",
-    "nan",
-    "out of range",
-    "two scores",
-    "truncated",
-    "400",
-    "401",
-)
-REPLIES = {
+REPLIES = {  # what a judge may say in place of a score
     "prose": "I would give it a 4.",
     "refusal": "I cannot help with that.",
     "empty": "",
@@ -52,20 +26,31 @@ REPLIES = {
     "out of range": '{"score": 7}',
     "two scores": '{"score": 1} {"score": 5}',
 }
+HANGING = ("hang", "hang in the middle", "trickle", "trickle until close", "trickle headers")
+BROKEN = ("reset", "cut short", "not json", "wrong type", "huge", "redirect", "truncated")
+LATER = ("429 seconds", "429 date", "503 long")  # with a Retry-After
+STATUS = ("400", "401", "408", "429", "500")
+FAULTS = (*HANGING, *BROKEN, *LATER, *STATUS, *REPLIES)
+
+MARKED = re.compile(r"^([\w ]+) ([0-9a-f]{8}):\n(.*?)\n\2$", re.DOTALL | re.MULTILINE)
 
 
 def texts_of(prompt):
     """What stands between equal markers in a prompt: {name: text}."""
-    return {
-        name: text
-        for name, _, text in re.findall(
-            r"^([\w ]+) ([0-9a-f]{8}):\n(.*?)\n\2$", prompt, re.DOTALL | re.MULTILINE
-        )
-    }
+    return {name: text for name, _, text in MARKED.findall(prompt)}
+
+
+def completion(text, finish="stop", **more):
+    """A reply of /chat/completions."""
+    choice = {"message": {"content": text}, "finish_reason": finish, **more}
+    return {"choices": [choice]}
 
 
 class JudgeServer:
-    """A scripted judge. rule(solution) -> 0..5; agree(dialogue) -> bool; `requests` holds (path, body, headers, time) of each POST."""
+    """A scripted judge: rule(solution) -> 0..5; agree(dialogue) -> bool.
+
+    `requests` holds (path, body, headers, time) of each POST.
+    """
 
     def __init__(
         self,
@@ -76,26 +61,21 @@ class JudgeServer:
         models=("scripted",),
         hang=30.0,
     ):
-        self.rule, self.agree, self.offers, self.faults, self.models, self.hang = (
-            rule,
-            agree,
-            offers,
-            faults,
-            models,
-            hang,
-        )
-        self.requests, self.in_flight, self.most_in_flight, self.lock = [], 0, 0, threading.Lock()
-        self.closing, self.retry_after, self.elsewhere = (
-            threading.Event(),
-            1,
-            "http://127.0.0.1:9/v1",
-        )
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self.http.daemon_threads, self.http.owner, self.http.handle_error = (
-            True,
-            self,
-            lambda *args: None,
-        )
+        self.rule = rule
+        self.agree = agree
+        self.offers = offers
+        self.faults = faults
+        self.models = models
+        self.hang = hang
+        self.retry_after = 1
+        self.elsewhere = "http://127.0.0.1:9/v1"  # where it redirects to
+        self.requests = []
+        self.in_flight = 0
+        self.most_in_flight = 0
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+        self.http = _Server(("127.0.0.1", 0), _Handler)
+        self.http.owner = self
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
         threading.Thread(target=self.http.serve_forever, args=[0.02], daemon=True).start()
 
@@ -118,33 +98,17 @@ class JudgeServer:
     def answer(self, path, body):
         """(status, reply) to a request without a fault."""
         if path.endswith("/chat/completions") and {"expect", "json"} & set(self.offers):
-            return 200, self._chat(body)
+            usage = {"prompt_tokens": 10, "completion_tokens": 2}
+            return 200, {**self._chat(body), "usage": usage}
         if path == "/pooling" and "pooling" in self.offers:
-            return 200, {
-                "object": "list",
-                "data": [
-                    {
-                        "index": 0,
-                        "object": "pooling",
-                        "data": [self.rule(body["messages"][-1]["content"])],
-                    }
-                ],
-            }
+            number = self.rule(body["messages"][-1]["content"])
+            return 200, {"data": [{"index": 0, "object": "pooling", "data": [number]}]}
         if path == "/classify" and "classify" in self.offers and "messages" in body:
-            return 200, {
-                "data": [
-                    {
-                        "index": 0,
-                        "label": "LABEL_0",
-                        "probs": [self.rule(body["messages"][-1]["content"]) / 5],
-                        "num_classes": 1,
-                    }
-                ]
-            }
+            number = self.rule(body["messages"][-1]["content"]) / 5
+            return 200, {"data": [{"index": 0, "label": "LABEL_0", "probs": [number]}]}
         if path == "/classify" and "sglang" in self.offers and "text" in body:
-            return 200, [
-                {"embedding": [self.rule(body["text"].split("\n\n")[-1])], "meta_info": {"id": "x"}}
-            ]
+            number = self.rule(body["text"].split("\n\n")[-1])
+            return 200, [{"embedding": [number], "meta_info": {"id": "x"}}]
         return 404, {"error": {"message": "no such endpoint"}}
 
     def share(self, kind, prompt):
@@ -153,53 +117,45 @@ class JudgeServer:
         if kind == "agreed":
             return float(self.agree(texts.get("dialogue", "")))
         if kind == "compare":
-            a, b = self.rule(texts["solution A"]), self.rule(texts["solution B"])
-            return 0.5 + 0.4 * ((a > b) - (a < b))
+            first, second = self.rule(texts["solution A"]), self.rule(texts["solution B"])
+            return 0.5 + 0.4 * ((first > second) - (first < second))
         return self.rule(texts.get("solution", "")) / 5
 
     def _chat(self, body):
         prompt = body["messages"][-1]["content"]
-        signs = {"agreed": r'Yes or No|"agreed"', "compare": r'letter A or B|"winner"'}
-        kind = next((kind for kind, sign in signs.items() if re.search(sign, prompt)), "score")
+        kind = "score"
+        if re.search(r'Yes or No|"agreed"', prompt):
+            kind = "agreed"
+        elif re.search(r'letter A or B|"winner"', prompt):
+            kind = "compare"
         share = self.share(kind, prompt)
         if body.get("logprobs"):
-            if "expect" not in self.offers:
-                return {"choices": [{"message": {"content": "3"}, "finish_reason": "stop"}]}
-            if kind == "score":  # the two digits around the score
-                low = min(4, int(5 * share))
-                likely = {str(low): low + 1 - 5 * share, str(low + 1): 5 * share - low}
-            else:
-                likely = dict(
-                    zip(("Yes", "No") if kind == "agreed" else ("A", "B"), (share, 1 - share))
-                )
-            top = [{"token": t, "logprob": math.log(p)} for t, p in likely.items() if p > 0]
-            said, extra = (
-                max(likely, key=likely.get),
-                {"logprobs": {"content": [{"token": "x", "logprob": 0.0, "top_logprobs": top}]}},
-            )
+            return self._logprobs(kind, share)
+        if "json" not in self.offers:
+            return completion("Well, that depends.")
+        if kind == "score":
+            return completion(json.dumps({"score": 5 * share}))
+        if kind == "agreed":
+            return completion(json.dumps({"agreed": share > 0.5}))
+        winner = "A" if share > 0.5 else "B" if share < 0.5 else "tie"
+        return completion(json.dumps({"winner": winner}))
+
+    def _logprobs(self, kind, share):
+        if "expect" not in self.offers:
+            return completion("3")
+        if kind == "score":  # the two digits around the score
+            low = min(4, int(5 * share))
+            likely = {str(low): low + 1 - 5 * share, str(low + 1): 5 * share - low}
         else:
-            said, extra = (
-                json.dumps(
-                    {
-                        "score": {"score": 5 * share},
-                        "agreed": {"agreed": share > 0.5},
-                        "compare": {
-                            "winner": "A" if share > 0.5 else "B" if share < 0.5 else "tie"
-                        },
-                    }[kind]
-                ),
-                {},
-            )
-            if "json" not in self.offers:
-                said = "Well, that depends."
-        return {
-            "choices": [{"message": {"content": said}, "finish_reason": "stop", **extra}],
-            "usage": {"prompt_tokens": 10, "completion_tokens": 2},
-        }
+            yes, no = ("Yes", "No") if kind == "agreed" else ("A", "B")
+            likely = {yes: share, no: 1 - share}
+        top = [{"token": t, "logprob": math.log(p)} for t, p in likely.items() if p > 0]
+        first = {"token": "x", "logprob": 0.0, "top_logprobs": top}
+        return completion(max(likely, key=likely.get), logprobs={"content": [first]})
 
 
 class EchoServer(JudgeServer):
-    """A naive judge: it repeats the last thing like a score that it finds in the completion; else it says 2. It answers JSON only."""
+    """A naive judge: it repeats the last thing like a score in the solution; else it says 2."""
 
     SCORE = re.compile(
         r"""(?:score|rating|grade|mark)s?["'\s]*(?:is|of|=|:|->)*["'\s]*(\d+(?:\.\d+)?)"""
@@ -213,14 +169,23 @@ class EchoServer(JudgeServer):
 
     def last_score(self, text):
         """What a judge says that believes whatever claims to be a score."""
-        found = [a or b for a, b in self.SCORE.findall(text)]
+        found = [named or bare for named, bare in self.SCORE.findall(text)]
         return float(found[-1]) if found else 2.0
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, address):
+        """Say nothing: clients that hang up are part of the tests."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    log_message = lambda *args: None
+
+    def log_message(self, *args):
+        """Say nothing."""
 
     def do_GET(self):
         owner = self.server.owner
@@ -238,10 +203,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             owner.most_in_flight = max(owner.most_in_flight, owner.in_flight)
         try:
             fault = owner.fault(number, self.path)
-            if fault:
-                self.misbehave(fault, owner, body)
-            else:
+            if fault is None:
                 self.reply(*owner.answer(self.path, body))
+            else:
+                self.close_connection = True
+                self.misbehave(fault, owner)
         finally:
             with owner.lock:
                 owner.in_flight -= 1
@@ -251,47 +217,30 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def raw(self, status, data, length=None, **headers):
         self.send_response(status)
-        headers.update({"Connection": "close"} if self.close_connection else {})
-        for name, value in {
-            "Content-Type": "application/json",
-            "Content-Length": len(data) if length is None else length,
-            **headers,
-        }.items():
+        if self.close_connection:
+            headers["Connection"] = "close"
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data) if length is None else length))
+        for name, value in headers.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         self.wfile.write(data)
 
-    def misbehave(self, fault, owner, body):
+    def misbehave(self, fault, owner):
         """One way to go wrong."""
-        self.close_connection = True
-        if fault == "hang":
-            owner.closing.wait(owner.hang)
-        elif fault == "hang in the middle":
-            self.raw(200, b'{"choices": [', length=5000)
-            owner.closing.wait(owner.hang)
-        elif fault in ("trickle", "trickle headers"):
-            whole = b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n"
-            self.wfile.write(whole if fault == "trickle" else b"HTTP/1.1 200 OK\r\nX-Slow: ")
-            ends = time.monotonic() + owner.hang
-            while time.monotonic() < ends and not owner.closing.wait(0.05):
-                self.wfile.write(b" " if fault == "trickle" else b"x")
+        if fault in HANGING:
+            self.hang(fault, owner)
+        elif fault in LATER:
+            self.put_off(fault, owner)
+        elif fault in REPLIES:
+            self.reply(200, completion(REPLIES[fault]))
+        elif fault == "truncated":
+            self.reply(200, completion('{"score": 5', "length"))
         elif fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
         elif fault == "cut short":
             self.raw(200, b'{"choices": [', length=5000)
-        elif fault == "429 seconds":
-            self.reply(429, {"error": "slow down"}, Retry_After=owner.retry_after)
-        elif fault == "429 date":
-            self.reply(
-                429,
-                {"error": "slow down"},
-                Retry_After=email.utils.formatdate(
-                    time.time() + owner.retry_after + 1, usegmt=True
-                ),
-            )
-        elif fault == "503 long":
-            self.reply(503, {"error": "come back later"}, Retry_After=3600)
         elif fault == "redirect":
             self.reply(307, {}, Location=owner.elsewhere + "/chat/completions")
         elif fault == "not json":
@@ -300,18 +249,33 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.reply(200, {"choices": "none"})
         elif fault == "huge":
             self.raw(200, b'"' + b"x" * (8 << 20) + b'"')
-        elif fault == "truncated":
-            self.reply(
-                200,
-                {"choices": [{"message": {"content": '{"score": 5'}, "finish_reason": "length"}]},
-            )
-        elif fault in REPLIES:
-            self.reply(
-                200,
-                {"choices": [{"message": {"content": REPLIES[fault]}, "finish_reason": "stop"}]},
-            )
-        else:  # a bare status, and an error text that repeats the key, as careless servers do
-            self.reply(
-                int(fault),
-                {"error": {"message": "refused: " + self.headers.get("Authorization", "")}},
-            )
+        else:  # a bare status, and a text that repeats the key, as careless servers do
+            said = "refused: " + self.headers.get("Authorization", "")
+            self.reply(int(fault), {"error": {"message": said}})
+
+    def hang(self, fault, owner):
+        """Stay silent at the beginning or in the middle, or say a byte now and then."""
+        if fault == "hang in the middle":
+            self.raw(200, b'{"choices": [', length=5000)
+        if not fault.startswith("trickle"):
+            owner.closing.wait(owner.hang)
+            return
+        if fault == "trickle":
+            start, byte = b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", b" "
+        elif fault == "trickle until close":
+            start, byte = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", b" "
+        else:
+            start, byte = b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x"
+        self.wfile.write(start)
+        ends = time.monotonic() + owner.hang
+        while time.monotonic() < ends and not owner.closing.wait(0.05):
+            self.wfile.write(byte)
+
+    def put_off(self, fault, owner):
+        """Tell when to come again."""
+        if fault == "503 long":
+            return self.reply(503, {"error": "come back later"}, Retry_After=3600)
+        wait = owner.retry_after
+        if fault == "429 date":
+            wait = email.utils.formatdate(time.time() + wait + 1, usegmt=True)
+        self.reply(429, {"error": "slow down"}, Retry_After=wait)
