@@ -203,10 +203,6 @@ class Dialogue:
 
 # ---- chat templates, as token ids ---------------------------------------------------------------
 
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
 KNOWN_WORDS = ["Sysword", "Userone", "Botone", "Usertwo", "Bottwo", "Userthree"]
 
 
@@ -225,9 +221,7 @@ class ChatFormat:
     def __init__(self, tokenizer, model):
         self.tokenizer = tokenizer
         if not tokenizer.chat_template:
-            if tokenizer.eos_token is None:
-                raise UserError("--model: neither chat template nor eos; use an instruct model")
-            tokenizer.chat_template = PLAIN_TEMPLATE
+            raise UserError("--model: it has no chat template; use an instruct model")
         try:
             self.has_system = True
             self._before_system, *pieces = self._split(KNOWN_WORDS)
@@ -424,13 +418,12 @@ def final_request(scenario, template):
 class Say:
     """Event: `speaker` speaks after `ids`, up to `limit` tokens; the dialogue is sent the Turn.
 
-    The first `shared` ids are the same for the whole group. unless: a Future of a Verdict; once
-    it is True nobody needs this turn, and it may come back unfinished.
+    unless: a Future of a Verdict; once that is True nobody needs this turn, and it may come back
+    unfinished.
     """
 
     speaker: int
     ids: list
-    shared: int
     limit: int
     temperature: float
     top_p: float
@@ -505,9 +498,8 @@ class Match:
             return None
         if len(closed) + room(settings) + settings.final_tokens > self.limits[0]:
             return None
-        shared, limit = len(self.views[me].head), settings.turn_tokens
-        nucleus = settings.temperature, settings.top_p
-        return Say(me, ids, shared, limit, *nucleus, self.rng(number), unless)
+        limit, rng = settings.turn_tokens, self.rng(number)
+        return Say(me, ids, limit, settings.temperature, settings.top_p, rng, unless)
 
     def say_final(self):
         """The Say of the final completion, or None where the context is full."""
@@ -515,9 +507,9 @@ class Match:
         ids = self.views[0].before(self.dialogue.turns, self.request).ids
         if len(ids) + settings.final_tokens > self.limits[0]:
             return None
-        shared, limit = len(self.views[0].head), settings.final_tokens
-        nucleus = settings.final_temperature, settings.final_top_p
-        return Say(0, ids, shared, limit, *nucleus, self.rng(1 << 20), final=True)
+        temperature, top_p = settings.final_temperature, settings.final_top_p
+        rng = self.rng(1 << 20)
+        return Say(0, ids, settings.final_tokens, temperature, top_p, rng, final=True)
 
 
 def negotiate(match):
@@ -546,8 +538,8 @@ def negotiate(match):
     dialogue.final_truncated = final.truncated
     dialogue.final_sample = views[0].until(turns, final, train=False, closing=match.request)
     if match.judge:
-        score = match.judge.score(scenario.dilemma, scenario.personas, turns, final.text)
-        dialogue.verdict = score
+        ask = match.judge.score
+        dialogue.verdict = ask(scenario.dilemma, scenario.personas, turns, final.text)
 
 
 def talk(match):
@@ -604,7 +596,18 @@ class Table:
         self.voice = voice
         self.cache = RaggedCache(rows)
         self.held = [[] for _ in range(rows)]
-        self.head_row = {}  # ids of a shared head -> the row that read it
+
+    def read_heads(self, heads):
+        """Begin rows with their heads {row: ids}; what a group shares is read once, then copied."""
+        rows_of = {}
+        for row, head in heads.items():
+            rows_of.setdefault(tuple(head), []).append(row)
+            self.held[row] = list(head)
+        readers = [rows[0] for rows in rows_of.values()]
+        self.cache.feed(self.voice.model, readers, [list(head) for head in rows_of])
+        for head, (reader, *others) in rows_of.items():
+            if others:
+                self.cache.copy(reader, others, len(head))
 
     def crop(self, row, ids):
         """Crop a row to what it shares with `ids`. Returns the ids to read, at least the last."""
@@ -633,11 +636,12 @@ class Seat:
 
     def advance(self):
         """Go on until there is something to wait for. Returns False at the end of the dialogue."""
-        answer = None
         while self.ready():
-            if self.event:
-                is_say = isinstance(self.event, Say)
-                answer = self.event.turn if is_say else self.event.verdict.result()
+            answer = None
+            if isinstance(self.event, Say):
+                answer = self.event.turn
+            elif self.event:
+                answer = self.event.verdict.result()
             try:
                 self.event = self.script.send(answer)
             except StopIteration:
@@ -657,16 +661,22 @@ def play(
     sent to the judge while the others still talk; its `verdict` is a Future. partner: see `Match`.
     on_token(say, id) and on_done(dialogue) may watch.
     """
+    if not dialogues:
+        return dialogues
     count = len(dialogues)
     tables = [Table(voice, 2 * count) for voice in voices]
     if voices[0].model is voices[1].model:
         tables[1] = tables[0]
+    matches = [Match(d, voices, settings, judge, seed, partner) for d in dialogues]
     seats = []
-    for row, dialogue in enumerate(dialogues):
+    for row, match in enumerate(matches):
         # Agent 1's rows follow those of agent 0, because one side mostly speaks at a time.
-        places = (tables[0], row), (tables[1], row + count)
-        seats.append(Seat(Match(dialogue, voices, settings, judge, seed, partner), places))
+        seats.append(Seat(match, [(tables[0], row), (tables[1], row + count)]))
     with packed(*{voice.model for voice in voices}):
+        tables[0].read_heads({row: match.views[0].head for row, match in enumerate(matches)})
+        if settings.max_turns > 1 and not partner:
+            heads = {row: match.views[1].head for row, match in enumerate(matches, count)}
+            tables[1].read_heads(heads)
         while seats:
             for seat in [seat for seat in seats if seat.ready()]:
                 seats.remove(seat)
@@ -695,34 +705,11 @@ def choose_batch(says):
 def speak(batch, on_token=None):
     """One forward pass for Says of one table: read what is unread, draw a token for each."""
     table = batch[0].table
-    share_heads(batch, table)
     batch, logits = read(batch, table)
     for say, *drawn in zip(batch, *draw_for(batch, logits)):
         say.add(*drawn)
         if on_token:
             on_token(say, drawn[0])
-
-
-def share_heads(batch, table):
-    """Give each empty row its group's shared head: read once, then copied."""
-    starters = {}  # head -> the Says whose rows are to begin with it
-    for say in batch:
-        if not table.held[say.row]:
-            starters.setdefault(tuple(say.ids[: say.shared]), []).append(say)
-    new = [head for head in starters if head not in table.head_row]
-    for head in new:
-        table.head_row[head] = starters[head][0].row
-    if new:
-        rows = [table.head_row[head] for head in new]
-        table.cache.feed(table.voice.model, rows, [list(head) for head in new])
-    for head, says in starters.items():
-        source = table.head_row[head]
-        targets = [say.row for say in says if say.row != source]
-        if targets:
-            table.cache.copy(source, targets, len(head))
-        for say in says:
-            table.held[say.row] = list(head)
-            say.unread = say.ids[len(head) :]
 
 
 def read(batch, table):
