@@ -8,7 +8,6 @@ import dataclasses
 import math
 import random
 import re
-import types
 import zlib
 
 import helpers
@@ -601,11 +600,13 @@ def test_without_turns_agent_0_answers_alone():
 
 
 def chi_square(counts, probabilities):
-    """(statistic, the bound of 5 standard deviations) over the tokens that are expected at least 5 times; the rest is one bin."""
+    """(statistic, a bound of 5 standard deviations); tokens expected under 5 times are one bin."""
     expected = probabilities.double() * counts.sum()
     often = expected >= 5
-    o, e = (torch.cat([x[often], x[~often].sum()[None]]) for x in (counts.double(), expected))
-    return ((o - e) ** 2 / e.clamp(min=1e-9)).sum().item(), (n := len(o) - 1) + 5 * math.sqrt(2 * n)
+    pairs = (counts.double(), expected)
+    o, e = (torch.cat([x[often], x[~often].sum()[None]]) for x in pairs)
+    n = len(o) - 1
+    return ((o - e) ** 2 / e.clamp(min=1e-9)).sum().item(), n + 5 * math.sqrt(2 * n)
 
 
 @pytest.mark.parametrize(
@@ -618,68 +619,58 @@ def test_frequencies_are_those_of_the_softmax(temperature, top_p):
         logits.expand(n, -1), torch.full((n,), temperature), torch.full((n,), top_p), uniform
     )
     p = (logits / temperature).softmax(0)
-    order = p.argsort(descending=True)
-    nucleus = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]
-    q = torch.zeros(60).index_copy(0, nucleus, p[nucleus] / p[nucleus].sum()) if top_p < 1 else p
-    statistic, bound = chi_square(torch.bincount(ids, minlength=60), q)
+    inside = nucleus_of(p, top_p)
+    q = p
+    if top_p < 1:
+        q = torch.zeros(60).index_copy(0, inside, p[inside] / p[inside].sum())
+    counts = torch.bincount(ids, minlength=60)
+    statistic, bound = chi_square(counts, q)
     assert statistic < bound
-    assert (
-        chi_square(torch.bincount(ids, minlength=60), (logits / temperature / 1.15).softmax(0))[0]
-        > bound
-    )  # the test can see a wrong temperature
+    # and the test can see a wrong temperature
+    assert chi_square(counts, (logits / temperature / 1.15).softmax(0))[0] > bound
     torch.testing.assert_close(logp, p.log()[ids])
     torch.testing.assert_close(logp - mass, q.log()[ids], rtol=0, atol=1e-5)
-    assert set(ids.tolist()) <= set(nucleus.tolist()) or top_p == 1
+    assert set(ids.tolist()) <= set(inside.tolist()) or top_p == 1
+
+
+def draw_one(logits, uniform, temperature=1.0, top_p=1.0):
+    """(id, log-prob, cut, mass) of a single row."""
+    numbers = [torch.tensor([x]) for x in (temperature, top_p, uniform)]
+    return [x.item() for x in selfplay.draw(logits[None], *numbers)]
 
 
 def test_sampling_at_the_edges():
-    one = lambda logits, u, t=1.0, p=1.0: [
-        x.item()
-        for x in selfplay.draw(torch.tensor([logits]), *(torch.tensor([v]) for v in (t, p, u)))
-    ]
-    assert one([0.0, 5.0, 1.0], 0.999999, t=0.0)[0] == 1
-    assert one([0.0, 5.0, 1.0], 0.0, p=1e-9)[:2] == [
-        1,
-        pytest.approx(-math.log1p(math.exp(-5) + math.exp(-4)), abs=1e-6),
-    ]
-    assert (
-        one([-math.inf, 0.0, -math.inf], 0.0)[0] == one([-math.inf, 0.0, -math.inf], 1.0)[0] == 1
-    )  # never a token of probability 0
+    logits = torch.tensor([0.0, 5.0, 1.0])
+    assert draw_one(logits, 0.999999, temperature=0.0)[0] == 1
+    expected = -math.log1p(math.exp(-5) + math.exp(-4))
+    assert draw_one(logits, 0.0, top_p=1e-9)[:2] == [1, pytest.approx(expected, abs=1e-6)]
+    certain = torch.tensor([-math.inf, 0.0, -math.inf])  # never a token of probability 0
+    assert draw_one(certain, 0.0)[0] == draw_one(certain, 1.0)[0] == 1
     for size in (255, 256, 257):  # a nucleus of exactly as many tokens as the quick look takes
-        probabilities = torch.cat(
-            [torch.full((size,), 0.999 / size), torch.full((744,), 0.001 / 744)]
-        )
-        ids, logp, cut, mass = selfplay.draw(
-            probabilities.log()[None],
-            torch.ones(1),
-            torch.tensor([0.9985]),
-            torch.tensor([0.99999]),
-        )
-        assert ids.item() < size and probabilities[size].log() < cut.item() < probabilities[0].log()
-        assert mass.item() == pytest.approx(math.log(0.999), abs=1e-4)
-    tied = torch.zeros(1, 8).scatter_(
-        1, torch.tensor([[0]]), 1.0
-    )  # equals stay together, whatever rounding does
-    assert selfplay.draw(tied, torch.ones(1), torch.tensor([0.5]), torch.tensor([0.999]))[
-        3
-    ].item() == pytest.approx(0.0, abs=1e-6)
+        likely, rest = torch.full((size,), 0.999 / size), torch.full((744,), 0.001 / 744)
+        token, _, cut, mass = draw_one(torch.cat([likely, rest]).log(), 0.99999, top_p=0.9985)
+        assert token < size and rest[0].log() < cut < likely[0].log()
+        assert mass == pytest.approx(math.log(0.999), abs=1e-4)
+    tied = torch.zeros(8)
+    tied[0] = 1.0  # equals stay together, whatever rounding does
+    assert draw_one(tied, 0.999, top_p=0.5)[3] == pytest.approx(0.0, abs=1e-6)
+
+
+def first_tokens(speaker, cfg, count):
+    """The first token of each of `count` dialogues on one scenario."""
+    return [d.turns[0].ids[0] for d in play(speaker, helpers.dialogues(1, count), cfg)]
 
 
 def test_the_models_own_generation_defaults_do_not_count():
-    cfg, n = settings(max_turns=1, on_impasse="zero", temperature=1.3), 400
-    first = lambda speaker: [
-        d.turns[0].ids[0]
-        for d in play(speaker, helpers.dialogues(1, n), dataclasses.replace(cfg, turn_tokens=2))
-    ]
+    cfg = settings(max_turns=1, turn_tokens=2, on_impasse="zero", temperature=1.3)
     greedy, speaker = talker(), talker()
     greedy.model.generation_config = GenerationConfig(
         do_sample=True, top_k=1, temperature=0.01, top_p=0.1, repetition_penalty=9.0, eos_token_id=2
     )
-    ids = first(greedy)
-    assert ids == first(speaker)
-    before = (
-        selfplay.View(speaker.chat, 0, helpers.dialogues(1, 1)[0].scenario, False).before([]).ids
-    )
+    ids = first_tokens(greedy, cfg, 400)
+    assert ids == first_tokens(speaker, cfg, 400)
+    scenario = helpers.dialogues(1, 1)[0].scenario
+    before = selfplay.View(speaker.chat, 0, scenario, False).before([]).ids
     p = (speaker.model(torch.tensor([before])).logits[0, -1] / 1.3).softmax(0).detach()
     statistic, bound = chi_square(torch.bincount(torch.tensor(ids), minlength=len(p)), p)
     assert statistic < bound
@@ -693,27 +684,18 @@ def test_top_p_is_the_same_nucleus_for_sampler_and_learner(context_turns):
         check_logprobs(speaker.model, d, cfg)
     for train_tokens, temperature, top_p in (("dialogue", 0.6, 0.7), ("final", 0.7, 0.5)):
         for tree, rows in grpo.pack(played, train_tokens, 10**6):
-            cuts = [r.cuts for r in rows]
-            learned = lm.token_logprobs(
-                speaker.model, tree, [r.wanted for r in rows], temperature, cuts
-            )
-            for row, own, c in zip(rows, learned, tree.continuations):
-                ids = tree.prefix + c
-                full = (
-                    (speaker.model(torch.tensor([ids])).logits[0] / temperature)
-                    .softmax(-1)
-                    .detach()
-                )
+            wanted, cuts = [r.wanted for r in rows], [r.cuts for r in rows]
+            learned = lm.token_logprobs(speaker.model, tree, wanted, temperature, cuts)
+            for row, own, continuation in zip(rows, learned, tree.continuations):
+                ids = tree.prefix + continuation
+                logits = speaker.model(torch.tensor([ids])).logits[0].detach() / temperature
                 for at, sampled, value in zip(row.wanted, row.sampler_logp, own.tolist()):
-                    p, token = full[len(tree.prefix) + at - 1], ids[len(tree.prefix) + at]
-                    order = p.argsort(descending=True)
-                    nucleus = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]
-                    assert token in nucleus
-                    assert (
-                        math.log(p[token] / p[nucleus].sum())
-                        == pytest.approx(sampled, abs=1e-4)
-                        == pytest.approx(value, abs=1e-4)
-                    )
+                    p = logits[len(tree.prefix) + at - 1].softmax(0)
+                    token, inside = ids[len(tree.prefix) + at], nucleus_of(p, top_p)
+                    expected = math.log(p[token] / p[inside].sum())
+                    assert token in inside
+                    assert expected == pytest.approx(sampled, abs=1e-4)
+                    assert expected == pytest.approx(value, abs=1e-4)
 
 
 @pytest.mark.parametrize("top_p, final_top_p", [(1.0, 0.5), (0.7, 1.0), (0.7, 0.5)])
@@ -818,16 +800,13 @@ def test_words_never_become_control_tokens(template, me):
     )
 
     def controls(words):
-        scene = dataclasses.replace(
-            helpers.scenario(dilemma=words),
-            personas=tuple({"name": words, "creed": words} for _ in range(2)),
-        )
-        turns = [
-            selfplay.Turn(i % 2, words, False, chat.plain("Yes.") + [chat.end]) for i in range(3)
-        ]
+        persona = {"name": words, "creed": words}
+        scene = dataclasses.replace(helpers.scenario(dilemma=words), personas=(persona, persona))
+        said = chat.plain("Yes.") + [chat.end]
+        turns = [selfplay.Turn(i % 2, words, False, said) for i in range(3)]
         ids = selfplay.View(chat, me, scene, True).before(turns, closing=words).ids
         assert chat.tokenizer.decode(ids).count(words) >= 6
-        return [i for i in ids if i < 4]
+        return [token for token in ids if token < 4]
 
     assert controls(bad) == controls("Be fair.") and 2 in controls(bad)
     assert 2 not in chat.plain(bad) and 2 in chat.glue(bad)
@@ -836,31 +815,28 @@ def test_words_never_become_control_tokens(template, me):
 def test_a_partner_can_take_a_side():
     speaker, heard = talker(), []
     d = selfplay.Dialogue(helpers.scenario(), 1, 0, 0)
-    play(
-        speaker,
-        [d],
-        settings(),
-        partner=lambda dialogue: heard.append(len(dialogue.turns)) or "No. <|im_end|>",
-    )
-    assert (
-        d.streams[1] == []
-        and [t.text for t in d.turns[1::2]] == ["No. <|im_end|>"] * 2
-        and heard == [1, 3]
-        and d.final is not None
-    )
+
+    def partner(dialogue):
+        heard.append(len(dialogue.turns))
+        return "No. <|im_end|>"
+
+    play(speaker, [d], settings(), partner=partner)
+    assert [turn.text for turn in d.turns[1::2]] == ["No. <|im_end|>"] * 2
+    assert heard == [1, 3] and d.streams[1] == [] and d.final is not None
     check_masks(dataclasses.replace(d, turns=d.turns[::2]))
     check_logprobs(speaker.model, d, settings())
 
 
-def test_a_partner_is_not_asked_once_the_judge_has_found_agreement():
+@pytest.mark.parametrize("moment", ["asked", "last"])
+def test_a_partner_is_not_asked_once_the_judge_has_found_agreement(moment):
     d, heard = selfplay.Dialogue(helpers.scenario(), 1, 0, 0), []
-    play(
-        talker(),
-        [d],
-        settings(agreement="judge"),
-        Script(lambda _, turns: len(turns) == 3),
-        partner=lambda dialogue: heard.append(len(dialogue.turns)) or "No.",
-    )
+
+    def partner(dialogue):
+        heard.append(len(dialogue.turns))
+        return "No."
+
+    judge = Script(lambda _, turns: len(turns) == 3, moment)
+    play(talker(), [d], settings(agreement="judge"), judge, partner=partner)
     assert heard == [1] and (d.stop, len(d.turns)) == ("agreed", 3)
 
 
@@ -881,24 +857,25 @@ def test_an_end_token_that_nobody_declared_is_found_and_cannot_be_spoken():
 @pytest.mark.parametrize("context_turns", [0, 2])
 @pytest.mark.parametrize("room", [520, 700])
 def test_a_full_context_ends_the_dialogue_and_cuts_no_persona(monkeypatch, room, context_turns):
-    fed, feed, speaker = [], lm.RaggedCache.feed, talker(stop=0.0)
-    watched = lambda cache, model, rows, tokens: (
-        feed(cache, model, rows, tokens),
-        fed.append(max(cache.lengths)),
-    )[0]
+    feed, speaker, longest = lm.RaggedCache.feed, talker(stop=0.0), []
+
+    def watched(cache, model, rows, tokens):
+        logits = feed(cache, model, rows, tokens)
+        longest.append(max(cache.lengths))
+        return logits
+
     monkeypatch.setattr(lm.RaggedCache, "feed", watched)
     monkeypatch.setattr(speaker.model.config, "max_position_embeddings", room)
     cfg = settings(max_turns=30, context_turns=context_turns, turn_tokens=24)
     for d in play(speaker, helpers.dialogues(2, 2), cfg):
-        assert (
-            d.stop == "context" and 0 < len(d.turns) < 30 and not d.agreed and d.final is not None
-        )
-        assert all(len(s.ids) <= room for s in samples(d))
-        for me, stream in enumerate(d.streams):
+        assert d.stop == "context" and 0 < len(d.turns) < 30
+        assert not d.agreed and d.final is not None
+        assert all(len(sample.ids) <= room for sample in samples(d))
+        for me, stream in enumerate([[*d.streams[0], d.final_sample], d.streams[1]]):
             head = selfplay.View(speaker.chat, me, d.scenario, False).head
-            assert all(s.ids[: len(head)] == head for s in stream + [d.final_sample] * (me == 0))
+            assert all(sample.ids[: len(head)] == head for sample in stream)
         check_logprobs(speaker.model, d, cfg)
-    assert max(fed) < room
+    assert max(longest) < room
 
 
 def test_a_context_too_small_for_anything_gives_no_reward(monkeypatch):
@@ -916,25 +893,21 @@ def test_a_context_too_small_for_anything_gives_no_reward(monkeypatch):
 
 
 def test_what_a_person_sees():
-    d = selfplay.Dialogue(
-        helpers.scenario(),
-        1,
-        0,
-        0,
-        turns=[selfplay.Turn(0, "Hi\x1b[2J\nyou\u202e", True)],
-        stop="context",
-    )
+    turns = [selfplay.Turn(0, "Hi\x1b[2J\nyou\u202e", True)]
+    d = selfplay.Dialogue(helpers.scenario(), 1, 0, 0, turns=turns, stop="context")
     assert selfplay.transcript(d).splitlines() == [
         "dilemma: One reservoir is left. Who gets the water?",
         "Rosa: Hi [2J you [cut off]",
         "joint solution (context, no score): (none)",
     ]
-    flags = dict(seed=0, persona_a="", persona_b="", dilemma="D?", human="")
-    ask = lambda **more: selfplay.watched_scenario(types.SimpleNamespace(**{**flags, **more}))
-    assert [
-        p["name"] for p in ask(persona_a="Ann: farms", persona_b="Bo: heals", human="a").personas
-    ] == ["Bo", "Ann"] and ask().dilemma == "D?"
+
+
+def test_the_flags_describe_a_scenario():
+    flags = selfplay.WatchSettings(dilemma="D?", persona_a="Ann: farms", persona_b="Bo: heals")
+    for human, names in (("a", ["Bo", "Ann"]), ("b", ["Ann", "Bo"])):
+        scenario = selfplay.watched_scenario(dataclasses.replace(flags, human=human))
+        assert scenario.dilemma == "D?" and [p["name"] for p in scenario.personas] == names
     with pytest.raises(
         cli.UserError, match=re.escape("--persona-b 'Bo': write it as 'Name: creed'")
     ):
-        ask(persona_b="Bo")
+        selfplay.watched_scenario(dataclasses.replace(flags, persona_b="Bo"))
