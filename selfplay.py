@@ -419,7 +419,7 @@ class Say:
     """Event: `speaker` speaks after `ids`, up to `limit` tokens; the dialogue is sent the Turn.
 
     unless: a Future of a Verdict; once that is True nobody needs this turn, and it may come back
-    unfinished.
+    unfinished. While it is spoken: table and row, ids that are unread, the turn so far, spoken.
     """
 
     speaker: int
@@ -460,7 +460,7 @@ class Say:
 
 @dataclasses.dataclass
 class Await:
-    """Event: the dialogue needs the judge's answer, a Future; it is sent the Verdict."""
+    """Event: the dialogue waits for the judge's answer, a Future; it is sent the Verdict."""
 
     verdict: concurrent.futures.Future
 
@@ -519,7 +519,7 @@ def negotiate(match):
     """
     dialogue, settings, views = match.dialogue, match.settings, match.views
     last_verdict = yield from talk(match)
-    turns, scenario = dialogue.turns, dialogue.scenario
+    turns = dialogue.turns
     dialogue.streams = [streams_of(view, turns, settings.context_turns) for view in views]
     if turns and not dialogue.agreed and settings.on_impasse == "zero":
         if last_verdict and last_verdict.value is None:
@@ -538,8 +538,8 @@ def negotiate(match):
     dialogue.final_truncated = final.truncated
     dialogue.final_sample = views[0].until(turns, final, train=False, closing=match.request)
     if match.judge:
-        ask = match.judge.score
-        dialogue.verdict = ask(scenario.dilemma, scenario.personas, turns, final.text)
+        case = dialogue.scenario
+        dialogue.verdict = match.judge.score(case.dilemma, case.personas, turns, final.text)
 
 
 def talk(match):
@@ -549,7 +549,7 @@ def talk(match):
     new turn does not count. Returns the Verdict on the last turn, or None if nobody was asked.
     """
     dialogue, settings = match.dialogue, match.settings
-    scenario, turns = dialogue.scenario, dialogue.turns
+    case, turns = dialogue.scenario, dialogue.turns
     dialogue.stop = "max_turns"
     check = None  # Future of the Verdict whether `turns` end in agreement
     for number in range(settings.max_turns):
@@ -570,7 +570,7 @@ def talk(match):
             dialogue.agreed = True
             break
         if settings.agreement == "judge" and len(turns) > 1:
-            check = match.judge.agreed(scenario.dilemma, scenario.personas, turns[:])
+            check = match.judge.agreed(case.dilemma, case.personas, turns[:])
     verdict = None
     if check:
         verdict = yield Await(check)
@@ -706,10 +706,10 @@ def speak(batch, on_token=None):
     """One forward pass for Says of one table: read what is unread, draw a token for each."""
     table = batch[0].table
     batch, logits = read(batch, table)
-    for say, *drawn in zip(batch, *draw_for(batch, logits)):
-        say.add(*drawn)
+    for say, token, logprob, cut, mass in zip(batch, *draw_for(batch, logits)):
+        say.add(token, logprob, cut, mass)
         if on_token:
-            on_token(say, drawn[0])
+            on_token(say, token)
 
 
 def read(batch, table):
