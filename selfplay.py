@@ -1,15 +1,16 @@
 """Self-play: two instances of one model, with opposing personas, negotiate a dilemma in turns.
 
-    scenario ->  agent 0: system(persona 0) | dilemma, cue | turn 0 | turn 1 as user, cue | turn 2 | ...             its own stream
-                 agent 1: system(persona 1) | dilemma, turn 0 as user, cue | turn 1 | turn 2 as user, cue | ...      its own stream
-             ->  when they agree, or at the limit, agent 0 writes the joint solution (the final completion)
+    scenario -> agent 0's stream: system(persona 0) | dilemma | turn 0 | heard: turn 1 | turn 2 ...
+                agent 1's stream: system(persona 1) | dilemma, heard: turn 0 | turn 1 | ...
+             -> when they agree, or at the limit, agent 0 writes the joint solution (the final)
 
-Token in, token out: a stream grows by the ids that were sampled, never by their text encoded again. The mask is 1 exactly
-on the tokens that this agent sampled, the end of its turn included; log-probs come out of the sampler with the tokens.
-An opponent's turn is encoded once, as plain text that can never become a control token.
+Token in, token out: a stream grows by the ids that were sampled, never by their text encoded
+again. The mask is 1 exactly on the tokens that this agent sampled, the end of its turn included.
+The opponent's words are encoded as plain text, which can never become a control token.
 
-`negotiate` is one dialogue, top to bottom; it yields whenever it wants somebody to speak. `play` runs many of them at once:
-every wish of every dialogue is decoded in one batch, whoever has finished leaves it, whoever has to read is read together.
+`negotiate` is one dialogue, top to bottom: a generator that yields what it waits for, to speak
+(`Say`) or to hear the judge (`Await`). `play` runs many dialogues and serves them in one batch.
+Left out: more than two agents, tools, streams that branch.
 
     python selfplay.py --dilemma "..." --human b      # watch one negotiation, or take a side
 """
@@ -37,114 +38,148 @@ from reward import fill
 class PlaySettings:
     """How a dialogue is played."""
 
-    max_turns: int = option(
-        3,
-        "turns at most, both agents together; 0: agent 0 answers alone, without a negotiation",
-        low=0,
-    )
+    max_turns: int = option(3, "turns at most; 0: agent 0 answers alone, no negotiation", low=0)
     turn_tokens: int = option(56, "tokens a turn may have", low=2)
     final_tokens: int = option(112, "tokens the joint final completion may have", low=2)
-    context_turns: int = option(
-        0, "turns that an agent sees beside the scenario (0: all of them; the paper: 2)", low=0
-    )
+    context_turns: int = option(0, "last turns that an agent sees (0: all; the paper: 2)", low=0)
     agreement: str = option(
         "judge",
-        "who finds that the agents agree: the judge after each turn, a marker in both last turns, or nobody (all turns are played)",
+        "who finds agreement: the judge after each turn, a marker in both last turns, or nobody",
         choices=("judge", "marker", "none"),
     )
     on_impasse: str = option(
         "complete",
-        "no agreement at the last turn: write the final completion all the same, or none and a reward of zero",
+        "without agreement: write the final completion all the same, or none and reward zero",
         choices=("complete", "zero"),
     )
     temperature: float = option(0.7, "of the dialogue", above=0)
-    top_p: float = option(
-        1.0,
-        "nucleus of the dialogue; the learner renormalises over the same nucleus",
-        above=0,
-        high=1,
-    )
+    top_p: float = option(1.0, "nucleus of the dialogue, the learner's too", above=0, high=1)
     final_temperature: float = option(0.5, "of the final completion (0: greedy)", low=0)
     final_top_p: float = option(1.0, "nucleus of the final completion", above=0, high=1)
 
 
-# ---- what the agents are told: data, easy to edit ------------------------------------------------------------------
+# ---- what the agents are told: data, easy to edit -----------------------------------------------
 
-SYSTEM = "You are {me}. {creed} You talk with {other}, and look for a plan that both of you can carry out.{marker}"
+SYSTEM = (
+    "You are {me}. {creed} You talk with {other}, and look for a plan that both of you can carry "
+    "out.{marker}"
+)
 MARKER_RULE = " When you accept the plan on the table, end your turn with the word AGREED."
-# The dilemma opens the first user message, and a question ends each but the last: a small model hardly reads its system prompt, and what it says drifts.
-CASE = "{dilemma}\n\nTalk it over with {other}. Say in one or two sentences what you propose and why.\n\n"
-SYSTEM_ALONE = "You are {me}. {creed} You look for a plan that both you and {other} can carry out."  # without a negotiation
-CASE_ALONE = "{dilemma}\n\n"
+# The dilemma opens the first user message, and a question ends each but the last: a small model
+# hardly reads its system prompt, and what it says drifts.
+CASE = (
+    "{dilemma}\n\nTalk it over with {other}. Say in one or two sentences what you propose and "
+    "why.\n\n"
+)
 ASK = "What do you propose?"
 EARLIER = "(The two of you have been talking for a while.)"
 SILENCE = "(says nothing)"
 FINAL = (
-    'Thank you. {other}\'s creed is: "{creed}" Now sum up the plan that you and {other} will carry out: who does what and when, what happens if it '
-    "fails, and how it helps both of you. Two or three sentences."
+    'Thank you. {other}\'s creed is: "{creed}" Now sum up the plan that you and {other} will carry '
+    "out: who does what and when, what happens if it fails, and how it helps both of you. Two or "
+    "three sentences."
 )
+# Without a negotiation:
+SYSTEM_ALONE = "You are {me}. {creed} You look for a plan that both you and {other} can carry out."
+CASE_ALONE = "{dilemma}\n\n"
 ALONE = (
-    '{other} is not here to talk with. {other}\'s creed is: "{creed}" Write the plan that you and {other} will carry out: who does what and when, what '
-    "happens if it fails, and how it helps both of you. Two or three sentences."
+    '{other} is not here to talk with. {other}\'s creed is: "{creed}" Write the plan that you and '
+    "{other} will carry out: who does what and when, what happens if it fails, and how it helps "
+    "both of you. Two or three sentences."
 )
 
 
-# ---- what travels ---------------------------------------------------------------------------------------------------
+# ---- what travels -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Turn:
-    """One utterance: its text, and the ids that were sampled for it (end of turn included unless truncated)."""
+    """One utterance, and the ids that were sampled for it (end of turn included unless truncated).
+
+    logprobs: at the sampling temperature. cuts, masses: see `draw`; empty without a nucleus.
+    """
 
     speaker: int
     text: str
     truncated: bool
     ids: list = dataclasses.field(default_factory=list)
-    logprobs: list = dataclasses.field(
-        default_factory=list
-    )  # log-prob of each id at the sampling temperature
-    cuts: list = dataclasses.field(
-        default_factory=list
-    )  # top-p < 1: log-prob at which the nucleus ended
-    masses: list = dataclasses.field(
-        default_factory=list
-    )  # top-p < 1: log of the nucleus's probability
+    logprobs: list = dataclasses.field(default_factory=list)
+    cuts: list = dataclasses.field(default_factory=list)
+    masses: list = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
 class Sample:
-    """Ids of one view, and beside each id: mask (1: sampled by this agent here), log-prob, cut, mass (0 where mask is 0)."""
+    """Ids as one agent sees them; mask 1: sampled by this agent here. The rest is 0 at mask 0."""
 
-    ids: list
-    mask: list
-    logprobs: list
-    cuts: list
-    masses: list
+    ids: list = dataclasses.field(default_factory=list)
+    mask: list = dataclasses.field(default_factory=list)
+    logprobs: list = dataclasses.field(default_factory=list)
+    cuts: list = dataclasses.field(default_factory=list)
+    masses: list = dataclasses.field(default_factory=list)
+
+    def sampled(self):
+        """The ids with mask 1."""
+        return [token for token, mask in zip(self.ids, self.mask) if mask]
+
+    def record(self):
+        """As it is written to dialogues.jsonl."""
+        return {"ids": self.ids, "mask": self.mask, "logprobs": self.logprobs}
+
+
+def add_ids(sample, ids):
+    """Append ids that nobody sampled here: mask 0."""
+    sample.ids += ids
+    for column in (sample.mask, sample.logprobs, sample.cuts, sample.masses):
+        column += [0] * len(ids)
+
+
+def add_turn(sample, turn, trained):
+    """Append the sampled ids of a turn, with mask 1 if they are to be trained."""
+    if not trained:
+        return add_ids(sample, turn.ids)
+    zeros = [0] * len(turn.ids)
+    sample.ids += turn.ids
+    sample.mask += [1] * len(turn.ids)
+    sample.logprobs += turn.logprobs or zeros
+    sample.cuts += turn.cuts or zeros
+    sample.masses += turn.masses or zeros
 
 
 @dataclasses.dataclass
 class Dialogue:
-    """One negotiation. `group` numbers the scenario within the step, `member` the dialogue within its group."""
+    """One negotiation: scenario number `group` of the step, dialogue number `member` of its group.
+
+    stop: "agreed", "max_turns" or "context"; "written" where nobody played it. streams: the
+    Samples of each agent. verdict: the judge's answer, a Future of reward.Verdict. reward: None
+    where it is missing.
+    """
 
     scenario: data_gen.Scenario
     step: int
     group: int
     member: int
     turns: list = dataclasses.field(default_factory=list)
-    streams: list = dataclasses.field(default_factory=lambda: [[], []])  # per agent: list of Sample
+    streams: list = dataclasses.field(default_factory=lambda: [[], []])
     agreed: bool = False
-    stop: str = ""  # "agreed", "max_turns" or "context"; "written" where nobody played it
+    stop: str = ""
     final: str = None
     final_sample: Sample = None
     final_truncated: bool = False
-    verdict: object = None  # the judge's answer, while it is awaited: Future of reward.Verdict
-    reward: float = None  # None: missing
+    verdict: object = None
+    reward: float = None
     advantage: float = None
     judge: dict = dataclasses.field(default_factory=lambda: {"raw": "", "failures": []})
 
     def record(self):
         """The line of dialogues.jsonl."""
-        plain = lambda s: {"ids": s.ids, "mask": s.mask, "logprobs": s.logprobs}
+        turns = [
+            {"speaker": turn.speaker, "text": turn.text, "truncated": turn.truncated}
+            for turn in self.turns
+        ]
+        streams = []
+        for speaker, samples in enumerate(self.streams):
+            streams.append({"speaker": speaker, "samples": [s.record() for s in samples]})
         return {
             "step": self.step,
             "scenario_id": self.scenario.id,
@@ -152,9 +187,7 @@ class Dialogue:
             "member": self.member,
             "dilemma": self.scenario.dilemma,
             "personas": list(self.scenario.personas),
-            "turns": [
-                {"speaker": t.speaker, "text": t.text, "truncated": t.truncated} for t in self.turns
-            ],
+            "turns": turns,
             "agreed": self.agreed,
             "stop": self.stop,
             "final": self.final,
@@ -162,98 +195,88 @@ class Dialogue:
             "reward": self.reward,
             "advantage": self.advantage,
             "judge": self.judge,
-            "streams": [
-                {"speaker": i, "samples": [plain(s) for s in samples]}
-                for i, samples in enumerate(self.streams)
-            ],
-            "final_ids": [i for i, m in zip(self.final_sample.ids, self.final_sample.mask) if m]
-            if self.final_sample
-            else [],
-            "final_sample": plain(self.final_sample) if self.final_sample else None,
+            "streams": streams,
+            "final_ids": self.final_sample.sampled() if self.final_sample else [],
+            "final_sample": self.final_sample.record() if self.final_sample else None,
         }
 
 
-# ---- chat templates, as token ids -----------------------------------------------------------------------------------
+# ---- chat templates, as token ids ---------------------------------------------------------------
 
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
+KNOWN_WORDS = ["Sysword", "Userone", "Botone", "Usertwo", "Bottwo", "Userthree"]
 
 
 class ChatFormat:
-    """The pieces of a model's chat template, found once by rendering a conversation of known words.
+    """The pieces of a model's chat template, found by rendering a conversation of known words.
 
-    head(system)    ids up to where the first user message's content begins (no system role: the system text opens that message)
-    opening         between the end of a user message and an assistant's turn that is to be sampled
-    past_opening    the same before a turn that lies in the past
-    end, after      the end-of-turn token, and what stands between it and the next user message's content
-    stable          opening == past_opening, so that a conversation's earlier ids never change and one stream is one sample;
-                    otherwise (Qwen3 adds an empty thought to the newest turn only) every turn becomes a sample of its own
+    opening       between the end of a user message and an assistant's turn that is to be sampled
+    past_opening  the same before a turn that lies in the past
+    end, after    the end-of-turn token; what stands between it and the next user's words
+    ends          every token that ends a turn
+    controls      tokens that must never come out of text
+    stable        opening == past_opening, so that a conversation's ids never change as it grows.
+                  Qwen3 adds an empty thought to the newest turn only: there it is False
     """
 
     def __init__(self, tokenizer, model):
         self.tokenizer = tokenizer
         if not tokenizer.chat_template:
-            if tokenizer.eos_token is None:
-                raise UserError(
-                    "--model: the tokenizer has neither a chat template nor an end-of-text token; use an instruct model"
-                )
-            tokenizer.chat_template = PLAIN_TEMPLATE
-        self.has_system = True
+            raise UserError("--model: it has no chat template; use an instruct model")
         try:
-            words = self._split(["Sysword", "Userone", "Botone", "Usertwo", "Bottwo", "Userthree"])
+            self.has_system = True
+            self._before_system, *pieces = self._split(KNOWN_WORDS)
         except UserError:  # Gemma, some Mistrals: no system role, or it is dropped
             self.has_system = False
-            words = self._split(["Userone", "Botone", "Usertwo", "Bottwo", "Userthree"])
-        self._before_system, self._before_user = (
-            (words[0], words[1]) if self.has_system else ("", words[0])
-        )
-        past, gap, past2, gap2, opening = words[-5:]
-        if past != past2 or gap != gap2:
+            pieces = self._split(KNOWN_WORDS[1:])
+        self._before_user, past, gap, past_again, gap_again, opening = pieces
+        if past != past_again or gap != gap_again:
             raise UserError(
-                "--model: its chat template renders equal turns differently, so turns cannot be put together; use another model"
+                "--model: its chat template renders equal turns differently; use another model"
             )
-        ends = model.generation_config.eos_token_id if model.generation_config else None
-        ends = ends if isinstance(ends, list) else [ends]
-        self.ends = {e for e in [*ends, tokenizer.eos_token_id] if e is not None}
-        if (
-            past.strip() == opening.strip()
-        ):  # Mistral: "[/INST] turn" in the past, "[/INST]" to be continued
-            past = opening
-        gap = self.glue(gap)
-        if (
-            gap and gap[0] in tokenizer.added_tokens_decoder
-        ):  # the template's own end of turn, whatever the configs say
-            self.ends.add(gap[0])
-        if not self.ends:
-            raise UserError(
-                "--model: no end-of-turn token is known for its tokenizer; use an instruct model"
-            )
-        self.end, self.after = (
-            (gap[0], gap[1:]) if gap and gap[0] in self.ends else (min(self.ends), gap)
-        )
-        self.opening, self.past_opening = self.glue(opening), self.glue(past)
+        if past.strip() == opening.strip():
+            past = opening  # Mistral: "[/INST] turn" in the past, "[/INST]" to be continued
+        self.opening = self.glue(opening)
+        self.past_opening = self.glue(past)
         self.stable = self.opening == self.past_opening
+        self._find_ends(self.glue(gap), model.generation_config)
 
     def _split(self, words):
-        """Render the words as a conversation and return the pieces before, between and after them."""
-        roles = (["system"] if self.has_system else []) + ["user", "assistant"] * 3
-        messages = [{"role": r, "content": w} for r, w in zip(roles, words)]
+        """Render the words as a conversation; the pieces before, between and after them."""
+        roles = ["user", "assistant", "user", "assistant", "user"]
+        if self.has_system:
+            roles.insert(0, "system")
+        messages = [{"role": role, "content": word} for role, word in zip(roles, words)]
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
         except jinja2.TemplateError as error:
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"--model: its chat template refuses a conversation ({' '.join(str(error).split())}); use another model"
-            )
-        pieces = re.split("|".join(words), text)
-        if re.findall("|".join(words), text) != words:
-            raise UserError(
-                "--model: its chat template drops or reorders messages; use another model"
-            )
-        return pieces
+                f"--model: its chat template fails ({reason}); use another model"
+            ) from error
+        any_word = "|".join(words)
+        if re.findall(any_word, text) != words:
+            raise UserError("--model: its chat template drops messages; use another model")
+        return re.split(any_word, text)
+
+    def _find_ends(self, gap, generation_config):
+        """Set ends, end, after and controls. gap: ids between two messages' words."""
+        declared = generation_config.eos_token_id if generation_config else None
+        if not isinstance(declared, list):
+            declared = [declared]
+        self.ends = {*declared, self.tokenizer.eos_token_id} - {None}
+        added = self.tokenizer.added_tokens_decoder
+        if gap and gap[0] in added:
+            self.ends.add(gap[0])  # the template's own end of turn, whatever the configs say
+        if not self.ends:
+            raise UserError("--model: it has no end-of-turn token; use an instruct model")
+        special = {token for token, entry in added.items() if entry.special}
+        self.controls = special | (self.ends & added.keys())
+        if gap and gap[0] in self.ends:
+            self.end, self.after = gap[0], gap[1:]
+        else:
+            self.end, self.after = min(self.ends), gap
 
     def glue(self, text):
         """Ids of template text, in which control tokens are meant."""
@@ -262,16 +285,14 @@ class ChatFormat:
     def plain(self, text):
         """Ids of untrusted text, in which a literal <|im_end|> stays a string of letters."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        control = self.tokenizer.added_tokens_decoder
-        return [i for i in ids if i not in control or not (control[i].special or i in self.ends)]
+        return [token for token in ids if token not in self.controls]
 
     def head(self, system):
         """Ids of a stream up to where the content of its first user message begins."""
+        before_user = self.glue(self._before_user)
         if self.has_system:
-            return (
-                self.glue(self._before_system) + self.plain(system) + self.glue(self._before_user)
-            )
-        return self.glue(self._before_user) + self.plain(system + "\n\n")
+            return self.glue(self._before_system) + self.plain(system) + before_user
+        return before_user + self.plain(system + "\n\n")
 
     def text(self, ids):
         """What the other side hears: the words of sampled ids, without control tokens."""
@@ -282,21 +303,17 @@ class ChatFormat:
 class Voice:
     """Somebody who can speak: a model and its chat format."""
 
-    model: object
+    model: torch.nn.Module
     chat: ChatFormat
-    half: bool = False  # on a CPU it reads its weights in fp16 (model.packed)
 
 
-def voice(model, tokenizer, half=False):
+def voice(model, tokenizer):
     """A model and its tokenizer as a Voice. Raises UserError for a template that cannot be used."""
-    return Voice(model, ChatFormat(tokenizer, model), half)
-
-
-# ---- one dialogue ---------------------------------------------------------------------------------------------------
+    return Voice(model, ChatFormat(tokenizer, model))
 
 
 class View:
-    """One agent's view of a dialogue: it turns a list of turns into a Sample that ends where this agent is to speak."""
+    """How agent `me` sees a dialogue: turns a list of Turns into a Sample in its chat format."""
 
     def __init__(self, chat, me, scenario, marker, alone=False):
         mine, other = scenario.personas[me], scenario.personas[1 - me]
@@ -311,212 +328,74 @@ class View:
         system, case = (SYSTEM_ALONE, CASE_ALONE) if alone else (SYSTEM, CASE)
         self.head = chat.head(fill(system, words)) + chat.plain(fill(case, words))
 
-    def before(self, turns, closing=None, train=None, cut=False):
-        """The Sample of `turns` as this agent sees them, up to the point where it speaks next.
+    def before(self, turns, closing=None, train=True, windowed=False):
+        """The Sample of `turns` up to the point where this agent speaks next.
 
-        closing: one more user text at the end (the request for the final completion). train: the turns whose tokens get
-        mask 1 (None: all of this agent's). cut: `turns` is a window, earlier ones are not shown.
+        closing: the last question, in place of ASK. train: whether this agent's turns get mask 1.
+        windowed: earlier turns exist that are not shown.
         """
-        sample, heard, chat = Sample([], [], [], [], []), [], self.chat
+        chat, sample = self.chat, Sample()
         add_ids(sample, self.head)
+        heard = []  # what the other side said since this agent's last turn
+        unseen = [EARLIER] if windowed else []
         for turn in turns:
             if turn.speaker != self.me:
                 heard.append(turn.text or SILENCE)
                 continue
-            add_ids(sample, chat.plain("\n\n".join([*(heard or [EARLIER] * cut), ASK])))
+            add_ids(sample, chat.plain("\n\n".join([*(heard or unseen), ASK])))
             add_ids(sample, chat.past_opening)
-            add_turn(sample, turn, train is None or any(turn is t for t in train))
-            add_ids(sample, [chat.end] * turn.truncated + chat.after)
+            add_turn(sample, turn, train)
+            if turn.truncated:
+                add_ids(sample, [chat.end])
+            add_ids(sample, chat.after)
             heard = []
-        add_ids(sample, chat.plain("\n\n".join([*heard, closing or ASK])) + chat.opening)
+        add_ids(sample, chat.plain("\n\n".join([*heard, closing or ASK])))
+        add_ids(sample, chat.opening)
         return sample
 
-    def until(self, turns, last, train=None, closing=None, cut=False):
-        """The Sample of `turns` followed by this agent's own turn `last`."""
-        sample = self.before(turns, closing, train, cut)
+    def until(self, turns, last, train=True, closing=None, windowed=False):
+        """The Sample of `turns` followed by this agent's own turn `last`, which gets mask 1."""
+        sample = self.before(turns, closing, train, windowed)
         add_turn(sample, last, True)
-        add_ids(sample, [self.chat.end] * last.truncated)
+        if last.truncated:
+            add_ids(sample, [self.chat.end])
         return sample
-
-
-def add_ids(sample, ids):
-    """Append ids that nobody sampled here: mask 0."""
-    sample.ids.extend(ids)
-    for column in (sample.mask, sample.logprobs, sample.cuts, sample.masses):
-        column.extend([0] * len(ids))
-
-
-def add_turn(sample, turn, trained):
-    """Append the sampled ids of a turn, with mask 1 if they are to be trained."""
-    n = len(turn.ids)
-    sample.ids.extend(turn.ids)
-    sample.mask.extend([int(trained)] * n)
-    for column, values in (
-        (sample.logprobs, turn.logprobs),
-        (sample.cuts, turn.cuts),
-        (sample.masses, turn.masses),
-    ):
-        column.extend(values if trained and values else [0] * n)
-
-
-@dataclasses.dataclass
-class Say:
-    """A wish: speak after `ids`, up to `limit` tokens. `shared` of the ids are the same for the whole group.
-
-    unless: a Future of a verdict; if its value is True the wish is void, and until it is known the words are held back.
-    """
-
-    speaker: int
-    ids: list
-    shared: int
-    limit: int
-    temperature: float
-    top_p: float
-    rng: object
-    unless: object = None
-    final: bool = False
-
-
-def room(settings):
-    """Tokens to keep free for a turn and its template: broken characters take three tokens each when the other side reads them."""
-    return 3 * settings.turn_tokens + 16 if settings.max_turns else 0
-
-
-def negotiate(dialogue, views, settings, judge, seed, limits, partner=None):
-    """One dialogue, top to bottom: a generator that yields `Say` and is sent the Turn that was spoken (None: void).
-
-    limits: per agent, the tokens that its context holds. partner: a function (dialogue) -> text that speaks for agent 1
-    in place of the model (a script or a person). Fills in turns, streams, agreed, stop, final and the pending verdict.
-    """
-    case, turns = (dialogue.scenario.dilemma, dialogue.scenario.personas), dialogue.turns
-    draws = lambda n: np.random.default_rng(
-        [seed, dialogue.step, zlib.crc32(dialogue.scenario.id.encode()), dialogue.member, n]
-    )
-    request = final_request(dialogue.scenario, FINAL if settings.max_turns else ALONE)
-    last = yield from talk(
-        dialogue,
-        views,
-        settings,
-        judge and (lambda: judge.agreed(*case, turns[:])),
-        draws,
-        limits,
-        partner,
-        request,
-    )
-    dialogue.streams = [streams_of(view, turns, settings.context_turns) for view in views]
-    if not dialogue.agreed and turns and settings.on_impasse == "zero":
-        if (
-            last is not None and last.value is None
-        ):  # nobody knows whether they agreed: a missing reward, not a zero
-            dialogue.judge["failures"] = [f"agreement: {last.reason}"]
-        else:
-            dialogue.reward = 0.0  # the paper: no completion, reward 0, kept in the group
-        return
-    before = views[0].before(turns, request).ids
-    if len(before) + settings.final_tokens > limits[0]:
-        dialogue.stop = "context"
-        dialogue.judge["failures"] = ["context full"]
-        return
-    final = yield Say(
-        0,
-        before,
-        len(views[0].head),
-        settings.final_tokens,
-        settings.final_temperature,
-        settings.final_top_p,
-        draws(1 << 20),
-        final=True,
-    )
-    dialogue.final, dialogue.final_truncated = final.text, final.truncated
-    dialogue.final_sample = views[0].until(turns, final, train=[], closing=request)
-    if judge:
-        dialogue.verdict = judge.score(*case, turns, dialogue.final)
-
-
-def talk(dialogue, views, settings, ask, draws, limits, partner, request):
-    """The turns, until the agents agree, have had their turns, or a context is full. Returns the judge's Verdict on the last turn, or None.
-
-    ask: a function () -> Future of the Verdict whether the turns so far end in agreement. draws: turn number -> random generator.
-    """
-    turns, check, dialogue.stop = dialogue.turns, None, "max_turns"
-    for t in range(settings.max_turns):
-        me, seen = t % 2, turns[-settings.context_turns or None :]
-        before = views[me].before(seen, cut=len(seen) < len(turns)).ids
-        if (
-            len(before) + room(settings) > limits[me]
-            or len(views[0].before(turns, request).ids) + room(settings) + settings.final_tokens
-            > limits[0]
-        ):
-            dialogue.stop = "context"
-            break
-        if me == 1 and partner:
-            dialogue.agreed = bool(check and check.result().value)
-            if not dialogue.agreed:
-                turn = Turn(1, partner(dialogue), False)
-                turn.ids = views[0].chat.plain(turn.text)
-        else:  # the next turn is spoken while the judge still thinks about the last one; if that one settled it, the new one is void
-            turn = yield Say(
-                me,
-                before,
-                len(views[me].head),
-                settings.turn_tokens,
-                settings.temperature,
-                settings.top_p,
-                draws(t),
-                unless=check,
-            )
-            dialogue.agreed = turn is None
-        if dialogue.agreed:
-            break
-        turns.append(turn)
-        if settings.agreement == "marker" and len(turns) > 1:
-            dialogue.agreed = all(re.search(r"\bAGREED?\b", x.text) for x in turns[-2:])
-        if dialogue.agreed:
-            break
-        check = ask() if settings.agreement == "judge" and len(turns) > 1 else None
-    last = None
-    if check is not None and not dialogue.agreed:
-        last = check.result() if check.done() else (yield check)
-        dialogue.agreed = bool(last.value)
-    dialogue.stop = "agreed" if dialogue.agreed else dialogue.stop
-    return last
 
 
 def streams_of(view, turns, context_turns):
-    """An agent's stream as Samples: one with all turns, or, where its view is a window or a template drops what was said, one for each of its turns."""
+    """An agent's stream as Samples: one with all its turns, or one for each of them where its
+    view is a window (context_turns > 0) or the template rewrites what was said."""
     own = [i for i, turn in enumerate(turns) if turn.speaker == view.me and turn.logprobs]
-    if context_turns or not view.chat.stable:
-        first = lambda i: max(0, i - context_turns) if context_turns else 0
-        return [view.until(turns[first(i) : i], turns[i], train=[], cut=first(i) > 0) for i in own]
-    return [view.until(turns[: own[-1]], turns[own[-1]])] if own else []
+    if own and view.chat.stable and not context_turns:
+        return [view.until(turns[: own[-1]], turns[own[-1]])]
+    samples = []
+    for i in own:
+        start = max(0, i - context_turns) if context_turns else 0
+        samples.append(view.until(turns[start:i], turns[i], train=False, windowed=start > 0))
+    return samples
 
 
-# ---- a negotiation that somebody wrote, as if it had been played --------------------------------------------------------
+# ---- a negotiation that somebody wrote, as if it had been played --------------------------------
 
 
 def imitate(demonstration, chat, settings):
-    """A data_gen.Demonstration as a Dialogue: the streams that two agents of this chat format would have, had they said just this.
+    """A data_gen.Demonstration as the Dialogue of two agents who said just this.
 
-    Nobody sampled its tokens, so each log-prob is NaN, and the advantage is 1: the learner then takes the gradient of plain likelihood.
+    Nobody sampled its tokens, so each log-prob is NaN; with the advantage of 1 the learner then
+    takes the gradient of plain likelihood.
     """
     scenario = demonstration.scenario
-    dialogue = Dialogue(
-        scenario,
-        0,
-        0,
-        0,
-        agreed=demonstration.agreed,
-        stop="written",
-        final=demonstration.final,
-        advantage=1.0,
-    )
-    dialogue.turns = [written(chat, t % 2, text) for t, text in enumerate(demonstration.turns)]
+    turns = [written(chat, i % 2, text) for i, text in enumerate(demonstration.turns)]
     views = [View(chat, me, scenario, settings.agreement == "marker") for me in (0, 1)]
-    dialogue.streams = [streams_of(view, dialogue.turns, settings.context_turns) for view in views]
+    final = written(chat, 0, demonstration.final)
     closing = final_request(scenario, FINAL)
-    dialogue.final_sample = views[0].until(
-        dialogue.turns, written(chat, 0, demonstration.final), train=[], closing=closing
-    )
+    dialogue = Dialogue(scenario, step=0, group=0, member=0, turns=turns)
+    dialogue.agreed = demonstration.agreed
+    dialogue.stop = "written"
+    dialogue.streams = [streams_of(view, turns, settings.context_turns) for view in views]
+    dialogue.final = demonstration.final
+    dialogue.final_sample = views[0].until(turns, final, train=False, closing=closing)
+    dialogue.advantage = 1.0
     return dialogue
 
 
@@ -532,238 +411,399 @@ def final_request(scenario, template):
     return fill(template, {"other": other["name"], "creed": other["creed"]})
 
 
-# ---- many dialogues in one batch ------------------------------------------------------------------------------------
+# ---- one dialogue -------------------------------------------------------------------------------
 
 
-def sample(logits, temperature, top_p, uniform):
-    """Draw one token per row by inverse CDF. logits (n, V) fp32; temperature, top_p, uniform (n,) tensors.
+@dataclasses.dataclass
+class Say:
+    """Event: `speaker` speaks after `ids`, up to `limit` tokens; the dialogue is sent the Turn.
 
-    Returns ids, log-prob at that temperature over the full vocabulary, the nucleus's threshold and its log mass, (n,) each.
-    Temperature 0 takes the most likely token. A uniform number per row makes the draw independent of the batch.
+    unless: a Future of a Verdict; once that is True nobody needs this turn, and it may come back
+    unfinished. While it is spoken: table and row, ids that are unread, the turn so far, spoken.
     """
-    greedy = temperature == 0
-    logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
-    logp = logits - logits.logsumexp(1, keepdim=True)  # (n, V)
-    weights = logp.exp()
-    cut, mass = torch.full_like(uniform, -math.inf), torch.zeros_like(uniform)
-    rows = (top_p < 1).nonzero()[:, 0]
-    if len(rows):
-        for k in (min(256, logits.shape[1]), logits.shape[1]):  # the nucleus is nearly always small
-            top = logp[rows].topk(k).values  # (m, k) descending
-            inside = (
-                (top.exp().cumsum(1) - top.exp() < top_p[rows, None]).sum(1).clamp(min=1)
-            )  # (m,) size of the nucleus
-            if (inside < k).all():
+
+    speaker: int
+    ids: list
+    limit: int
+    temperature: float
+    top_p: float
+    rng: np.random.Generator
+    unless: concurrent.futures.Future = None
+    final: bool = False
+
+    def seat(self, table, row):
+        """Begin to speak, from a row of a table that keeps what it has in common with the ids."""
+        self.table, self.row = table, row
+        self.unread = table.crop(row, self.ids)  # ids that the row does not hold yet
+        self.turn = Turn(self.speaker, "", truncated=True)
+        self.spoken = False
+
+    def add(self, token, logprob, cut, mass):
+        """Take the token that was drawn; at the end of the turn, decode its text."""
+        chat, turn = self.table.voice.chat, self.turn
+        self.unread = [token]
+        turn.ids.append(token)
+        turn.logprobs.append(logprob)
+        if self.top_p < 1:
+            turn.cuts.append(cut)
+            turn.masses.append(mass)
+        turn.truncated = token not in chat.ends
+        self.spoken = not turn.truncated or len(turn.ids) == self.limit
+        if self.spoken:
+            turn.text = chat.text(turn.ids)
+
+    def over(self):
+        """Whether the turn is spoken, or the agents had agreed before it."""
+        check = self.unless
+        return self.spoken or bool(check and check.done() and check.result().value)
+
+
+@dataclasses.dataclass
+class Await:
+    """Event: the dialogue waits for the judge's answer, a Future; it is sent the Verdict."""
+
+    verdict: concurrent.futures.Future
+
+
+def room(settings):
+    """Tokens to keep free for a turn and its template: the other side may read three a token."""
+    return 3 * settings.turn_tokens + 16 if settings.max_turns else 0
+
+
+class Match:
+    """A dialogue and what it takes to play it. partner(dialogue) -> text may speak for agent 1."""
+
+    def __init__(self, dialogue, voices, settings, judge, seed, partner=None):
+        self.dialogue, self.settings, self.judge = dialogue, settings, judge
+        self.seed, self.partner = seed, partner
+        self.limits = [context_limit(voice.model) for voice in voices]
+        scenario, alone = dialogue.scenario, settings.max_turns == 0
+        marker = settings.agreement == "marker"
+        self.views = [View(voices[me].chat, me, scenario, marker, alone) for me in (0, 1)]
+        self.request = final_request(scenario, ALONE if alone else FINAL)
+
+    def rng(self, number):
+        """Random numbers of one turn. They depend on what is said, never on who else is playing."""
+        d = self.dialogue
+        scenario = zlib.crc32(d.scenario.id.encode())
+        return np.random.default_rng([self.seed, d.step, scenario, d.member, number])
+
+    def say_turn(self, number, unless):
+        """The Say of a turn, or None where it would leave no room for the final completion."""
+        settings, turns, me = self.settings, self.dialogue.turns, number % 2
+        seen = turns[-settings.context_turns :] if settings.context_turns else turns
+        ids = self.views[me].before(seen, windowed=len(seen) < len(turns)).ids
+        closed = self.views[0].before(turns, self.request).ids
+        if len(ids) + room(settings) > self.limits[me]:
+            return None
+        if len(closed) + room(settings) + settings.final_tokens > self.limits[0]:
+            return None
+        limit, rng = settings.turn_tokens, self.rng(number)
+        return Say(me, ids, limit, settings.temperature, settings.top_p, rng, unless)
+
+    def say_final(self):
+        """The Say of the final completion, or None where the context is full."""
+        settings = self.settings
+        ids = self.views[0].before(self.dialogue.turns, self.request).ids
+        if len(ids) + settings.final_tokens > self.limits[0]:
+            return None
+        temperature, top_p = settings.final_temperature, settings.final_top_p
+        rng = self.rng(1 << 20)
+        return Say(0, ids, settings.final_tokens, temperature, top_p, rng, final=True)
+
+
+def negotiate(match):
+    """One dialogue, top to bottom: a generator of `Say` and `Await` events, see there.
+
+    Fills in the dialogue's turns, streams, agreed, stop, final and the pending verdict.
+    """
+    dialogue, settings, views = match.dialogue, match.settings, match.views
+    last_verdict = yield from talk(match)
+    turns = dialogue.turns
+    dialogue.streams = [streams_of(view, turns, settings.context_turns) for view in views]
+    if turns and not dialogue.agreed and settings.on_impasse == "zero":
+        if last_verdict and last_verdict.value is None:
+            # Nobody knows whether they agreed: a missing reward, not a zero.
+            dialogue.judge["failures"] = [f"agreement: {last_verdict.reason}"]
+        else:
+            dialogue.reward = 0.0  # the paper: no completion, reward 0, kept in the group
+        return
+    say = match.say_final()
+    if say is None:
+        dialogue.stop = "context"
+        dialogue.judge["failures"] = ["context full"]
+        return
+    final = yield say
+    dialogue.final = final.text
+    dialogue.final_truncated = final.truncated
+    dialogue.final_sample = views[0].until(turns, final, train=False, closing=match.request)
+    if match.judge:
+        case = dialogue.scenario
+        dialogue.verdict = match.judge.score(case.dilemma, case.personas, turns, final.text)
+
+
+def talk(match):
+    """The turns, until the agents agree, have had their turns, or a context is full.
+
+    The judge thinks about a turn while the next one is spoken already; if it finds agreement, the
+    new turn does not count. Returns the Verdict on the last turn, or None if nobody was asked.
+    """
+    dialogue, settings = match.dialogue, match.settings
+    case, turns = dialogue.scenario, dialogue.turns
+    dialogue.stop = "max_turns"
+    check = None  # Future of the Verdict whether `turns` end in agreement
+    for number in range(settings.max_turns):
+        say = match.say_turn(number, unless=check)
+        if say is None:
+            dialogue.stop = "context"
+            break
+        partner_speaks = match.partner and say.speaker == 1
+        if not partner_speaks:
+            turn = yield say
+        if check and (yield Await(check)).value:
+            break
+        if partner_speaks:
+            text = match.partner(dialogue)
+            turn = Turn(1, text, False, ids=match.views[0].chat.plain(text))
+        turns.append(turn)
+        if settings.agreement == "marker" and both_accept(turns):
+            dialogue.agreed = True
+            break
+        if settings.agreement == "judge" and len(turns) > 1:
+            check = match.judge.agreed(case.dilemma, case.personas, turns[:])
+    verdict = None
+    if check:
+        verdict = yield Await(check)
+        dialogue.agreed = bool(verdict.value)
+    if dialogue.agreed:
+        dialogue.stop = "agreed"
+    return verdict
+
+
+def both_accept(turns):
+    """Whether the marker stands in both last turns."""
+    last = turns[-2:]
+    return len(last) == 2 and all(re.search(r"\bAGREED?\b", turn.text) for turn in last)
+
+
+# ---- many dialogues in one batch ----------------------------------------------------------------
+
+
+class Table:
+    """The cache of one model, and the ids that each of its rows holds."""
+
+    def __init__(self, voice, rows):
+        self.voice = voice
+        self.cache = RaggedCache(rows)
+        self.held = [[] for _ in range(rows)]
+
+    def read_heads(self, heads):
+        """Begin rows with their heads {row: ids}; what a group shares is read once, then copied."""
+        rows_of = {}
+        for row, head in heads.items():
+            rows_of.setdefault(tuple(head), []).append(row)
+            self.held[row] = list(head)
+        readers = [rows[0] for rows in rows_of.values()]
+        self.cache.feed(self.voice.model, readers, [list(head) for head in rows_of])
+        for head, (reader, *others) in rows_of.items():
+            if others:
+                self.cache.copy(reader, others, len(head))
+
+    def crop(self, row, ids):
+        """Crop a row to what it shares with `ids`. Returns the ids to read, at least the last."""
+        common = 0
+        for held, wanted in zip(self.held[row], ids[:-1]):
+            if held != wanted:
                 break
-        least = top.gather(1, inside[:, None] - 1)[:, 0]
-        beyond = top.gather(1, inside[:, None].clamp(max=k - 1))[
-            :, 0
-        ]  # the likeliest token outside
-        cut[rows] = torch.where(
-            inside < k, (least + beyond) / 2, -math.inf
-        )  # half-way: rounding cannot move a token over it
-        weights[rows] = torch.where(logp[rows] >= cut[rows, None], weights[rows], 0.0)
-        mass[rows] = weights[rows].sum(1).log()
-    cdf = weights.cumsum(1)
-    total = cdf[:, -1]
-    point = torch.minimum(
-        uniform * total, torch.nextafter(total, torch.zeros_like(total))
-    )  # below the total: never a token of weight 0
-    ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
-    if greedy.any():
-        ids = torch.where(greedy, logits.argmax(1), ids)
-    return ids, logp.gather(1, ids[:, None])[:, 0], cut, mass
+            common += 1
+        del self.held[row][common:]
+        self.cache.lengths[row] = common
+        return ids[common:]
 
 
-class Job:
-    """A `Say` on its way: which row of which cache, which ids are still unread, what was said so far."""
+class Seat:
+    """A dialogue in play, and the event that it waits for."""
 
-    def __init__(self, dialogue, script, say, cache, row):
-        self.dialogue, self.script, self.say, self.cache, self.row = (
-            dialogue,
-            script,
-            say,
-            cache,
-            row,
-        )
-        self.turn, self.spoken = Turn(say.speaker, "", True), False
+    def __init__(self, match, places):
+        self.dialogue, self.places = match.dialogue, places  # (table, row) of each agent
+        self.script, self.event = negotiate(match), None
 
-    @property
-    def unread(self):
-        """Ids that the row's cache does not hold yet."""
-        return (self.say.ids + self.turn.ids)[self.cache.lengths[self.row] :]
+    def ready(self):
+        """Whether the dialogue can go on."""
+        if isinstance(self.event, Await):
+            return self.event.verdict.done()
+        return self.event is None or self.event.over()
 
-    @property
-    def void(self):
-        """The agents had agreed before this turn."""
-        check = self.say.unless
-        return check is not None and check.done() and check.result().value is True
-
-    @property
-    def held(self):
-        """The turn is spoken, but whether it counts is not known yet."""
-        return self.spoken and self.say.unless is not None and not self.say.unless.done()
+    def advance(self):
+        """Go on until there is something to wait for. Returns False at the end of the dialogue."""
+        while self.ready():
+            answer = None
+            if isinstance(self.event, Say):
+                answer = self.event.turn
+            elif self.event:
+                answer = self.event.verdict.result()
+            try:
+                self.event = self.script.send(answer)
+            except StopIteration:
+                return False
+            if isinstance(self.event, Say):
+                self.event.seat(*self.places[self.event.speaker])
+        return True
 
 
 @torch.no_grad()
 def play(
     voices, dialogues, settings, judge=None, seed=0, partner=None, on_token=None, on_done=None
 ):
-    """Play `dialogues` (with scenario, step, group and member set) to their ends, all in one batch; returns them.
+    """Play `dialogues` (scenario, step, group and member set) to their ends; returns them.
 
-    voices: the Voice of agent 0 and of agent 1, usually one and the same. A dialogue is sent to the judge when it is
-    finished, while the others still talk; its `verdict` is a Future. on_token(job, id) and on_done(dialogue) may watch.
+    voices: the Voice of agent 0 and of agent 1, usually one and the same. A finished dialogue is
+    sent to the judge while the others still talk; its `verdict` is a Future. partner: see `Match`.
+    on_token(say, id) and on_done(dialogue) may watch.
     """
-    caches = {id(v.model): RaggedCache(2 * len(dialogues)) for v in voices}
-    models = {id(caches[id(v.model)]): v for v in voices}
-    read = {
-        id(c): [[] for _ in c.lengths] for c in caches.values()
-    }  # ids that each row's cache holds
-    first_row = {
-        id(d): i for i, d in enumerate(dialogues)
-    }  # of agent 0; those of agent 1 follow, because one side mostly speaks at a time
-    heads, jobs, waiting = {}, [], []
-
-    def advance(dialogue, script, answer):
-        """Send an answer into the dialogue and file its next wish."""
-        try:
-            wish = script.send(answer)
-        except StopIteration:
-            if on_done:
-                on_done(dialogue)
-            return
-        if isinstance(wish, concurrent.futures.Future):
-            waiting.append((wish, dialogue, script))
-            return
-        cache = caches[id(voices[wish.speaker].model)]
-        job = Job(
-            dialogue, script, wish, cache, first_row[id(dialogue)] + wish.speaker * len(dialogues)
-        )
-        held = read[id(cache)][job.row]
-        common = next(
-            (i for i, (a, b) in enumerate(zip(held, wish.ids)) if a != b),
-            min(len(held), len(wish.ids)),
-        )
-        cache.lengths[job.row] = min(
-            common, len(wish.ids) - 1
-        )  # crop: what differs is read again, the last id always
-        del held[cache.lengths[job.row] :]
-        jobs.append(job)
-
-    for dialogue in dialogues:
-        views = [
-            View(
-                v.chat,
-                me,
-                dialogue.scenario,
-                settings.agreement == "marker",
-                settings.max_turns == 0,
-            )
-            for me, v in enumerate(voices)
-        ]
-        limits = [context_limit(v.model) for v in voices]
-        advance(dialogue, negotiate(dialogue, views, settings, judge, seed, limits, partner), None)
-    with packed(*{v.model for v in voices}, half=any(v.half for v in voices)):
-        while jobs or waiting:
-            for job in [j for j in jobs if j.void or (j.spoken and not j.held)]:
-                jobs.remove(job)
-                advance(job.dialogue, job.script, None if job.void else job.turn)
-            for item in [w for w in waiting if w[0].done()]:
-                waiting.remove(item)
-                advance(item[1], item[2], item[0].result())
-            batch = choose_batch(jobs)
-            pending = [j.say.unless for j in jobs if j.held] + [w[0] for w in waiting]
+    if not dialogues:
+        return dialogues
+    count = len(dialogues)
+    tables = [Table(voice, 2 * count) for voice in voices]
+    if voices[0].model is voices[1].model:
+        tables[1] = tables[0]
+    matches = [Match(d, voices, settings, judge, seed, partner) for d in dialogues]
+    seats = []
+    for row, match in enumerate(matches):
+        # Agent 1's rows follow those of agent 0, because one side mostly speaks at a time.
+        seats.append(Seat(match, [(tables[0], row), (tables[1], row + count)]))
+    with packed(*{voice.model for voice in voices}):
+        tables[0].read_heads({row: match.views[0].head for row, match in enumerate(matches)})
+        if settings.max_turns > 1 and not partner:
+            heads = {row: match.views[1].head for row, match in enumerate(matches, count)}
+            tables[1].read_heads(heads)
+        while seats:
+            for seat in [seat for seat in seats if seat.ready()]:
+                seats.remove(seat)
+                if seat.advance():
+                    seats.append(seat)
+                elif on_done:
+                    on_done(seat.dialogue)
+            batch = choose_batch([seat.event for seat in seats if isinstance(seat.event, Say)])
             if batch:
-                speak(batch, models[id(batch[0].cache)], heads, read[id(batch[0].cache)], on_token)
-            elif pending:
-                concurrent.futures.wait(pending, return_when=concurrent.futures.FIRST_COMPLETED)
+                speak(batch, on_token)
+            elif seats:
+                verdicts = [seat.event.verdict for seat in seats]
+                concurrent.futures.wait(verdicts, return_when=concurrent.futures.FIRST_COMPLETED)
     return dialogues
 
 
-def choose_batch(jobs):
-    """The jobs of the next forward pass: those who decode, or, once they are a quarter of the talkers, those who must read."""
-    live = [j for j in jobs if not j.spoken]
-    live = [j for j in live if j.cache is live[0].cache]
-    reading = [j for j in live if len(j.unread) > 1]
-    talking = [j for j in live if len(j.unread) == 1]
+def choose_batch(says):
+    """Who is in the next forward pass, all of one table: those who have one id to read, or, once
+    they are a quarter as many, those who have more."""
+    says = [say for say in says if say.table is says[0].table]
+    reading = [say for say in says if len(say.unread) > 1]
+    talking = [say for say in says if len(say.unread) == 1]
     return reading if reading and 4 * len(reading) >= len(talking) else talking
 
 
-def speak(batch, speaker, heads, read, on_token=None):
-    """One forward pass for `batch`: read what is unread, draw one token for each, and mark the turns that ended."""
-    cache, chat = batch[0].cache, speaker.chat
-    fresh = {}
-    for job in batch:  # a group's shared head is read once and copied
-        if cache.lengths[job.row] == 0:
-            fresh.setdefault((id(cache), tuple(job.say.ids[: job.say.shared])), []).append(job.row)
-    new = [key for key in fresh if key not in heads]
-    if new:
-        heads.update({key: fresh[key][0] for key in new})
-        cache.feed(speaker.model, [heads[key] for key in new], [list(key[1]) for key in new])
-    for key, rows in fresh.items():
-        targets = [r for r in rows if r != heads[key]]
-        if targets:
-            cache.copy(heads[key], targets, len(key[1]))
-    if all(len(job.unread) == 1 for job in batch):
-        order = {row: i for i, row in enumerate(cache.together([job.row for job in batch]))}
-        batch = sorted(batch, key=lambda job: order[job.row])
-    logits = cache.feed(speaker.model, [job.row for job in batch], [job.unread for job in batch])
-    as_tensor = lambda values: torch.tensor(values, dtype=torch.float32, device=logits.device)
-    drawn = sample(
-        logits,
-        as_tensor([j.say.temperature for j in batch]),
-        as_tensor([j.say.top_p for j in batch]),
-        as_tensor([j.say.rng.random() for j in batch]),
-    )
-    for job, token, logp, cut, mass in zip(batch, *(x.tolist() for x in drawn)):
-        turn = job.turn
-        read[job.row] = (
-            job.say.ids + turn.ids
-        )  # what the cache holds now; the new token is not read yet
-        turn.ids.append(token)
-        turn.logprobs.append(logp)
-        if job.say.top_p < 1:
-            turn.cuts.append(cut)
-            turn.masses.append(mass)
-        turn.truncated = token not in chat.ends
+def speak(batch, on_token=None):
+    """One forward pass for Says of one table: read what is unread, draw a token for each."""
+    table = batch[0].table
+    batch, logits = read(batch, table)
+    for say, token, logprob, cut, mass in zip(batch, *draw_for(batch, logits)):
+        say.add(token, logprob, cut, mass)
         if on_token:
-            on_token(job, token)
-        if not turn.truncated or len(turn.ids) == job.say.limit:
-            turn.text, job.spoken = chat.text(turn.ids), True
+            on_token(say, token)
 
 
-# ---- what a person sees ---------------------------------------------------------------------------------------------
+def read(batch, table):
+    """Read what is unread: the batch, in the order of the cache where it decodes, and the logits
+    after each one's last id, (b, V) fp32."""
+    if all(len(say.unread) == 1 for say in batch):
+        say_of = {say.row: say for say in batch}
+        batch = [say_of[row] for row in table.cache.together(list(say_of))]
+    unread = [say.unread for say in batch]
+    logits = table.cache.feed(table.voice.model, [say.row for say in batch], unread)
+    for say in batch:
+        table.held[say.row] += say.unread
+    return batch, logits
+
+
+def draw_for(batch, logits):
+    """Draw the next token of each: lists of ids, log-probs, cuts and masses."""
+    temperatures = [say.temperature for say in batch]
+    top_ps = [say.top_p for say in batch]
+    uniforms = [say.rng.random() for say in batch]
+    numbers = torch.tensor([temperatures, top_ps, uniforms], device=logits.device)  # (3, b) fp32
+    return [column.tolist() for column in draw(logits, *numbers)]
+
+
+def draw(logits, temperature, top_p, uniform):
+    """Draw one token per row by inverse CDF; temperature 0 takes the most likely one.
+
+    logits (b, V) fp32; temperature, top_p and uniform (b,). A uniform number per row makes the
+    draw independent of the batch. Returns, (b,) each: ids; log-probs at that temperature over the
+    full vocabulary; cuts, the log-prob at which the row's nucleus ends (-inf without one); masses,
+    the log of the nucleus's probability.
+    """
+    greedy = temperature == 0
+    logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
+    logp = logits - logits.logsumexp(1, keepdim=True)  # (b, V)
+    weights = logp.exp()
+    cut = torch.full_like(uniform, -math.inf)
+    mass = torch.zeros_like(uniform)
+    rows = (top_p < 1).nonzero()[:, 0]
+    if len(rows):
+        cut[rows] = nucleus(logp[rows], top_p[rows])
+        weights[rows] = torch.where(logp[rows] >= cut[rows, None], weights[rows], 0.0)
+        mass[rows] = weights[rows].sum(1).log()
+    cdf = weights.cumsum(1)  # (b, V)
+    total = cdf[:, -1]
+    # Below the total, so that rounding never reaches a last token of weight 0.
+    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
+    if greedy.any():
+        ids = torch.where(greedy, logits.argmax(1), ids)
+    return ids, logp.gather(1, ids[:, None])[:, 0], cut, mass
+
+
+def nucleus(logp, top_p):
+    """The log-prob at which each row's nucleus ends: the fewest likeliest tokens that have top_p.
+
+    logp (m, V), top_p (m,) -> (m,): half-way between the last token inside and the first outside,
+    so that rounding moves no token over it; -inf where all are inside (arXiv 1904.09751).
+    """
+    vocabulary = logp.shape[1]
+    for k in (min(256, vocabulary), vocabulary):  # the nucleus is nearly always small
+        top = logp.topk(k).values  # (m, k) descending
+        before = top.exp().cumsum(1) - top.exp()  # probability of the tokens before each
+        size = (before < top_p[:, None]).sum(1, keepdim=True).clamp(min=1)  # (m, 1)
+        if (size < k).all():
+            break
+    last_inside = top.gather(1, size - 1)
+    first_outside = top.gather(1, size.clamp(max=k - 1))
+    return torch.where(size < k, (last_inside + first_outside) / 2, -math.inf)[:, 0]
+
+
+# ---- what a person sees -------------------------------------------------------------------------
 
 
 def printable(text):
-    """Text from a model on one line, without the control characters that could take over a terminal."""
+    """Text from a model on one line, without control characters that could take over a terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def transcript(dialogue, indent="", width=120, longest=1000):
-    """One dialogue as lines of text, wrapped at `width`: who said what, how it ended, the joint solution and its score.
-
-    A text of more than `longest` characters ends, after a whole word, in "...".
-    """
-    names = [p["name"] for p in dialogue.scenario.personas]
-    lines = [f"dilemma: {dialogue.scenario.dilemma}"] + [
-        f"{names[t.speaker]}: {t.text}{' [cut off]' if t.truncated else ''}" for t in dialogue.turns
-    ]
+def transcript(dialogue, indent=""):
+    """One dialogue as wrapped lines of text: who said what, how it ended, the final, its score."""
+    names = [persona["name"] for persona in dialogue.scenario.personas]
+    lines = [f"dilemma: {dialogue.scenario.dilemma}"]
+    for turn in dialogue.turns:
+        cut_off = " [cut off]" if turn.truncated else ""
+        lines.append(f"{names[turn.speaker]}: {turn.text}{cut_off}")
     score = "no score" if dialogue.reward is None else f"{dialogue.reward:.2f}"
-    lines.append(
-        f"joint solution ({dialogue.stop}, {score}): {dialogue.final if dialogue.final is not None else '(none)'}"
+    final = "(none)" if dialogue.final is None else dialogue.final
+    lines.append(f"joint solution ({dialogue.stop}, {score}): {final}")
+    wrapper = textwrap.TextWrapper(
+        120, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
     )
-    whole = [textwrap.shorten(printable(line), longest, placeholder=" ...") for line in lines]
-    return "\n".join(
-        textwrap.fill(
-            line,
-            width,
-            initial_indent=indent,
-            subsequent_indent=indent + "  ",
-            break_on_hyphens=False,
-        )
-        for line in whole
-    )
+    short = [textwrap.shorten(printable(line), 1000, placeholder=" ...") for line in lines]
+    return "\n".join(wrapper.fill(line) for line in short)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -776,9 +816,7 @@ class WatchSettings(PlaySettings, reward.JudgeSettings):
     dilemma: str = option("", "the dilemma (empty: one of the shipped ones, drawn by --seed)")
     persona_a: str = option("", "who opens, as 'Name: creed' (empty: the scenario's)")
     persona_b: str = option("", "who answers, as 'Name: creed' (empty: the scenario's)")
-    human: str = option(
-        "", "take the side of a or b yourself; the model then opens", choices=("", "a", "b")
-    )
+    human: str = option("", "your side, a or b; the model then opens", choices=("", "a", "b"))
     seed: int = option(0, "of the scenario and of the sampling", low=0)
 
 
@@ -787,68 +825,63 @@ def watched_scenario(settings):
     scenarios = data_gen.load_scenarios(seed=settings.seed)
     scenario = scenarios[settings.seed % len(scenarios)]
     personas = list(scenario.personas)
-    for i, (flag, text) in enumerate(
-        (("--persona-a", settings.persona_a), ("--persona-b", settings.persona_b))
-    ):
+    for i, side in enumerate("ab"):
+        text = getattr(settings, f"persona_{side}")
+        name, _, creed = (part.strip() for part in text.partition(":"))
+        if text and not (name and creed):
+            raise UserError(f"--persona-{side} {text!r}: write it as 'Name: creed'")
         if text:
-            name, colon, creed = text.partition(":")
-            if not (name.strip() and creed.strip()):
-                raise UserError(f"{flag} {text!r}: write it as 'Name: creed'")
-            personas[i] = {"name": name.strip(), "creed": creed.strip()}
-    return dataclasses.replace(
-        scenario,
-        dilemma=settings.dilemma or scenario.dilemma,
-        personas=tuple(personas[::-1] if settings.human == "a" else personas),
-    )
+            personas[i] = {"name": name, "creed": creed}
+    if settings.human == "a":
+        personas.reverse()
+    dilemma = settings.dilemma or scenario.dilemma
+    return dataclasses.replace(scenario, dilemma=dilemma, personas=tuple(personas))
+
+
+class Screen:
+    """Prints a negotiation, live and in colour, and asks the person who takes a side."""
+
+    def __init__(self, scenario, chat):
+        self.names = [printable(persona["name"]) for persona in scenario.personas]
+        self.chat = chat
+        self.say, self.shown = None, 0  # who speaks, and how many characters of it are printed
+        print(f"dilemma: {printable(scenario.dilemma)}")
+        for name, persona in zip(self.names, scenario.personas):
+            print(f"{name}: {printable(persona['creed'])}")
+
+    def on_token(self, say, token):
+        """Print what is new of the words."""
+        if say is not self.say:
+            self.say, self.shown = say, 0
+            title = "joint solution" if say.final else self.names[say.speaker]
+            print(f"\n\033[1;{36 - 3 * say.speaker}m{title}:\033[0m ", end="")
+        words = printable(self.chat.text(say.turn.ids)).removesuffix("\ufffd")  # half a character
+        print(words[self.shown :], end="", flush=True)
+        self.shown = max(self.shown, len(words))
+
+    def ask_human(self, dialogue):
+        """A line from the keyboard; at its end the person agrees."""
+        print(f"\n\033[1;33m{self.names[1]} (you):\033[0m ", end="", flush=True)
+        return (sys.stdin.readline() or "AGREED").strip()
 
 
 def main(argv=None):
-    """`python selfplay.py`: one negotiation, live and in colour, with the judge's score at the end."""
+    """`python selfplay.py`: one negotiation, with the judge's score at the end."""
     settings = command_line(WatchSettings, argv, prog="selfplay.py")
     scenario = watched_scenario(settings)
     speaker = voice(*load(settings.model, device=own_device()))
-    names, shown = [printable(p["name"]) for p in scenario.personas], {}
-
-    def on_token(job, token):
-        said = printable(
-            job.turn.text if job.spoken else speaker.chat.text(job.turn.ids)
-        ).removesuffix("\ufffd")  # half a character waits
-        if (
-            id(job) not in shown
-        ):  # {id: [job, characters]}: a job that is kept keeps its id to itself
-            title = "joint solution" if job.say.final else names[job.say.speaker]
-            print(f"\n\033[1;{36 - 3 * job.say.speaker}m{title}:\033[0m ", end="")
-            shown[id(job)] = [job, 0]
-        print(said[shown[id(job)][1] :], end="", flush=True)
-        shown[id(job)][1] = max(shown[id(job)][1], len(said))
-
-    def ask_human(dialogue):
-        print(f"\n\033[1;33m{names[1]} (you):\033[0m ", end="", flush=True)
-        return (sys.stdin.readline() or "AGREED").strip()
-
+    voices, dialogue = (speaker, speaker), Dialogue(scenario, step=0, group=0, member=0)
     with reward.open_judge(settings) as judge:
-        print(
-            "\n".join(
-                [f"dilemma: {printable(scenario.dilemma)}"]
-                + [f"{n}: {printable(p['creed'])}" for n, p in zip(names, scenario.personas)]
-            )
-        )
-        dialogue = Dialogue(scenario, 0, 0, 0)
-        play(
-            (speaker, speaker),
-            [dialogue],
-            settings,
-            judge,
-            settings.seed,
-            partner=ask_human if settings.human else None,
-            on_token=on_token,
-        )
+        screen = Screen(scenario, speaker.chat)
+        partner = screen.ask_human if settings.human else None
+        play(voices, [dialogue], settings, judge, settings.seed, partner, screen.on_token)
         verdict = dialogue.verdict.result() if dialogue.verdict else None
-    score = (
-        f"{verdict.value:.2f} of 5"
-        if verdict and verdict.value is not None
-        else f"none ({verdict.reason if verdict else 'no final completion'})"
-    )
+    if verdict is None:
+        score = "none (no final completion)"
+    elif verdict.value is None:
+        score = f"none ({verdict.reason})"
+    else:
+        score = f"{verdict.value:.2f} of 5"
     print(f"\n\nstopped: {dialogue.stop}; the judge's score: {score}")
 
 

@@ -1,11 +1,13 @@
-"""Dialogues against plain Hugging Face forwards: ids, masks, log-probs, templates, verdicts that arrive at any time, ends of all kinds."""
+"""Dialogues against plain Hugging Face forwards.
+
+Ids, masks, log-probs, templates, verdicts that arrive at any time, ends of all kinds.
+"""
 
 import concurrent.futures
 import dataclasses
 import math
 import random
 import re
-import types
 import zlib
 
 import helpers
@@ -25,7 +27,6 @@ TEMPLATES = {
     "gemma": helpers.GEMMA,
     "mistral": helpers.MISTRAL,
     "qwen3": helpers.QWEN3,
-    "none": None,
 }
 
 
@@ -43,33 +44,31 @@ def settings(**more):
 
 
 def talker(kind="llama", template=helpers.CHATML, stop=0.15, seed=0, ends=(2,), **more):
-    """A Voice whose model ends its turns now and then: a bias makes each end the likeliest token in a share `stop` of the places."""
+    """A Voice that ends its turns now and then.
+
+    A bias makes each end the likeliest token in a share `stop` of the places.
+    """
     model, tokenizer = helpers.tiny(kind, seed), helpers.tokenizer(template, **more)
-    logits = (
-        model(torch.randint(4, len(tokenizer), (8, 40), generator=torch.Generator().manual_seed(0)))
-        .logits.detach()
-        .flatten(0, 1)
-    )
+    some = torch.randint(4, len(tokenizer), (8, 40), generator=torch.Generator().manual_seed(0))
+    logits = model(some).logits.detach().flatten(0, 1)
     model.generation_config = GenerationConfig(eos_token_id=list(ends))
-    model.get_output_embeddings().bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
+    bias = torch.zeros(len(tokenizer))
     for end in ends:
-        model.get_output_embeddings().bias.data[end] = (
-            logits.max(1).values - logits[:, end]
-        ).quantile(stop)
+        bias[end] = (logits.max(1).values - logits[:, end]).quantile(stop)
+    model.get_output_embeddings().bias = torch.nn.Parameter(bias)
     return selfplay.voice(model, tokenizer)
 
 
 class Script:
-    """A judge by rule, whose verdicts come when the test wants. `moment` "asked": at once; "last": when nobody can go on without one,
-    in random order; "random": some number of tokens later. No clock and no thread, so every run is the same."""
+    """A judge by rule, whose verdicts come when the test wants.
+
+    moment "asked": at once; "last": when nobody can go on without one, in random order; "random":
+    some number of tokens later. No clock and no thread, so every run is the same.
+    """
 
     def __init__(self, rule, moment="asked", seed=0):
-        self.rule, self.moment, self.rng, self.pending = (
-            rule,
-            moment,
-            np.random.default_rng(seed),
-            [],
-        )
+        self.rule, self.moment, self.pending = rule, moment, []
+        self.rng = np.random.default_rng(seed)
 
     def agreed(self, dilemma, personas, turns):
         future = concurrent.futures.Future()
@@ -99,167 +98,137 @@ class Script:
 
 
 def sometimes(dilemma, turns):
-    """Agreed at a length that depends on the words, from 2 to 7 turns; missing (None) now and then before that."""
-    draw = zlib.crc32(
-        ("31" + dilemma + turns[0].text).encode()
-    )  # a number with which every kind of model and template sees every kind of end
+    """Agreed at a length that depends on the words, from 2 to 7 turns; before that sometimes None.
+
+    The salt is one with which every kind of model and template sees every kind of end.
+    """
+    draw = zlib.crc32(("31" + dilemma + turns[0].text).encode())
     return len(turns) >= 2 + draw % 6 or (None if draw % 3 else False)
 
 
 def play(speaker, dialogues, cfg, judge=None, **more):
     """selfplay.play with one Voice for both agents."""
+    voices = (speaker, speaker)
     if judge is None:
-        return selfplay.play((speaker, speaker), dialogues, cfg, **more)
+        return selfplay.play(voices, dialogues, cfg, **more)
+
+    def tick(say, token):
+        judge.tick()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selfplay.concurrent.futures, "wait", judge.wait)
-        return selfplay.play(
-            (speaker, speaker),
-            dialogues,
-            cfg,
-            judge,
-            on_token=lambda job, token: judge.tick(),
-            **more,
-        )
+        return selfplay.play(voices, dialogues, cfg, judge, on_token=tick, **more)
 
 
 def content(dialogue):
     """Everything that play has written, as plain data."""
-    return {k: v for k, v in dialogue.record().items() if k not in ("group",)}
+    return {key: value for key, value in dialogue.record().items() if key != "group"}
+
+
+def plain(dialogue):
+    """The words, and how it ended."""
+    turns = [(turn.ids, turn.text, turn.truncated) for turn in dialogue.turns]
+    final_ids = dialogue.record()["final_ids"]
+    return turns, dialogue.agreed, dialogue.stop, dialogue.final, final_ids
 
 
 def samples(dialogue):
-    return [s for stream in dialogue.streams for s in stream] + [
-        s for s in [dialogue.final_sample] if s
-    ]
+    """All Samples, the final one last."""
+    found = [*dialogue.streams[0], *dialogue.streams[1]]
+    if dialogue.final_sample:
+        found.append(dialogue.final_sample)
+    return found
+
+
+def nucleus_of(probabilities, top_p):
+    """Its tokens, by the definition: the fewest likeliest that reach top_p together."""
+    order = probabilities.argsort(descending=True)
+    return order[: int((probabilities[order].cumsum(0) < top_p).sum()) + 1]
 
 
 def check_logprobs(model, dialogue, cfg):
-    """Recorded log-probs are those of a plain forward of each sample alone; what is not masked carries nothing."""
+    """Recorded log-probs are those of a plain forward of each sample; outside the mask is 0."""
     for sample in samples(dialogue):
-        assert (
-            len(
-                {
-                    len(column)
-                    for column in (
-                        sample.ids,
-                        sample.mask,
-                        sample.logprobs,
-                        sample.cuts,
-                        sample.masses,
-                    )
-                }
-            )
-            == 1
-        )
-        expected = helpers.plain_logprobs(
-            model,
-            sample.ids,
-            cfg.final_temperature if sample is dialogue.final_sample else cfg.temperature,
-        )
+        columns = (sample.mask, sample.logprobs, sample.cuts, sample.masses)
+        assert all(len(column) == len(sample.ids) for column in columns)
+        final = sample is dialogue.final_sample
+        temperature = cfg.final_temperature if final else cfg.temperature
+        expected = helpers.plain_logprobs(model, sample.ids, temperature).detach()
         got, mask = torch.tensor(sample.logprobs), torch.tensor(sample.mask) > 0
         assert mask.any() and not mask[0] and not got[~mask].any()
-        torch.testing.assert_close(got[mask], expected[mask[1:]].detach(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(got[mask], expected[mask[1:]], rtol=0, atol=1e-4)
 
 
 def check_masks(dialogue):
     """Masked ids are the sampled ones, each turn in exactly one place."""
     for me, stream in enumerate(dialogue.streams):
-        assert [i for s in stream for i, m in zip(s.ids, s.mask) if m] == [
-            i for t in dialogue.turns if t.speaker == me for i in t.ids
-        ]
+        masked, spoken = [], []
+        for sample in stream:
+            masked += sample.sampled()
+        for turn in dialogue.turns:
+            spoken += turn.ids if turn.speaker == me else []
+        assert masked == spoken
 
 
-# ---- log-probs, masks, tokens ---------------------------------------------------------------------------------------
+# ---- log-probs, masks, tokens -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("context_turns", [0, 2])
 @pytest.mark.parametrize("kind", helpers.KINDS)
 def test_recorded_logprobs_are_those_of_a_plain_forward(kind, context_turns):
-    speaker, cfg = (
-        talker(kind),
-        settings(max_turns=5, context_turns=context_turns, agreement="judge"),
-    )
+    cfg = settings(max_turns=5, context_turns=context_turns, agreement="judge")
+    speaker = talker(kind)
     played = play(speaker, helpers.dialogues(3, 3), cfg, Script(sometimes, "random"))
     for d in played:
         check_logprobs(speaker.model, d, cfg)
         check_masks(d)
         assert d.verdict.result().value == len(d.turns) and (d.stop == "agreed") == d.agreed
-    assert (
-        len({len(d.turns) for d in played}) > 2
-        and len({len(t.ids) for d in played for t in d.turns}) > 4
-    )  # early finishers, uneven turns
+    assert len({len(d.turns) for d in played}) > 2  # early finishers
+    lengths = set()
+    for d in played:
+        lengths |= {len(turn.ids) for turn in d.turns}
+    assert len(lengths) > 4  # uneven turns
     assert {d.stop for d in played} == {"agreed", "max_turns"}
 
 
-@pytest.mark.parametrize(
-    "kind", ["llama", "qwen2", "gpt2"]
-)  # own output layer, biases and a tied one, few linear layers
-def test_weights_in_fp16_change_nothing_but_their_own_rounding(kind):
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        pytest.skip("this machine has no FBGEMM")
-    exact, half, rounded = talker(kind), talker(kind), talker(kind)
-    half.half = True
-    for m in rounded.model.modules():
-        if isinstance(
-            m, torch.nn.Linear
-        ):  # a new tensor: the token embeddings, which may be the same weights, are not rounded
-            m.weight = torch.nn.Parameter(m.weight.detach().half().float())
-    cfg, before = settings(), {n: p.clone() for n, p in half.model.named_parameters()}
-    as_is, got, expected = (
-        play(speaker, helpers.dialogues(2, 3), cfg) for speaker in (exact, half, rounded)
-    )
-    logprobs = lambda played: [
-        x for d in played for turn in [*d.turns, d.final_sample] for x in turn.logprobs
-    ]
-    assert [t.ids for d in got for t in d.turns] == [
-        t.ids for d in expected for t in d.turns
-    ] and len(logprobs(got)) > 100
-    assert logprobs(got) == pytest.approx(logprobs(expected), abs=1e-5)
-    assert logprobs(got) != pytest.approx(
-        logprobs(as_is), abs=1e-5
-    )  # it was not the fp32 weights that played
-    assert all(torch.equal(p, before[n]) for n, p in half.model.named_parameters()) and not any(
-        "forward" in vars(m) for m in half.model.modules()
-    )
+def masked_ids(stream, shift=0):
+    """The ids of a stream under its masks, each moved to the left by `shift`."""
+    found = []
+    for sample in stream:
+        mask = sample.mask[shift:] + sample.mask[:shift]
+        found += [token for token, own in zip(sample.ids, mask) if own]
+    return found
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("context_turns", [0, 2])
 def test_masked_ids_decode_to_this_agents_utterances(template, context_turns):
-    speaker, cfg = (
-        talker(template=TEMPLATES[template]),
-        settings(max_turns=5, context_turns=context_turns),
-    )
-    decode, played = speaker.chat.tokenizer.decode, play(speaker, helpers.dialogues(1, 4), cfg)
-    words = [t.ids if t.truncated else t.ids[:-1] for d in played for t in d.turns]
-    assert any(
-        speaker.chat.plain(decode(ids)) != ids for ids in words
-    )  # what was sampled is not the encoding of its own text
-    for d in played:
+    speaker = talker(template=TEMPLATES[template])
+    decode, plain_ids = speaker.chat.tokenizer.decode, speaker.chat.plain
+    cfg = settings(max_turns=5, context_turns=context_turns)
+    not_canonical = 0
+    for d in play(speaker, helpers.dialogues(1, 4), cfg):
         check_masks(d)
         check_logprobs(speaker.model, d, cfg)
-        for me in (0, 1):
-            spoken = [t for t in d.turns if t.speaker == me]
-            said = decode([i for t in spoken for i in t.ids])
-            assert said.count("<|im_end|>") == sum(not t.truncated for t in spoken)
-            for shift in (-1, 0, 1):
-                masked = [
-                    i
-                    for s in d.streams[me]
-                    for i, m in zip(s.ids, s.mask[-shift:] + s.mask[:-shift])
-                    if m
-                ]
-                assert (decode(masked) == said) == (shift == 0)
-            assert (
-                decode([i for s in d.streams[me] for i, m in zip(s.ids, s.mask) if not m]) != said
-            )
+        for turn in d.turns:
+            words = turn.ids if turn.truncated else turn.ids[:-1]
+            not_canonical += plain_ids(decode(words)) != words
+        for me, stream in enumerate(d.streams):
+            spoken = [turn for turn in d.turns if turn.speaker == me]
+            said = decode(sum((turn.ids for turn in spoken), []))
+            assert said.count("<|im_end|>") == sum(not turn.truncated for turn in spoken)
+            assert decode(masked_ids(stream)) == said
+            assert decode(masked_ids(stream, 1)) != said != decode(masked_ids(stream, -1))
+            inverted = [dataclasses.replace(s, mask=[1 - m for m in s.mask]) for s in stream]
+            assert decode(masked_ids(inverted)) != said
         if context_turns == 0 and template != "qwen3":
-            assert [len(s) for s in d.streams] == [1, 1]
+            assert [len(stream) for stream in d.streams] == [1, 1]
         else:
-            assert [len(s) for s in d.streams] == [3, 2]
+            assert [len(stream) for stream in d.streams] == [3, 2]
             assert [sum(s.mask) for s in d.streams[0]] == [len(t.ids) for t in d.turns[::2]]
-        final = [i for i, m in zip(d.final_sample.ids, d.final_sample.mask) if m]
+        final = d.final_sample.sampled()
         assert final == d.record()["final_ids"] and d.final == speaker.chat.text(final)
+    assert not_canonical  # what was sampled is not the encoding of its own text
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -335,11 +304,15 @@ def test_a_window_does_not_pretend_to_be_the_opening():
 
 
 def by_generate(scenario, cfg):
-    """The same dialogue with tokenizer text, `generate` and nothing of ours: the ids of each turn and of the final."""
+    """The same dialogue by text, `generate` and nothing of ours: ids of the turns, of the final."""
     model, tok = helpers.tiny(), helpers.tokenizer()
     model.set_attn_implementation("eager")
-    encode = lambda text: tok(text, add_special_tokens=False)["input_ids"]
-    streams, turns, a, b = [], [], *scenario.personas
+    streams, turns = [], []
+    a, b = scenario.personas
+
+    def encode(text):
+        return tok(text, add_special_tokens=False)["input_ids"]
+
     for me, other in ((a, b), (b, a)):
         slots = {
             "me": me["name"],
@@ -390,141 +363,134 @@ def test_a_greedy_dialogue_is_that_of_generate(max_turns):
         assert [t.ids for t in d.turns] == turns and d.record()["final_ids"] == final
 
 
-# ---- the cache ------------------------------------------------------------------------------------------------------
+# ---- the cache ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("context_turns", [0, 2])
 def test_each_token_is_computed_once_per_stream(monkeypatch, context_turns, checkpointing):
-    fed, read, speaker = [], lm.RaggedCache.read, talker()
-    monkeypatch.setattr(
-        lm.RaggedCache,
-        "read",
-        lambda cache, model, rows, tokens: fed.extend(tokens) or read(cache, model, rows, tokens),
-    )
-    cfg, plain = (
-        settings(context_turns=context_turns),
-        play(talker(), helpers.dialogues(2, 4), settings(context_turns=context_turns)),
-    )
-    fed.clear()
+    read, speaker = lm.RaggedCache.read, talker()
+    cfg = settings(context_turns=context_turns)
+    expected = play(talker(), helpers.dialogues(2, 4), cfg)
+    fed = []
+
+    def watched(cache, model, rows, tokens):
+        fed.extend(tokens)
+        return read(cache, model, rows, tokens)
+
+    monkeypatch.setattr(lm.RaggedCache, "read", watched)
     if checkpointing:
         speaker.model.activation_checkpointing_enable()
     played = play(speaker, helpers.dialogues(2, 4), cfg)
-    assert [content(d) for d in played] == [content(d) for d in plain]
-    views = [[selfplay.View(speaker.chat, me, d.scenario, False) for me in (0, 1)] for d in played]
-    heads = sum(len(v.head) for v in views[0] + views[4])  # one for each group and agent, read once
-    assert sum(fed.count(v.head) for v in views[0] + views[4]) == 4
-    if (
-        context_turns == 0
-    ):  # all of each stream but its head and its last token, which nobody needs to read
-        own = [
-            (
-                len(d.final_sample.ids) - d.final_truncated - 1 - len(a.head),
-                len(d.streams[1][0].ids) - d.turns[3].truncated - 1 - len(b.head),
-            )
-            for d, (a, b) in zip(played, views)
-        ]
-        assert sum(map(len, fed)) == heads + sum(map(sum, own))
-    else:  # all behind the head, once per turn
-        most = sum(
-            len(s.ids) - 1 - len(view.head)
-            for d, (a, b) in zip(played, views)
-            for view, some in ((a, d.streams[0] + [d.final_sample]), (b, d.streams[1]))
-            for s in some
-        )
-        assert heads < sum(map(len, fed)) <= heads + most
+    assert [content(d) for d in played] == [content(d) for d in expected]
+    heads, most = 0, 0  # tokens of shared heads, and of all samples behind theirs
+    for d in played:
+        views = [selfplay.View(speaker.chat, me, d.scenario, False) for me in (0, 1)]
+        if d.member == 0:
+            assert [fed.count(view.head) for view in views] == [1, 1]  # once for the whole group
+            heads += sum(len(view.head) for view in views)
+        for sample in samples(d):
+            me = sample in d.streams[1]
+            most += len(sample.ids) - 1 - len(views[me].head)
+        if context_turns == 0:  # the final completion goes on where agent 0's stream ends
+            most -= len(d.streams[0][0].ids) - 1 - len(views[0].head)
+            # nobody needs to read the end that closes a truncated turn
+            most -= d.final_truncated + d.turns[3].truncated
+    read_once = sum(map(len, fed)) - heads
+    if context_turns == 0:
+        assert read_once == most
+    else:  # all behind the head, once per turn; where windows overlap, less
+        assert 0 < read_once <= most
 
 
 def test_a_dialogue_is_the_same_in_any_company():
     cfg, speaker = settings(agreement="judge"), talker()
-    alone = [play(speaker, [d], cfg, Script(sometimes, "last"))[0] for d in helpers.dialogues(3, 3)]
-    plain = lambda d: ([t.ids for t in d.turns], d.record()["final_ids"], d.stop)
+    alone = []
+    for d in helpers.dialogues(3, 3):
+        alone += map(plain, play(speaker, [d], cfg, Script(sometimes, "last")))
     together = play(speaker, helpers.dialogues(3, 3), cfg, Script(sometimes, "random"))
-    assert [plain(d) for d in together] == [plain(d) for d in alone]
-    assert [plain(d) for d in play(speaker, helpers.dialogues(3, 3)[::-1], cfg, Script(sometimes))][
-        ::-1
-    ] == [plain(d) for d in alone]
-    assert len({str(plain(d)) for d in alone}) == 9  # members and scenarios differ
-    for other in (dict(seed=1), dict(step=2)):
-        again = play(
-            speaker, helpers.dialogues(3, 3, other.pop("step", 1)), cfg, Script(sometimes), **other
-        )
-        assert not any(plain(a) == plain(b) for a, b in zip(again, alone))
-    twice = play(
-        speaker, helpers.dialogues(1, 1) * 1 + helpers.dialogues(1, 1), cfg, Script(sometimes)
-    )  # equal ones keep apart
-    assert plain(twice[0]) == plain(twice[1]) == plain(alone[0])
+    assert [plain(d) for d in together] == alone
+    backwards = play(speaker, helpers.dialogues(3, 3)[::-1], cfg, Script(sometimes))
+    assert [plain(d) for d in backwards][::-1] == alone
+    assert len({str(words) for words in alone}) == 9  # members and scenarios differ
+    for step, seed in ((1, 1), (2, 0)):
+        other = play(speaker, helpers.dialogues(3, 3, step), cfg, Script(sometimes), seed=seed)
+        assert not any(plain(d) == words for d, words in zip(other, alone))
+    twins = helpers.dialogues(1, 1) + helpers.dialogues(1, 1)  # equal ones keep apart
+    assert [plain(d) for d in play(speaker, twins, cfg, Script(sometimes))] == [alone[0]] * 2
 
 
 def test_two_models_each_keep_their_own_stream():
     voices, cfg = (talker(), talker("qwen2", helpers.QWEN3, seed=3)), settings()
     for d in selfplay.play(voices, helpers.dialogues(2, 2), cfg):
         check_masks(d)
-        for me, (speaker, stream) in enumerate(zip(voices, d.streams)):
-            assert len(stream) == (1, 2)[me]
-            check_logprobs(
-                speaker.model,
-                dataclasses.replace(
-                    d, streams=[stream, []], final_sample=None if me else d.final_sample
-                ),
-                cfg,
-            )
+        assert [len(stream) for stream in d.streams] == [1, 2]
+        check_logprobs(voices[0].model, dataclasses.replace(d, streams=[d.streams[0], []]), cfg)
+        second = dataclasses.replace(d, streams=[[], d.streams[1]], final_sample=None)
+        check_logprobs(voices[1].model, second, cfg)
 
 
-# ---- verdicts at any time -------------------------------------------------------------------------------------------
+# ---- verdicts at any time -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def forgetful(monkeypatch):
+    """What lies beyond a row's length in a cache is lost, so that nobody can count on it."""
+    feed = lm.RaggedCache.feed
+
+    def poisoned(cache, model, rows, tokens):
+        for pair in cache.store.values():
+            for row, length in enumerate(cache.lengths):
+                for stored in pair:
+                    stored[cache.place[row], :, length:] = 1e4
+        return feed(cache, model, rows, tokens)
+
+    monkeypatch.setattr(lm.RaggedCache, "feed", poisoned)
 
 
 @pytest.mark.parametrize(
     "template, context_turns", [("chatml", 0), ("chatml", 2), ("qwen3", 0), ("qwen3", 1)]
 )
-def test_when_a_verdict_arrives_changes_nothing(monkeypatch, template, context_turns):
-    cfg, speaker = (
-        settings(agreement="judge", max_turns=6, context_turns=context_turns),
-        talker(template=TEMPLATES[template]),
-    )
+def test_when_a_verdict_arrives_changes_nothing(monkeypatch, forgetful, template, context_turns):
+    speaker = talker(template=TEMPLATES[template])
+    cfg = settings(agreement="judge", max_turns=6, context_turns=context_turns)
     expected = play(speaker, helpers.dialogues(3, 3), cfg, Script(sometimes))
     assert {d.stop for d in expected} == {"agreed", "max_turns"}
     for d in expected:
         check_logprobs(speaker.model, d, cfg)
-        agreed_at = next(
-            (n for n in range(2, 7) if sometimes(d.scenario.dilemma, d.turns[:n])), None
-        )
-        assert (len(d.turns), d.agreed) == (agreed_at or 6, agreed_at is not None)
-    feed = lm.RaggedCache.feed
+        yes = [n for n in range(2, 7) if sometimes(d.scenario.dilemma, d.turns[:n])]
+        assert (len(d.turns), d.agreed) == (min(yes, default=6), bool(yes))
+    order = random.Random(1)
 
-    def poisoned(cache, model, rows, tokens):
-        """What lies beyond a row's length is lost, so that nobody can count on it."""
-        for stored in [x for pair in cache.store.values() for x in pair]:
-            for row, length in enumerate(cache.lengths):
-                stored[cache.place[row], :, length:] = 1e4
-        return feed(cache, model, rows, tokens)
+    def anybody(says):
+        return order.sample(says, (len(says) + 1) // 2)
 
-    monkeypatch.setattr(lm.RaggedCache, "feed", poisoned)
     for moment, seed in [("last", 0), ("random", 0), ("random", 1), ("random", 2)]:
         if seed:  # and neither does who is served first
-            order = random.Random(seed)
-            monkeypatch.setattr(
-                selfplay,
-                "choose_batch",
-                lambda jobs: order.sample(
-                    live := [j for j in jobs if not j.spoken], (len(live) + 1) // 2
-                ),
-            )
-        for d, e in zip(
-            play(speaker, helpers.dialogues(3, 3), cfg, Script(sometimes, moment, seed)), expected
-        ):
-            plain = lambda x: (
-                [(t.ids, t.text, t.truncated) for t in x.turns],
-                [(s.ids, s.mask) for s in samples(x)],
-                x.agreed,
-                x.stop,
-                x.final,
-            )
+            monkeypatch.setattr(selfplay, "choose_batch", anybody)
+        got = play(speaker, helpers.dialogues(3, 3), cfg, Script(sometimes, moment, seed))
+        for d, e in zip(got, expected):
             assert plain(d) == plain(e)
-            for a, b in zip(
-                samples(d), samples(e)
-            ):  # and nothing of a void turn is left in a cache
+            assert len(samples(d)) == len(samples(e))
+            for a, b in zip(samples(d), samples(e)):
+                assert (a.ids, a.mask) == (b.ids, b.mask)
+                # nothing of a void turn is left in a cache
                 assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+def test_a_turn_is_given_up_once_the_judge_finds_agreement_before_it():
+    judge, said, speaker = Script(lambda _, turns: len(turns) == 2, "last"), [], talker()
+    speaker.chat.ends = set()  # every turn is as long as it may be
+
+    def on_token(say, token):
+        said.append(say)
+        if judge.pending and sum(other is say for other in said) == 3:
+            judge.pending[0][0] = 0
+            judge.tick(0)
+
+    cfg, dialogues = settings(agreement="judge"), helpers.dialogues(1, 1)
+    (d,) = selfplay.play((speaker, speaker), dialogues, cfg, judge, on_token=on_token)
+    assert (len(d.turns), d.stop, len(said)) == (2, "agreed", 10 + 10 + 3 + 8)
 
 
 @pytest.mark.parametrize(
@@ -532,31 +498,20 @@ def test_when_a_verdict_arrives_changes_nothing(monkeypatch, template, context_t
 )
 @pytest.mark.parametrize("moment", ["asked", "last"])
 def test_a_missing_verdict_is_no_agreement(value, turns, stop, moment):
-    (d,) = play(
-        talker(),
-        helpers.dialogues(1, 1),
-        settings(agreement="judge", max_turns=3),
-        Script(lambda *_: value, moment),
-    )
-    assert (len(d.turns), d.stop, d.agreed) == (
-        turns,
-        stop,
-        stop == "agreed",
-    ) and d.final is not None
+    cfg, judge = settings(agreement="judge", max_turns=3), Script(lambda *_: value, moment)
+    (d,) = play(talker(), helpers.dialogues(1, 1), cfg, judge)
+    assert (len(d.turns), d.stop, d.agreed) == (turns, stop, stop == "agreed")
+    assert d.final is not None
 
 
 @pytest.mark.parametrize("moment", ["asked", "last"])
 @pytest.mark.parametrize("on_impasse", ["zero", "complete"])
 def test_the_last_turn_is_judged_too(moment, on_impasse):
     cfg = settings(agreement="judge", max_turns=3, on_impasse=on_impasse)
-    (yes,) = play(
-        talker(), helpers.dialogues(1, 1), cfg, Script(lambda _, turns: len(turns) == 3, moment)
-    )
-    assert (
-        (len(yes.turns), yes.stop, yes.agreed, yes.reward) == (3, "agreed", True, None)
-        and yes.final is not None
-        and yes.verdict
-    )
+    judge = Script(lambda _, turns: len(turns) == 3, moment)
+    (yes,) = play(talker(), helpers.dialogues(1, 1), cfg, judge)
+    assert (len(yes.turns), yes.stop, yes.agreed, yes.reward) == (3, "agreed", True, None)
+    assert yes.final is not None and yes.verdict
     (no,) = play(talker(), helpers.dialogues(1, 1), cfg, Script(lambda *_: False, moment))
     assert (len(no.turns), no.stop, no.agreed) == (3, "max_turns", False)
     if on_impasse == "zero":
@@ -570,48 +525,35 @@ def test_the_last_turn_is_judged_too(moment, on_impasse):
 def test_an_impasse_that_nobody_could_judge_is_missing_and_not_zero(moment):
     cfg = settings(agreement="judge", max_turns=3, on_impasse="zero")
     (d,) = play(talker(), helpers.dialogues(1, 1), cfg, Script(lambda *_: None, moment))
-    assert (d.reward, d.final, d.verdict, d.stop, d.judge["failures"]) == (
-        None,
-        None,
-        None,
-        "max_turns",
-        ["agreement: "],
-    )
-    (d,) = play(
-        talker(),
-        helpers.dialogues(1, 1),
-        cfg,
-        Script(lambda _, turns: None if len(turns) == 2 else False, moment),
-    )
-    assert (d.reward, d.judge["failures"]) == (0.0, [])  # the last answer is the one that counts
+    assert (d.reward, d.final, d.verdict, d.stop) == (None, None, None, "max_turns")
+    assert d.judge["failures"] == ["agreement: "]
+    # the last answer is the one that counts
+    judge = Script(lambda _, turns: None if len(turns) == 2 else False, moment)
+    (d,) = play(talker(), helpers.dialogues(1, 1), cfg, judge)
+    assert (d.reward, d.judge["failures"]) == (0.0, [])
 
 
 @pytest.mark.parametrize(
-    "words, stop",
+    "words, turns, stop",
     [
-        (["AGREED.", "I AGREED", "no"], "agreed"),
-        (["yes", "I AGREE", "So AGREED", "x"], "agreed"),
-        (["AGREED", "no", "AGREED", "no"], "max_turns"),
-        (["DISAGREED", "AGREED", "agreed", "AGREED"], "max_turns"),
+        (["AGREED.", "I AGREED", "no"], 2, "agreed"),
+        (["yes", "I AGREE", "So AGREED", "x"], 3, "agreed"),
+        (["AGREED", "no", "AGREED", "no"], 4, "max_turns"),
+        (["DISAGREED", "AGREED", "agreed", "AGREED"], 4, "max_turns"),
     ],
 )
-def test_the_marker_must_stand_in_both_last_turns(words, stop):
-    chat, d = helpers.voice().chat, helpers.dialogues(1, 1)[0]
-    views = [selfplay.View(chat, me, d.scenario, True) for me in (0, 1)]
-    script = selfplay.negotiate(d, views, settings(agreement="marker"), None, 0, [1024, 1024])
-    wish = next(script)
-    assert "the word AGREED" in chat.tokenizer.decode(wish.ids)
+def test_the_marker_must_stand_in_both_last_turns(words, turns, stop):
+    voice, d = helpers.voice(), helpers.dialogues(1, 1)[0]
+    match = selfplay.Match(d, (voice, voice), settings(agreement="marker"), None, 0)
+    script = selfplay.negotiate(match)
+    say = next(script)
+    assert "the word AGREED" in voice.chat.tokenizer.decode(say.ids)
     for word in words:
-        if wish.final:
+        if say.final:
             break
-        ids = chat.plain(word) + [chat.end]
-        wish = script.send(selfplay.Turn(wish.speaker, word, False, ids, [0.0] * len(ids)))
-    assert (
-        wish.final
-        and d.stop == stop
-        and len(d.turns)
-        == {"agreed": [i for i in (2, 3) if "AGREE" in words[i - 1]][-1], "max_turns": 4}[stop]
-    )
+        ids = voice.chat.plain(word) + [voice.chat.end]
+        say = script.send(selfplay.Turn(say.speaker, word, False, ids, [0.0] * len(ids)))
+    assert say.final and (len(d.turns), d.stop) == (turns, stop)
 
 
 def test_without_turns_agent_0_answers_alone():
@@ -628,15 +570,17 @@ def test_without_turns_agent_0_answers_alone():
         check_logprobs(speaker.model, d, settings())
 
 
-# ---- sampling -------------------------------------------------------------------------------------------------------
+# ---- sampling -----------------------------------------------------------------------------------
 
 
 def chi_square(counts, probabilities):
-    """(statistic, the bound of 5 standard deviations) over the tokens that are expected at least 5 times; the rest is one bin."""
+    """(statistic, a bound of 5 standard deviations); tokens expected under 5 times are one bin."""
     expected = probabilities.double() * counts.sum()
     often = expected >= 5
-    o, e = (torch.cat([x[often], x[~often].sum()[None]]) for x in (counts.double(), expected))
-    return ((o - e) ** 2 / e.clamp(min=1e-9)).sum().item(), (n := len(o) - 1) + 5 * math.sqrt(2 * n)
+    pairs = (counts.double(), expected)
+    o, e = (torch.cat([x[often], x[~often].sum()[None]]) for x in pairs)
+    n = len(o) - 1
+    return ((o - e) ** 2 / e.clamp(min=1e-9)).sum().item(), n + 5 * math.sqrt(2 * n)
 
 
 @pytest.mark.parametrize(
@@ -645,72 +589,62 @@ def chi_square(counts, probabilities):
 def test_frequencies_are_those_of_the_softmax(temperature, top_p):
     logits, n = torch.randn(60, generator=torch.Generator().manual_seed(0)) * 2, 20000
     uniform = torch.tensor(np.random.default_rng(1).random(n), dtype=torch.float32)
-    ids, logp, cut, mass = selfplay.sample(
+    ids, logp, cut, mass = selfplay.draw(
         logits.expand(n, -1), torch.full((n,), temperature), torch.full((n,), top_p), uniform
     )
     p = (logits / temperature).softmax(0)
-    order = p.argsort(descending=True)
-    nucleus = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]
-    q = torch.zeros(60).index_copy(0, nucleus, p[nucleus] / p[nucleus].sum()) if top_p < 1 else p
-    statistic, bound = chi_square(torch.bincount(ids, minlength=60), q)
+    inside = nucleus_of(p, top_p)
+    q = p
+    if top_p < 1:
+        q = torch.zeros(60).index_copy(0, inside, p[inside] / p[inside].sum())
+    counts = torch.bincount(ids, minlength=60)
+    statistic, bound = chi_square(counts, q)
     assert statistic < bound
-    assert (
-        chi_square(torch.bincount(ids, minlength=60), (logits / temperature / 1.15).softmax(0))[0]
-        > bound
-    )  # the test can see a wrong temperature
+    # and the test can see a wrong temperature
+    assert chi_square(counts, (logits / temperature / 1.15).softmax(0))[0] > bound
     torch.testing.assert_close(logp, p.log()[ids])
     torch.testing.assert_close(logp - mass, q.log()[ids], rtol=0, atol=1e-5)
-    assert set(ids.tolist()) <= set(nucleus.tolist()) or top_p == 1
+    assert set(ids.tolist()) <= set(inside.tolist()) or top_p == 1
+
+
+def draw_one(logits, uniform, temperature=1.0, top_p=1.0):
+    """(id, log-prob, cut, mass) of a single row."""
+    numbers = [torch.tensor([x]) for x in (temperature, top_p, uniform)]
+    return [x.item() for x in selfplay.draw(logits[None], *numbers)]
 
 
 def test_sampling_at_the_edges():
-    one = lambda logits, u, t=1.0, p=1.0: [
-        x.item()
-        for x in selfplay.sample(torch.tensor([logits]), *(torch.tensor([v]) for v in (t, p, u)))
-    ]
-    assert one([0.0, 5.0, 1.0], 0.999999, t=0.0)[0] == 1
-    assert one([0.0, 5.0, 1.0], 0.0, p=1e-9)[:2] == [
-        1,
-        pytest.approx(-math.log1p(math.exp(-5) + math.exp(-4)), abs=1e-6),
-    ]
-    assert (
-        one([-math.inf, 0.0, -math.inf], 0.0)[0] == one([-math.inf, 0.0, -math.inf], 1.0)[0] == 1
-    )  # never a token of probability 0
+    logits = torch.tensor([0.0, 5.0, 1.0])
+    assert draw_one(logits, 0.999999, temperature=0.0)[0] == 1
+    expected = -math.log1p(math.exp(-5) + math.exp(-4))
+    assert draw_one(logits, 0.0, top_p=1e-9)[:2] == [1, pytest.approx(expected, abs=1e-6)]
+    certain = torch.tensor([-math.inf, 0.0, -math.inf])  # never a token of probability 0
+    assert draw_one(certain, 0.0)[0] == draw_one(certain, 1.0)[0] == 1
     for size in (255, 256, 257):  # a nucleus of exactly as many tokens as the quick look takes
-        probabilities = torch.cat(
-            [torch.full((size,), 0.999 / size), torch.full((744,), 0.001 / 744)]
-        )
-        ids, logp, cut, mass = selfplay.sample(
-            probabilities.log()[None],
-            torch.ones(1),
-            torch.tensor([0.9985]),
-            torch.tensor([0.99999]),
-        )
-        assert ids.item() < size and probabilities[size].log() < cut.item() < probabilities[0].log()
-        assert mass.item() == pytest.approx(math.log(0.999), abs=1e-4)
-    tied = torch.zeros(1, 8).scatter_(
-        1, torch.tensor([[0]]), 1.0
-    )  # equals stay together, whatever rounding does
-    assert selfplay.sample(tied, torch.ones(1), torch.tensor([0.5]), torch.tensor([0.999]))[
-        3
-    ].item() == pytest.approx(0.0, abs=1e-6)
+        likely, rest = torch.full((size,), 0.999 / size), torch.full((744,), 0.001 / 744)
+        token, _, cut, mass = draw_one(torch.cat([likely, rest]).log(), 0.99999, top_p=0.9985)
+        assert token < size and rest[0].log() < cut < likely[0].log()
+        assert mass == pytest.approx(math.log(0.999), abs=1e-4)
+    tied = torch.zeros(8)
+    tied[0] = 1.0  # equals stay together, whatever rounding does
+    assert draw_one(tied, 0.999, top_p=0.5)[3] == pytest.approx(0.0, abs=1e-6)
+
+
+def first_tokens(speaker, cfg, count):
+    """The first token of each of `count` dialogues on one scenario."""
+    return [d.turns[0].ids[0] for d in play(speaker, helpers.dialogues(1, count), cfg)]
 
 
 def test_the_models_own_generation_defaults_do_not_count():
-    cfg, n = settings(max_turns=1, on_impasse="zero", temperature=1.3), 400
-    first = lambda speaker: [
-        d.turns[0].ids[0]
-        for d in play(speaker, helpers.dialogues(1, n), dataclasses.replace(cfg, turn_tokens=2))
-    ]
+    cfg = settings(max_turns=1, turn_tokens=2, on_impasse="zero", temperature=1.3)
     greedy, speaker = talker(), talker()
     greedy.model.generation_config = GenerationConfig(
         do_sample=True, top_k=1, temperature=0.01, top_p=0.1, repetition_penalty=9.0, eos_token_id=2
     )
-    ids = first(greedy)
-    assert ids == first(speaker)
-    before = (
-        selfplay.View(speaker.chat, 0, helpers.dialogues(1, 1)[0].scenario, False).before([]).ids
-    )
+    ids = first_tokens(greedy, cfg, 400)
+    assert ids == first_tokens(speaker, cfg, 400)
+    scenario = helpers.dialogues(1, 1)[0].scenario
+    before = selfplay.View(speaker.chat, 0, scenario, False).before([]).ids
     p = (speaker.model(torch.tensor([before])).logits[0, -1] / 1.3).softmax(0).detach()
     statistic, bound = chi_square(torch.bincount(torch.tensor(ids), minlength=len(p)), p)
     assert statistic < bound
@@ -724,37 +658,29 @@ def test_top_p_is_the_same_nucleus_for_sampler_and_learner(context_turns):
         check_logprobs(speaker.model, d, cfg)
     for train_tokens, temperature, top_p in (("dialogue", 0.6, 0.7), ("final", 0.7, 0.5)):
         for tree, rows in grpo.pack(played, train_tokens, 10**6):
-            cuts = [r.cuts for r in rows]
-            learned = lm.token_logprobs(
-                speaker.model, tree, [r.wanted for r in rows], temperature, cuts
-            )
-            for row, own, c in zip(rows, learned, tree.continuations):
-                ids = tree.prefix + c
-                full = (
-                    (speaker.model(torch.tensor([ids])).logits[0] / temperature)
-                    .softmax(-1)
-                    .detach()
-                )
+            wanted, cuts = [r.wanted for r in rows], [r.cuts for r in rows]
+            learned = lm.token_logprobs(speaker.model, tree, wanted, temperature, cuts)
+            for row, own, continuation in zip(rows, learned, tree.continuations):
+                ids = tree.prefix + continuation
+                logits = speaker.model(torch.tensor([ids])).logits[0].detach() / temperature
                 for at, sampled, value in zip(row.wanted, row.sampler_logp, own.tolist()):
-                    p, token = full[len(tree.prefix) + at - 1], ids[len(tree.prefix) + at]
-                    order = p.argsort(descending=True)
-                    nucleus = order[: int((p[order].cumsum(0) < top_p).sum()) + 1]
-                    assert token in nucleus
-                    assert (
-                        math.log(p[token] / p[nucleus].sum())
-                        == pytest.approx(sampled, abs=1e-4)
-                        == pytest.approx(value, abs=1e-4)
-                    )
+                    p = logits[len(tree.prefix) + at - 1].softmax(0)
+                    token, inside = ids[len(tree.prefix) + at], nucleus_of(p, top_p)
+                    expected = math.log(p[token] / p[inside].sum())
+                    assert token in inside
+                    assert expected == pytest.approx(sampled, abs=1e-4)
+                    assert expected == pytest.approx(value, abs=1e-4)
 
 
 @pytest.mark.parametrize("top_p, final_top_p", [(1.0, 0.5), (0.7, 1.0), (0.7, 0.5)])
 def test_in_one_row_dialogue_and_final_keep_each_its_own_nucleus(top_p, final_top_p):
     speaker, cfg = talker(), settings(top_p=top_p, final_top_p=final_top_p, final_temperature=0.6)
-    for tree, rows in grpo.pack(play(speaker, helpers.dialogues(1, 3), cfg), "both", 10**6):
-        cuts = [r.cuts or [-math.inf] * len(r.wanted) for r in rows]
-        for row, own in zip(
-            rows, lm.token_logprobs(speaker.model, tree, [r.wanted for r in rows], 0.6, cuts)
-        ):
+    played = play(speaker, helpers.dialogues(1, 3), cfg)
+    for tree, rows in grpo.pack(played, "both", 10**6):
+        wanted = [row.wanted for row in rows]
+        cuts = [row.cuts or [-math.inf] * len(row.wanted) for row in rows]
+        learned = lm.token_logprobs(speaker.model, tree, wanted, 0.6, cuts)
+        for row, own in zip(rows, learned):
             assert own.tolist() == pytest.approx(row.sampler_logp, abs=1e-4)
 
 
@@ -762,17 +688,15 @@ def test_in_one_row_dialogue_and_final_keep_each_its_own_nucleus(top_p, final_to
 def test_the_learners_ratio_is_one(kind):
     speaker, cfg = talker(kind), settings(max_turns=3)
     played = play(speaker, helpers.dialogues(1, 4), cfg)
+    model = speaker.model.train()
     for tree, rows in grpo.pack(played, "dialogue", 10**6):
-        for row, logp in zip(
-            rows,
-            lm.token_logprobs(
-                speaker.model.train(), tree, [r.wanted for r in rows], cfg.temperature
-            ),
-        ):
-            assert (logp - torch.tensor(row.sampler_logp)).exp().sub(1).abs().max() < 1e-4
+        wanted = [row.wanted for row in rows]
+        for row, own in zip(rows, lm.token_logprobs(model, tree, wanted, cfg.temperature)):
+            ratio = (own - torch.tensor(row.sampler_logp)).exp()
+            assert (ratio - 1).abs().max() < 1e-4
 
 
-# ---- chat formats ---------------------------------------------------------------------------------------------------
+# ---- chat formats -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -782,20 +706,19 @@ def test_the_learners_ratio_is_one(kind):
         ("gemma", False, True),
         ("mistral", False, True),
         ("qwen3", True, False),
-        ("none", True, True),
     ],
 )
 def test_what_a_template_is_found_to_be(template, has_system, stable):
     chat = helpers.voice(template=TEMPLATES[template]).chat
     assert (chat.has_system, chat.stable, chat.end, chat.ends) == (has_system, stable, 2, {2})
-    assert (chat.tokenizer.decode(chat.opening) != chat.tokenizer.decode(chat.past_opening)) == (
-        not stable
-    )
+    decode = chat.tokenizer.decode
+    assert (decode(chat.opening) == decode(chat.past_opening)) == stable
 
 
 @pytest.mark.parametrize(
     "template",
     [
+        None,
         "{{ messages[-1]['content'] }}",
         "{% for m in messages[-2:] %}{{ m['content'] }}{% endfor %}",
         "{{ raise_exception('no') }}",
@@ -810,33 +733,27 @@ def test_a_template_that_cannot_be_used_is_one_clear_error(template):
 
 
 def test_several_ends_and_pad_equal_to_eos():
-    speaker = talker(
-        ends=(2, 0, 7), stop=0.05, pad_is_eos=True
-    )  # 7: an ordinary token that the model's maker calls an end
-    assert (
-        speaker.chat.ends == {0, 2, 7}
-        and speaker.chat.end == speaker.chat.tokenizer.pad_token_id == 2
-    )
+    # 7: an ordinary token that the model's maker calls an end
+    speaker = talker(ends=(2, 0, 7), stop=0.05, pad_is_eos=True)
+    chat = speaker.chat
+    assert chat.ends == {0, 2, 7} and chat.end == chat.tokenizer.pad_token_id == 2
     cfg, seen = settings(turn_tokens=6), set()
     for d in play(speaker, helpers.dialogues(2, 4), cfg):
         check_masks(d)
         check_logprobs(speaker.model, d, cfg)
-        for t in d.turns:
-            ends = [i for i in t.ids if i in (0, 2, 7)]
-            assert (
-                ends == t.ids[-1:]
-                and not t.truncated
-                or not ends
-                and t.truncated
-                and len(t.ids) == 6
-            )
-            seen.add((t.ids[-1] if ends else None))
-        for me, stream in enumerate(
-            d.streams
-        ):  # each end that was sampled is trained, an end that closes a cut turn is not
-            trained = [i for s in stream for i, m in zip(s.ids, s.mask) if m and i in (0, 2, 7)]
-            assert trained == [t.ids[-1] for t in d.turns if t.speaker == me and not t.truncated]
-        assert d.final_truncated == (d.record()["final_ids"][-1] not in (0, 2, 7))
+        for turn in d.turns:
+            ends = [token for token in turn.ids if token in chat.ends]
+            if turn.truncated:
+                assert ends == [] and len(turn.ids) == 6
+            else:
+                assert ends == turn.ids[-1:]
+            seen.add(ends[0] if ends else None)
+        # each end that was sampled is trained, an end that closes a cut turn is not
+        for me, stream in enumerate(d.streams):
+            own = [turn for turn in d.turns if turn.speaker == me]
+            trained = [token for token in masked_ids(stream) if token in chat.ends]
+            assert trained == [turn.ids[-1] for turn in own if not turn.truncated]
+        assert d.final_truncated == (d.record()["final_ids"][-1] not in chat.ends)
     assert seen == {0, 2, 7, None}
 
 
@@ -849,16 +766,13 @@ def test_words_never_become_control_tokens(template, me):
     )
 
     def controls(words):
-        scene = dataclasses.replace(
-            helpers.scenario(dilemma=words),
-            personas=tuple({"name": words, "creed": words} for _ in range(2)),
-        )
-        turns = [
-            selfplay.Turn(i % 2, words, False, chat.plain("Yes.") + [chat.end]) for i in range(3)
-        ]
+        persona = {"name": words, "creed": words}
+        scene = dataclasses.replace(helpers.scenario(dilemma=words), personas=(persona, persona))
+        said = chat.plain("Yes.") + [chat.end]
+        turns = [selfplay.Turn(i % 2, words, False, said) for i in range(3)]
         ids = selfplay.View(chat, me, scene, True).before(turns, closing=words).ids
         assert chat.tokenizer.decode(ids).count(words) >= 6
-        return [i for i in ids if i < 4]
+        return [token for token in ids if token < 4]
 
     assert controls(bad) == controls("Be fair.") and 2 in controls(bad)
     assert 2 not in chat.plain(bad) and 2 in chat.glue(bad)
@@ -867,31 +781,28 @@ def test_words_never_become_control_tokens(template, me):
 def test_a_partner_can_take_a_side():
     speaker, heard = talker(), []
     d = selfplay.Dialogue(helpers.scenario(), 1, 0, 0)
-    play(
-        speaker,
-        [d],
-        settings(),
-        partner=lambda dialogue: heard.append(len(dialogue.turns)) or "No. <|im_end|>",
-    )
-    assert (
-        d.streams[1] == []
-        and [t.text for t in d.turns[1::2]] == ["No. <|im_end|>"] * 2
-        and heard == [1, 3]
-        and d.final is not None
-    )
+
+    def partner(dialogue):
+        heard.append(len(dialogue.turns))
+        return "No. <|im_end|>"
+
+    play(speaker, [d], settings(), partner=partner)
+    assert [turn.text for turn in d.turns[1::2]] == ["No. <|im_end|>"] * 2
+    assert heard == [1, 3] and d.streams[1] == [] and d.final is not None
     check_masks(dataclasses.replace(d, turns=d.turns[::2]))
     check_logprobs(speaker.model, d, settings())
 
 
-def test_a_partner_is_not_asked_once_the_judge_has_found_agreement():
+@pytest.mark.parametrize("moment", ["asked", "last"])
+def test_a_partner_is_not_asked_once_the_judge_has_found_agreement(moment):
     d, heard = selfplay.Dialogue(helpers.scenario(), 1, 0, 0), []
-    play(
-        talker(),
-        [d],
-        settings(agreement="judge"),
-        Script(lambda _, turns: len(turns) == 3),
-        partner=lambda dialogue: heard.append(len(dialogue.turns)) or "No.",
-    )
+
+    def partner(dialogue):
+        heard.append(len(dialogue.turns))
+        return "No."
+
+    judge = Script(lambda _, turns: len(turns) == 3, moment)
+    play(talker(), [d], settings(agreement="judge"), judge, partner=partner)
     assert heard == [1] and (d.stop, len(d.turns)) == ("agreed", 3)
 
 
@@ -906,30 +817,31 @@ def test_an_end_token_that_nobody_declared_is_found_and_cannot_be_spoken():
     assert end not in chat.plain("stop</turn>now") and end in chat.glue("stop</turn>now")
 
 
-# ---- ends -----------------------------------------------------------------------------------------------------------
+# ---- ends ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("context_turns", [0, 2])
 @pytest.mark.parametrize("room", [520, 700])
 def test_a_full_context_ends_the_dialogue_and_cuts_no_persona(monkeypatch, room, context_turns):
-    fed, feed, speaker = [], lm.RaggedCache.feed, talker(stop=0.0)
-    watched = lambda cache, model, rows, tokens: (
-        feed(cache, model, rows, tokens),
-        fed.append(max(cache.lengths)),
-    )[0]
+    feed, speaker, longest = lm.RaggedCache.feed, talker(stop=0.0), []
+
+    def watched(cache, model, rows, tokens):
+        logits = feed(cache, model, rows, tokens)
+        longest.append(max(cache.lengths))
+        return logits
+
     monkeypatch.setattr(lm.RaggedCache, "feed", watched)
     monkeypatch.setattr(speaker.model.config, "max_position_embeddings", room)
     cfg = settings(max_turns=30, context_turns=context_turns, turn_tokens=24)
     for d in play(speaker, helpers.dialogues(2, 2), cfg):
-        assert (
-            d.stop == "context" and 0 < len(d.turns) < 30 and not d.agreed and d.final is not None
-        )
-        assert all(len(s.ids) <= room for s in samples(d))
-        for me, stream in enumerate(d.streams):
+        assert d.stop == "context" and 0 < len(d.turns) < 30
+        assert not d.agreed and d.final is not None
+        assert all(len(sample.ids) <= room for sample in samples(d))
+        for me, stream in enumerate([[*d.streams[0], d.final_sample], d.streams[1]]):
             head = selfplay.View(speaker.chat, me, d.scenario, False).head
-            assert all(s.ids[: len(head)] == head for s in stream + [d.final_sample] * (me == 0))
+            assert all(sample.ids[: len(head)] == head for sample in stream)
         check_logprobs(speaker.model, d, cfg)
-    assert max(fed) < room
+    assert max(longest) < room
 
 
 def test_a_context_too_small_for_anything_gives_no_reward(monkeypatch):
@@ -947,25 +859,21 @@ def test_a_context_too_small_for_anything_gives_no_reward(monkeypatch):
 
 
 def test_what_a_person_sees():
-    d = selfplay.Dialogue(
-        helpers.scenario(),
-        1,
-        0,
-        0,
-        turns=[selfplay.Turn(0, "Hi\x1b[2J\nyou\u202e", True)],
-        stop="context",
-    )
+    turns = [selfplay.Turn(0, "Hi\x1b[2J\nyou\u202e", True)]
+    d = selfplay.Dialogue(helpers.scenario(), 1, 0, 0, turns=turns, stop="context")
     assert selfplay.transcript(d).splitlines() == [
         "dilemma: One reservoir is left. Who gets the water?",
         "Rosa: Hi [2J you [cut off]",
         "joint solution (context, no score): (none)",
     ]
-    flags = dict(seed=0, persona_a="", persona_b="", dilemma="D?", human="")
-    ask = lambda **more: selfplay.watched_scenario(types.SimpleNamespace(**{**flags, **more}))
-    assert [
-        p["name"] for p in ask(persona_a="Ann: farms", persona_b="Bo: heals", human="a").personas
-    ] == ["Bo", "Ann"] and ask().dilemma == "D?"
+
+
+def test_the_flags_describe_a_scenario():
+    flags = selfplay.WatchSettings(dilemma="D?", persona_a="Ann: farms", persona_b="Bo: heals")
+    for human, names in (("a", ["Bo", "Ann"]), ("b", ["Ann", "Bo"])):
+        scenario = selfplay.watched_scenario(dataclasses.replace(flags, human=human))
+        assert scenario.dilemma == "D?" and [p["name"] for p in scenario.personas] == names
     with pytest.raises(
         cli.UserError, match=re.escape("--persona-b 'Bo': write it as 'Name: creed'")
     ):
-        ask(persona_b="Bo")
+        selfplay.watched_scenario(dataclasses.replace(flags, persona_b="Bo"))
