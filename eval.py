@@ -301,7 +301,7 @@ def answers(voice, prompts, limit, temperature, top_p, seeds):
         uniform = logits.new_tensor([rngs[row].random() for row in live])
         heat = torch.full_like(uniform, temperature)
         nucleus = torch.full_like(uniform, top_p)
-        drawn = selfplay.sample(logits, heat, nucleus, uniform)[0].tolist()
+        drawn = selfplay.draw(logits, heat, nucleus, uniform)[0].tolist()
         for row, token in zip(live, drawn, strict=True):
             unread[row] = [token]
             turns[row].ids.append(token)
