@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM
 
 from model import (
     Tree,
-    Trunk,
     adapters_off,
     add_lora,
     capacity_for,
@@ -221,7 +220,7 @@ def pack(group, train_tokens, micro_tokens):
                         [s.cuts[i] or -math.inf for i in at] if nucleus else [],
                     )
                 )
-            batches.append((Tree(prefix, [s.ids[n:] for s, _ in share], len(shares) > 1), rows))
+            batches.append((Tree(prefix, [s.ids[n:] for s, _ in share]), rows))
     return batches
 
 
@@ -236,8 +235,6 @@ def scorer(model):
 class Learner:
     """Accumulates the summed gradient of packed trees and takes one optimizer step: `backward` per tree, then `step`.
 
-    Trees that share a prefix come one after the other and stand on one trunk: the prefix is computed once, whatever the micro-batches.
-
     settings: train.Settings. optimizer: an Optimizer. reference: the model that, with its adapters (if any) off, is the
     frozen reference for --beta; it is never a sharded one, so that its passes need no other rank.
     """
@@ -249,7 +246,7 @@ class Learner:
             settings,
             reference,
         )
-        self.sums, self.trunk = {}, None
+        self.sums = {}
 
     def logprobs(self, model, tree, rows):
         """Log-probs of the trained tokens of each row, (B, T) padded with 0."""
@@ -275,28 +272,13 @@ class Learner:
                     row.ref_logp = values
         return pad_sequence([r.ref_logp for r in rows], batch_first=True)
 
-    def on_trunk(self, tree):
-        """The tree on the trunk that it shares with others. A sharded model's trees stand alone: its ranks must all make the same passes in the same order."""
-        if self.trunk and self.trunk.prefix is not tree.prefix:
-            self.finish_trunk()
-        if not tree.shared or hasattr(self.model, "token_logprobs"):
-            return tree
-        self.trunk = self.trunk or Trunk(self.model, tree.prefix)
-        return dataclasses.replace(tree, trunk=self.trunk)
-
-    def finish_trunk(self):
-        """No more trees will stand on the trunk: take their gradients through it."""
-        if self.trunk:
-            self.trunk.backward()
-        self.trunk = None
-
     def backward(self, tree, rows):
         """Forward and backward of one tree. The gradient of eq. 5's numerator is added; D comes at `step`."""
         cfg = self.settings
         self.model.train(
             cfg.gradient_checkpointing
         )  # transformers recomputes in training mode only; dropouts are 0
-        logp = self.logprobs(self.model, self.on_trunk(tree), rows)  # (B, T)
+        logp = self.logprobs(self.model, tree, rows)  # (B, T)
         self.model.eval()
         device = logp.device
         padded = lambda lists: pad_sequence(
@@ -384,7 +366,6 @@ class Learner:
         A non-finite loss or gradient on any rank: every rank skips the step together and the weights stay as they are.
         No advantage but 0 in the whole batch: there is nothing to learn from, so weights, moments and warm-up stay as they are (`no_evidence`).
         """
-        self.finish_trunk()
         keys = (
             "evidence",
             "loss",

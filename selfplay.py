@@ -284,12 +284,11 @@ class Voice:
 
     model: object
     chat: ChatFormat
-    half: bool = False  # on a CPU it reads its weights in fp16 (model.packed)
 
 
-def voice(model, tokenizer, half=False):
+def voice(model, tokenizer):
     """A model and its tokenizer as a Voice. Raises UserError for a template that cannot be used."""
-    return Voice(model, ChatFormat(tokenizer, model), half)
+    return Voice(model, ChatFormat(tokenizer, model))
 
 
 # ---- one dialogue ---------------------------------------------------------------------------------------------------
@@ -663,7 +662,7 @@ def play(
         ]
         limits = [context_limit(v.model) for v in voices]
         advance(dialogue, negotiate(dialogue, views, settings, judge, seed, limits, partner), None)
-    with packed(*{v.model for v in voices}, half=any(v.half for v in voices)):
+    with packed(*{v.model for v in voices}):
         while jobs or waiting:
             for job in [j for j in jobs if j.void or (j.spoken and not j.held)]:
                 jobs.remove(job)

@@ -191,38 +191,6 @@ def test_recorded_logprobs_are_those_of_a_plain_forward(kind, context_turns):
     assert {d.stop for d in played} == {"agreed", "max_turns"}
 
 
-@pytest.mark.parametrize(
-    "kind", ["llama", "qwen2", "gpt2"]
-)  # own output layer, biases and a tied one, few linear layers
-def test_weights_in_fp16_change_nothing_but_their_own_rounding(kind):
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        pytest.skip("this machine has no FBGEMM")
-    exact, half, rounded = talker(kind), talker(kind), talker(kind)
-    half.half = True
-    for m in rounded.model.modules():
-        if isinstance(
-            m, torch.nn.Linear
-        ):  # a new tensor: the token embeddings, which may be the same weights, are not rounded
-            m.weight = torch.nn.Parameter(m.weight.detach().half().float())
-    cfg, before = settings(), {n: p.clone() for n, p in half.model.named_parameters()}
-    as_is, got, expected = (
-        play(speaker, helpers.dialogues(2, 3), cfg) for speaker in (exact, half, rounded)
-    )
-    logprobs = lambda played: [
-        x for d in played for turn in [*d.turns, d.final_sample] for x in turn.logprobs
-    ]
-    assert [t.ids for d in got for t in d.turns] == [
-        t.ids for d in expected for t in d.turns
-    ] and len(logprobs(got)) > 100
-    assert logprobs(got) == pytest.approx(logprobs(expected), abs=1e-5)
-    assert logprobs(got) != pytest.approx(
-        logprobs(as_is), abs=1e-5
-    )  # it was not the fp32 weights that played
-    assert all(torch.equal(p, before[n]) for n, p in half.model.named_parameters()) and not any(
-        "forward" in vars(m) for m in half.model.modules()
-    )
-
-
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("context_turns", [0, 2])
 def test_masked_ids_decode_to_this_agents_utterances(template, context_turns):
