@@ -272,7 +272,7 @@ def packed(*models):
         layers += [module for module in model.modules() if _can_reorder(module)]
     for layer in layers:
         copy = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-        options = dict(Y=copy, B=layer.bias, attr="none", scalars=[], algorithm="")
+        options = dict(W=copy, B=layer.bias, attr="none", scalars=[], algorithm="")
         layer.forward = functools.partial(torch.ops.mkldnn._linear_pointwise, **options)
     try:
         yield
@@ -308,15 +308,16 @@ def attend(module, query, key, value, attention_mask=None, tree=None, **options)
 AttentionInterface.register("negotiate", attend)
 
 
-def attend_to_cache(
-    query, key, value, mask, query_positions=None, scaling=None, sliding_window=None, **_
-):
-    """Attention in `RaggedCache.read`, whose mask knows no sliding window; without mask, causal."""
+def attend_to_cache(query, key, value, mask, scaling=None, sliding_window=None, places=None, **_):
+    """Attention in `RaggedCache.read`, whose mask knows no sliding window; without mask, causal.
+
+    places: (B, Q) the place of each query in its row. sliding_window: the layer's own.
+    """
     keys = key.shape[2]
     if mask is None:
         mask = causal_mask(query, keys, sliding_window)
     elif sliding_window is not None and keys > sliding_window:
-        out_of_window = query_positions[:, None, :, None] - sliding_window  # (B, 1, Q, 1)
+        out_of_window = places[:, None, :, None] - sliding_window  # (B, 1, Q, 1)
         too_old = torch.arange(keys, device=query.device) <= out_of_window  # (B, 1, Q, K)
         mask = mask.masked_fill(too_old, -math.inf)
     return grouped_attention(query, key, value, mask, scaling)
@@ -511,7 +512,7 @@ class RaggedCache(Cache):
             attention_mask=mask[:, None],
             # a pad may stand beyond the model's last position, or see no key: any number will do
             position_ids=step.positions.clamp(max=context_limit(model) - 1),
-            query_positions=step.positions.clamp(max=longest - 1),
+            places=step.positions.clamp(max=longest - 1),
             cache=self,
             use_cache=True,
         ).last_hidden_state

@@ -258,6 +258,20 @@ def test_pads_beyond_the_last_position_are_harmless():
     assert got.item() == pytest.approx(expected.item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])  # without and with biases, few layers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_layers_compute_the_same_and_are_put_back(kind, dtype):
+    model, ids = lm.cast(helpers.tiny(kind), dtype), some_ids(20)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    expected = logits_of(model, ids)
+    with lm.packed(model):
+        assert all("forward" in vars(layer) for layer in linear)
+        got = logits_of(model, ids)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
+    assert not any("forward" in vars(layer) for layer in linear)
+    assert torch.equal(logits_of(model, ids), expected)
+
+
 @pytest.mark.parametrize("kind", helpers.KINDS)
 def test_transformers_own_generate_still_works(kind):
     """One sequence at a time and past the sliding window; uneven batches are not promised."""
