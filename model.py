@@ -272,13 +272,16 @@ def packed(*models):
         layers += [module for module in model.modules() if _can_reorder(module)]
     for layer in layers:
         copy = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-        options = dict(W=copy, B=layer.bias, attr="none", scalars=[], algorithm="")
-        layer.forward = functools.partial(torch.ops.mkldnn._linear_pointwise, **options)
+        layer.forward = functools.partial(_reordered_linear, copy, layer.bias)
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward  # the class's own is back
+
+
+def _reordered_linear(weight, bias, x):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _can_reorder(module):
