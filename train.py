@@ -1056,7 +1056,7 @@ def run(settings, world, stack):
     )
     start = load_trainer(checkpoint, optimizer) if checkpoint else 0
     publish(model, player)
-    voice = selfplay.voice(player, tokenizer, lm.half_weights(settings.dtype, world.device))
+    voice = selfplay.voice(player, tokenizer)
     if settings.final_tokens + selfplay.room(settings) >= lm.context_limit(model):
         raise UserError(
             f"--turn-tokens, --final-tokens: {settings.model} holds {lm.context_limit(model)} tokens in all; use fewer"
@@ -1085,7 +1085,7 @@ def run(settings, world, stack):
     )[0]
     say = print if world.rank == 0 else lambda *a, **k: None
     say(
-        f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}{' (played from fp16 weights)' * voice.half}; {len(scenarios)} scenarios"
+        f"{settings.model} on {world.size} x {world.device}, {next(player.parameters()).dtype}; {len(scenarios)} scenarios"
         f"{' over and over (--epoch-steps 0: all)' if settings.epoch_steps else ''}, {settings.scenarios_per_step} x {settings.group_size} dialogues "
         f"a step; results in {out}/",
         flush=True,

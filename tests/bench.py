@@ -140,7 +140,7 @@ def main(argv=None):
     )
     world = train.start_world()
     model, player, tokenizer, optimizer, reference = train.build(settings, world)
-    voice = selfplay.voice(player, tokenizer, lm.half_weights(b.dtype, world.device))
+    voice = selfplay.voice(player, tokenizer)
     voice.chat.ends = set()  # nothing ends a turn but its limit
     learner = grpo.Learner(model, optimizer, settings, reference)
     scenarios = [
@@ -178,15 +178,13 @@ def main(argv=None):
     print(f"play   {play:6.1f} s  {sampled / play:6.1f} sampled tokens/s")
     print(f"learn  {learn:6.1f} s  {last[3] / learn:6.1f} trained tokens/s")
     print(
-        f"step   {whole:6.1f} s  peak memory {train.peak_memory_gb(world.device):.1f} GB   {dtype}{' (played from fp16 weights)' * voice.half}, {torch.get_num_threads()} threads, median of {b.repeats}"
+        f"step   {whole:6.1f} s  peak memory {train.peak_memory_gb(world.device):.1f} GB   {dtype}, {torch.get_num_threads()} threads, median of {b.repeats}"
     )
     flops, bandwidth = rates(dtype, world.device)
     packed = [
         grpo.pack(group, "dialogue", 1 << 40) for group in last[5]
     ]  # every token of every stream, once
-    low = floor_seconds(
-        model, last[4], packed, flops, bandwidth, 2 if voice.half else dtype.itemsize
-    )
+    low = floor_seconds(model, last[4], packed, flops, bandwidth, dtype.itemsize)
     print(
         f"floor  {sum(low):6.1f} s  (play {low[0]:.1f}, learn {low[1]:.1f}): {sum(low) / whole:.0%} of the step; {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s"
     )

@@ -1,7 +1,8 @@
-"""Tiny random models and a tokenizer trained on the spot, for every test that needs a language model but no language."""
+"""Tiny random models and a tokenizer trained on the spot, for tests that need no language."""
 
 import functools
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +21,9 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data_gen  # noqa: E402
-import model as lm  # noqa: E402
-import selfplay  # noqa: E402
+import data_gen
+import model as lm
+import selfplay
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -30,17 +31,25 @@ CHATML = (
 )
 # Gemma's: no system role (it raises), roles must alternate, the assistant is called model
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
-    "<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
 # Mistral's: the instruction is wrapped, the end of a turn is the end of text
 MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% elif m['role'] == 'user' %}"
-    "[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
+    "{% elif m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-# Qwen3's with thinking off: an empty thought stands before the newest turn only, so a conversation's ids change as it grows
+# Qwen3's with thinking off: an empty thought stands before the newest turn only, so the ids of a
+# conversation change as it grows
 QWEN3 = CHATML.replace(
     "<|im_start|>assistant\n{% endif %}",
     "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
@@ -58,21 +67,16 @@ TEXT = [
 
 @functools.cache
 def tokenizer(template=CHATML, pad_is_eos=False, ends="<|im_end|>"):
-    """A byte-level BPE tokenizer of 400 tokens with chat markers and the given template (None: none)."""
+    """A byte-level BPE tokenizer of 400 tokens with chat markers and the given template or None."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"]
-    core.train_from_iterator(
-        TEXT * 20,
-        trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    core.train_from_iterator(TEXT * 20, trainer)
     made = PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=ends,
@@ -83,6 +87,8 @@ def tokenizer(template=CHATML, pad_is_eos=False, ends="<|im_end|>"):
     return made
 
 
+# The initial weights are large enough that tokens differ in probability; the sliding windows are
+# shorter than the dialogues.
 COMMON = dict(
     hidden_size=64,
     intermediate_size=96,
@@ -91,37 +97,29 @@ COMMON = dict(
     max_position_embeddings=1024,
     initializer_range=0.2,
 )
-KINDS = {  # initializer_range: peaked enough that tokens differ in probability; sliding windows shorter than the dialogues
-    "llama": lambda **v: LlamaConfig(num_key_value_heads=2, **COMMON, **v),
-    "qwen2": lambda **v: Qwen2Config(
-        num_key_value_heads=2, tie_word_embeddings=True, **COMMON, **v
-    ),
-    "qwen3": lambda **v: Qwen3Config(num_key_value_heads=1, head_dim=16, **COMMON, **v),
-    "mistral": lambda **v: MistralConfig(num_key_value_heads=2, sliding_window=24, **COMMON, **v),
-    "gemma3": lambda **v: Gemma3TextConfig(
-        num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=24,
-        layer_types=["sliding_attention", "full_attention"],
-        **COMMON,
-        **v,
-    ),
-    "phi3": lambda **v: Phi3Config(num_key_value_heads=4, **COMMON, **v),
-    "gpt2": lambda **v: GPT2Config(
-        n_embd=64, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.2, **v
-    ),
+GPT2 = dict(n_embd=64, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.2)
+WINDOWS = dict(sliding_window=24, layer_types=["sliding_attention", "full_attention"])
+KINDS = {
+    "llama": partial(LlamaConfig, num_key_value_heads=2, **COMMON),
+    "qwen2": partial(Qwen2Config, num_key_value_heads=2, tie_word_embeddings=True, **COMMON),
+    "qwen3": partial(Qwen3Config, num_key_value_heads=1, head_dim=16, **COMMON),
+    "mistral": partial(MistralConfig, num_key_value_heads=2, sliding_window=24, **COMMON),
+    "gemma3": partial(Gemma3TextConfig, num_key_value_heads=1, head_dim=16, **WINDOWS, **COMMON),
+    "phi3": partial(Phi3Config, num_key_value_heads=4, **COMMON),
+    "gpt2": partial(GPT2Config, **GPT2),
 }
 
 
 def tiny(kind="llama", seed=0, vocabulary=None):
     """A random model of two layers, prepared as `model.load` prepares one."""
     torch.manual_seed(seed)
-    ids = dict(eos_token_id=tokenizer().eos_token_id, bos_token_id=0, pad_token_id=3)
-    return lm.prepare(
-        AutoModelForCausalLM.from_config(
-            KINDS[kind](vocab_size=vocabulary or len(tokenizer()), **ids), dtype=torch.float32
-        )
+    config = KINDS[kind](
+        vocab_size=vocabulary or len(tokenizer()),
+        eos_token_id=tokenizer().eos_token_id,
+        bos_token_id=0,
+        pad_token_id=3,
     )
+    return lm.prepare(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
 def voice(kind="llama", template=CHATML, **more):
@@ -141,23 +139,17 @@ def scenario(name="s0", dilemma="One reservoir is left. Who gets the water?"):
 
 
 def dialogues(scenarios=1, members=2, step=1):
-    """Empty dialogues: `members` on each of `scenarios` scenarios with dilemmas of different lengths."""
-    return [
-        selfplay.Dialogue(
-            scenario(
-                f"s{s}", "One reservoir is left." + " It is dry." * s + " Who gets the water?"
-            ),
-            step,
-            s,
-            m,
-        )
-        for s in range(scenarios)
-        for m in range(members)
-    ]
+    """Empty dialogues: `members` on each of `scenarios` with dilemmas of different lengths."""
+    made = []
+    for s in range(scenarios):
+        dilemma = "One reservoir is left." + " It is dry." * s + " Who gets the water?"
+        case = scenario(f"s{s}", dilemma)
+        made += [selfplay.Dialogue(case, step, s, member) for member in range(members)]
+    return made
 
 
 def plain_logprobs(model, ids, temperature=1.0):
-    """log-prob of every token after the first by an ordinary Hugging Face forward of this sequence alone, (T - 1,)."""
+    """log-prob of every token after the first, (T - 1,), by Hugging Face's own forward pass."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     logits = model(torch.tensor([ids])).logits[0, :-1].float() / temperature

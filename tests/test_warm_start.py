@@ -137,7 +137,6 @@ def test_the_gradient_is_that_of_plain_likelihood(kind, tokens):
     for dialogue in dialogues:
         for tree, rows in grpo.pack([dialogue], tokens, cfg.micro_tokens):
             learner.backward(tree, rows)
-    learner.finish_trunk()
     mine = {n: p.grad.clone() for n, p in model.named_parameters()}
     streams = (
         [(s.ids, s.mask) for d in dialogues for stream in d.streams for s in stream]
