@@ -20,6 +20,7 @@ import checkpoint
 import cli
 import data_gen
 import model as lm
+import progress
 import runs
 import train
 
@@ -167,7 +168,7 @@ def test_checkpoints_load_like_any_model(finished, tiny):
         assert lm.load(str(folder))[0].config.model_type == "llama"
     config = json.loads((finished[0] / "config.json").read_text())
     assert config["group_size"] == 3 and config["lr"] == 1e-3 and config["recipe"] == "debug"
-    assert set(config) == {f for f in train.Settings.__dataclass_fields__} | {"contents"}
+    assert set(config) == set(train.Settings.__dataclass_fields__) | {"contents"}
     assert (
         config["judge_mode"] == "json" and config["judge_model"] == "scripted"
     )  # as they were found
@@ -490,13 +491,13 @@ def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
         row(("d", 5.0), ("a", 2.0)),
         row(("b", 2.5), ("c", 3.0)),
     ]
-    assert [train.epoch_news(rows, step, cfg, 4) for step in (1, 2, 3)] == [""] * 3
-    assert train.epoch_news(rows, 4, cfg, 4) == (
+    assert [progress.epoch_news(rows, step, cfg, 4) for step in (1, 2, 3)] == [""] * 3
+    assert progress.epoch_news(rows, 4, cfg, 4) == (
         "    epoch 2: reward 2.50, in the first epoch 2.00 on the same 3 scenarios: +0.50 "
         "(standard error 0.29), higher on 2"
     )  # differences 1, 0.5, 0; d has no first reward
     assert (
-        train.epoch_news(rows[:3], 4, cfg, 4) == ""
+        progress.epoch_news(rows[:3], 4, cfg, 4) == ""
     )  # the lines of an older run have no rewards, or too few
 
 
@@ -525,8 +526,13 @@ def test_lines_are_json_whatever_a_step_came_to(tmp_path):
 
 
 def test_a_signal_between_two_steps_plays_nothing_more():
-    stop = types.SimpleNamespace(since=1.0, verdict=(130, "interrupted"))
-    assert train.until_stopped(lambda: pytest.fail("played"), stop) == ((130, "interrupted"), None)
+    run = train.Run.__new__(train.Run)
+    run.world = train.World(0, 1, torch.device("cpu"))
+    run.stop = types.SimpleNamespace(since=1.0, verdict=(130, "interrupted"))
+    run.stop.run = types.MethodType(train.Stop.run, run.stop)
+    with pytest.raises(train.Ended) as ended:
+        run.unless_stopped(pytest.fail, "played")
+    assert (ended.value.code, ended.value.reason) == (130, "interrupted")
 
 
 def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(tiny, judge, tmp_path):
@@ -571,7 +577,6 @@ def test_resume_removes_what_a_kill_left_and_nothing_else(tmp_path):
     (out / "checkpoints" / "latest").symlink_to("step_000002")
     (out / "config.json").write_text("{}")
     cfg = train.read_settings(["--resume", str(out)])
-    assert cfg.epoch_steps == 0  # a run of before that setting played all scenarios
     assert checkpoint.open_run(cfg) == (out, out / "checkpoints" / "step_000002")
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
         "best",

@@ -280,11 +280,21 @@ def test_a_run_learns_and_leaves_what_every_run_leaves(finished, tiny):
         assert change > 0 or "proj" not in name
 
 
+STOP_AT_STEP_3 = """
+import os, signal
+once = train.imitation_step
+def third(run, step, dialogues):
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    return once(run, step, dialogues)
+train.imitation_step = third
+"""
+
+
 def test_resuming_changes_nothing(finished, tiny, files, tmp_path):
     """Six steps equal three, a checkpoint and three more, bit by bit; the number of steps is part of the mathematics, because the rate falls with it."""
     out = tmp_path / "run"
-    stop = "import os, signal\nonce = train.imitation_step\ndef third(step, *a):\n    if step == 3: os.kill(os.getpid(), signal.SIGINT)\n    return once(step, *a)\ntrain.imitation_step = third"
-    assert runs.Run(flags(tiny, files, out), patch=stop).wait()[0] == 130
+    assert runs.Run(flags(tiny, files, out), patch=STOP_AT_STEP_3).wait()[0] == 130
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000003"]
     code, _, err = runs.Run(["--resume", str(out), "--steps", "9"]).wait()
     assert code == 2 and "--steps would change the mathematics" in err
