@@ -28,13 +28,11 @@ import math
 import os
 import signal
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
 import data_gen
@@ -47,133 +45,12 @@ from checkpoint import append, begin, claim, load_trainer, open_run, save_checkp
 from cli import UserError, run_cli
 from client import BudgetSpent
 from eval import heldout, heldout_row
+from policy import World, build, start_world
 from progress import peak_memory_gb
 from report import best_step, whole_lines
 from settings import RECIPES, Settings, check_contents, read_settings
 
-__all__ = ["RECIPES", "Settings", "peak_memory_gb", "read_settings"]  # for whoever imports train
-
-# ---- ranks ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class World:
-    """This process among those that torchrun started (one of one without torchrun)."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    def gather(self, thing):
-        """The list of every rank's picklable `thing`, on every rank."""
-        if self.size == 1:
-            return [thing]
-        things = [None] * self.size
-        dist.all_gather_object(things, thing)
-        return things
-
-    def broadcast(self, thing):
-        """Rank 0's `thing`, on every rank."""
-        return self.gather(thing)[0]
-
-
-def start_world():
-    """Join the process group that torchrun describes: NCCL on GPUs, gloo on CPUs."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.is_available():
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
-        torch.cuda.set_device(device)
-    if size > 1:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return World(rank, size, device)
-
-
-# ---- the policy ----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Policy:
-    """The model that learns, the one that plays, and what belongs to them."""
-
-    model: torch.nn.Module  # learns
-    player: torch.nn.Module  # the same one; with shards a whole copy in the compute dtype
-    tokenizer: object
-    optimizer: grpo.Optimizer
-    reference: torch.nn.Module  # frozen, for --beta; None without
-    sharded: bool
-
-    @torch.no_grad()
-    def update_player(self):
-        """Give the player the newest weights; of shards each is gathered once, outside of play."""
-        if not self.sharded:
-            return
-        copies = dict(self.player.named_parameters())
-        for name, parameter in self.model.named_parameters():
-            copies[name].copy_(parameter.full_tensor())
-
-
-def build(settings, world, weights=None):
-    """The Policy of these settings. weights: a folder to read instead of --model."""
-    source, rank = weights or settings.model, settings.lora_rank
-    sharded = settings.fsdp and world.size > 1
-    dtype = lm.compute_dtype(settings.dtype, world.device)
-    model, tokenizer = lm.load(source, "fp32", "cpu")
-    if rank:
-        torch.manual_seed(settings.seed)
-        lm.add_lora(model, rank)
-    if settings.gradient_checkpointing:
-        how = {"use_reentrant": False}
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
-    player = model
-    if sharded:
-        player, _ = lm.load(source, settings.dtype, world.device)
-        if rank:
-            lm.add_lora(player, rank)
-        player.requires_grad_(False)
-        shard(model, dtype)
-    else:
-        for parameter in model.parameters():
-            if not parameter.requires_grad:  # the base of adapters: half the bytes on the card
-                parameter.data = parameter.data.to(dtype)
-        model.to(world.device)
-    reference = None
-    if settings.beta > 0 and rank:
-        reference = player  # with its adapters off
-    elif settings.beta > 0:
-        reference, _ = lm.load(settings.model, settings.dtype, world.device)
-        reference.requires_grad_(False)
-    optimizer = grpo.Optimizer(
-        model,
-        settings.lr,
-        settings.warmup_steps,
-        settings.grad_clip,
-        torch.float32 if sharded else dtype,
-        settings.steps * settings.updates_per_rollout if settings.lr_decay else 0,
-    )
-    return Policy(model, player, tokenizer, optimizer, reference, sharded)
-
-
-def shard(model, dtype):
-    """Split weights, gradients and optimizer state over the ranks, block by block (FSDP2)."""
-    body = lm.inner(model)
-    blocks = body.layers if hasattr(body, "layers") else body.h  # GPT-2's name for them
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for part in [*blocks, model]:
-        fully_shard(part, mp_policy=precision)
-        # sums over ranks, as without shards: grpo divides by D once
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)
-
-    def token_logprobs(*arguments):
-        return [values.clone() for values in lm.token_logprobs(model, *arguments)]
-
-    # FSDP gathers weights around registered methods of the model only, so this must be one. grpo
-    # finds it by its name, and takes a model that has it for a sharded one. FSDP warns of views,
-    # hence the copies.
-    model.token_logprobs = token_logprobs
-    register_fsdp_forward_method(model, "token_logprobs")
-
+__all__ = ["RECIPES", "Settings", "World", "main"]  # for whoever imports train
 
 # ---- scenarios -----------------------------------------------------------------------------------
 
@@ -377,11 +254,8 @@ class Run:
                 f"--agreement judge: {self.judge.model} is a reward model and knows scores only; "
                 "add --agreement marker, or none"
             )
-        judge_model, judge_mode = self.judge.model, self.judge.mode
-        # decided once: a resumed run reads as this one does
-        self.settings = dataclasses.replace(
-            settings, judge_model=judge_model, judge_mode=judge_mode
-        )
+        found = {"judge_model": self.judge.model, "judge_mode": self.judge.mode}
+        self.settings = dataclasses.replace(settings, **found)  # a resumed run reads alike
         self.judge.take_stats()  # the first question is of no step
         self.begin()
         again = " over and over (--epoch-steps 0: all)" if settings.epoch_steps else ""
@@ -394,9 +268,8 @@ class Run:
     def open_judge(self):
         """The judge, with this rank's share of what earlier steps left of --judge-budget."""
         settings, world = self.settings, self.world
-        if not settings.judge_url and world.size > int(
-            os.environ.get("LOCAL_WORLD_SIZE", world.size)
-        ):
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+        if not settings.judge_url and world.size > on_this_machine:
             raise UserError(
                 "--judge-url: the embedded judge serves one machine only; "
                 "name a server that all nodes reach"
@@ -497,8 +370,7 @@ class Run:
         """Play the held-out scenarios, with the same seeds as ever."""
         settings, step, world = self.settings, self.done, self.world
         due = self.held_out and (step % settings.eval_every == 0 or step == settings.steps)
-        known = any("heldout" in row and row["step"] == step for row in self.rows())
-        if not due or world.broadcast(known):
+        if not due or world.broadcast(self.evaluated(step)):
             return
         self.judge.start_batch()
         share = slice(world.rank, None, world.size)
@@ -509,6 +381,10 @@ class Run:
         self.append("heldout.jsonl", [{**record, "step": step} for record in records])
         self.append("metrics.jsonl", [{"step": step, "heldout": held}])
         self.say(progress.heldout_line(step, held))
+
+    def evaluated(self, step):
+        """Whether this step's evaluation is there already: it was the last that is resumed."""
+        return any("heldout" in row and row["step"] == step for row in self.rows())
 
     def save_if_due(self):
         """A checkpoint every --save-every steps, and of the best held-out reward so far."""

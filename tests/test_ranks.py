@@ -1,4 +1,4 @@
-"""Runs on several ranks and runs that survive: the same numbers everywhere, and nothing lost to a kill, a full disk or a dead rank."""
+"""Runs on several ranks, and runs that survive a kill, a full disk or a dead rank."""
 
 import contextlib
 import os
@@ -13,6 +13,7 @@ import zlib
 
 import helpers
 import pytest
+import runs
 import torch
 from servers import JudgeServer
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,6 @@ import checkpoint
 import cli
 import grpo
 import model as lm
-import runs
 import train
 
 HARD = dict(updates_per_rollout=2, beta=0.05)  # losses that are not 0
@@ -45,13 +45,15 @@ def complete(tiny, judge, out, ranks=0, **more):
     return out
 
 
+def sampled(out):
+    """The ids of every stream and final of a run."""
+    records = runs.rows(out, "dialogues.jsonl")
+    return [([stream["samples"] for stream in r["streams"]], r["final_ids"]) for r in records]
+
+
 def close(a, b):
     """Two runs have the same dialogues and, to rounding, the same numbers."""
-    ids = lambda out: [
-        [s["ids"] for stream in r["streams"] for s in stream["samples"]] + r["final_ids"]
-        for r in runs.rows(out, "dialogues.jsonl")
-    ]
-    assert ids(a) == ids(b) and len(ids(a)) > 0
+    assert sampled(a) == sampled(b) and len(sampled(a)) > 0
     mine, theirs = runs.rows(a), runs.rows(b)
     assert len(mine) == len(theirs)
     for x, y in zip(mine, theirs):
@@ -62,7 +64,7 @@ def close(a, b):
             ), key
 
 
-# ---- several ranks are one ------------------------------------------------------------------------------------------------
+# ---- several ranks are one -----------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -71,16 +73,16 @@ def test_one_rank_two_ranks_and_shards_are_the_same_run(tiny, judge, tmp_path):
     assert max(abs(r["loss"]) for r in runs.rows(alone)) > 1e-3
     close(complete(tiny, judge, tmp_path / "one", 1, steps=5, **HARD), alone)
     assert runs.same(runs.weights(tmp_path / "one", 5), runs.weights(alone, 5))
+    start = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
     for name, more in (("two", {}), ("shards", {"fsdp": True})):
         out = complete(tiny, judge, tmp_path / name, 2, steps=5, **HARD, **more)
         close(out, alone)
         mine, theirs = runs.weights(out, 5), runs.weights(alone, 5)
         assert mine.keys() == theirs.keys()
-        start = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
-        far = lambda ws: torch.cat([(ws[n] - start[n]).flatten() for n in start])
-        assert (far(mine) - far(theirs)).norm() < 0.02 * far(
-            theirs
-        ).norm()  # Adam makes steps of one size, also of the smallest gradients
+        apart = torch.cat([(mine[n] - theirs[n]).flatten() for n in start])
+        far = torch.cat([(theirs[n] - start[n]).flatten() for n in start])
+        # Adam makes steps of one size, also of the smallest gradients
+        assert apart.norm() < 0.02 * far.norm()
         assert (
             AutoModelForCausalLM.from_pretrained(out / "checkpoints/step_000005").dtype
             == torch.float32
@@ -154,7 +156,7 @@ def test_ranks_that_do_not_divide_the_scenarios_are_refused(tiny, judge, tmp_pat
     )
 
 
-# ---- kill and resume ----------------------------------------------------------------------------------------------------------
+# ---- kill and resume -----------------------------------------------------------------------------
 
 DIE = """
 import os, signal
@@ -217,7 +219,14 @@ checkpoint.shutil.rmtree = lambda *a, **k: (time.sleep(0.1), rmtree(*a, **k))
 @pytest.mark.slow
 def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
     rng, out, more = random.Random(7), tmp_path / "run", dict(save_every=2, group_size=2)
-    writing = lambda: any(p.name.startswith(".writing") for p in (out / "checkpoints").glob("*"))
+
+    def writing():
+        return any((out / "checkpoints").glob(".writing*"))
+
+    def steps_written():
+        path = out / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
     run = runs.Run(runs.flags(tiny, judge.url, out, steps=10000, **more), patch=SLOW_SAVES)
     newest = 0
     for kill in range(20):
@@ -227,18 +236,12 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
             assert runs.wait_for(writing)
             time.sleep(rng.uniform(0, 0.5))
         elif kill % 4:
-            assert runs.wait_for(
-                lambda: (
-                    (out / "metrics.jsonl").exists()
-                    and (out / "metrics.jsonl").read_text().count("\n") > seen
-                )
-            )
+            assert runs.wait_for(lambda seen=seen: steps_written() > seen)
             time.sleep(rng.uniform(0, 1))
         else:  # perhaps before it has even begun
             time.sleep(rng.uniform(0, 8))
         run.kill()
-        text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""
-        steps = text.count("\n")
+        steps = steps_written()
         whole = [
             int(p.name[5:])
             for p in (out / "checkpoints").glob("step_*")
@@ -270,7 +273,7 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
     assert runs.same(runs.weights(out, done), runs.weights(whole, done))
 
 
-# ---- a rank dies ----------------------------------------------------------------------------------------------------------------
+# ---- a rank dies ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -287,7 +290,8 @@ def test_when_a_rank_dies_the_other_ends_with_one_message(place, how, tiny, judg
     assert code != 0 and run.gone(5)
     mine = [line for line in err.splitlines() if line.startswith("error:")]
     assert mine == [
-        "error: another rank has ended (see its own message); go on from the last checkpoint with --resume"
+        "error: another rank has ended (see its own message); "
+        "go on from the last checkpoint with --resume"
     ], err[-3000:]
     assert ("out of luck" in err) == (how == "raise")
     code, said, err = runs.Run(["--resume", str(out), "--steps", "4"], 2).wait()
@@ -324,7 +328,7 @@ def test_a_spent_budget_stops_every_rank(tiny, judge, tmp_path):
         assert (out / "checkpoints" / f"step_{len(runs.rows(out)):06d}" / "COMPLETE").exists()
 
 
-# ---- a full disk -------------------------------------------------------------------------------------------------------------------
+# ---- a full disk ---------------------------------------------------------------------------------
 
 
 def built(tiny, **more):
@@ -382,7 +386,8 @@ def test_a_run_begins_only_where_a_checkpoint_fits(more, tiny, tmp_path, monkeyp
         contextlib.ExitStack() as stack,
         pytest.raises(
             cli.UserError,
-            match="--out .*run: not one checkpoint fits there .* GB are needed, .* are free.*; make room",
+            match="--out .*run: not one checkpoint fits there .* GB are needed, "
+            ".* are free.*; make room",
         ),
     ):
         checkpoint.begin(out, settings, {}, policy.model, stack)
@@ -444,7 +449,7 @@ def test_a_run_on_a_full_disk_goes_on_and_its_checkpoint_stays(tiny, judge, tmp_
         )  # the disk holds one checkpoint, not two
 
 
-# ---- LoRA --------------------------------------------------------------------------------------------------------------------------
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -500,7 +505,7 @@ def helpers_group(model):
     return group
 
 
-# ---- the memory plan -----------------------------------------------------------------------------------------------------------------
+# ---- the memory plan -----------------------------------------------------------------------------
 
 SIZES = {
     "small": (512, 6, 1500),
@@ -526,6 +531,12 @@ def random_model(folder, hidden, layers, more):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     helpers.tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def peak(said):
+    """The peak that --plan prints."""
+    lines = [line.split() for line in said.splitlines()]
+    return float(next(line[-1] for line in lines if line and line[0] == "peak"))
 
 
 PLANNED = dict(
@@ -564,10 +575,7 @@ def test_the_plan_tells_the_memory_that_a_run_takes(size, nothing, tmp_path):
         and "largest: " in said
         and not (tmp_path / "never").exists()
     ), err
-    planned = float(
-        next(line for line in said.splitlines() if line.strip().startswith("peak")).split()[-1]
-    )
-    assert used == pytest.approx(planned, rel=0.2), said
+    assert used == pytest.approx(peak(said), rel=0.2), said
 
 
 def test_a_plan_names_the_setting_to_change(tmp_path, capsys):
@@ -583,13 +591,11 @@ def test_a_plan_names_the_setting_to_change(tmp_path, capsys):
     )
     config.save_pretrained(tmp_path)  # 14B, of which nothing is ever allocated
     helpers.tokenizer().save_pretrained(tmp_path)
-    plan = lambda *more: (
-        train.main(["--plan", "--model", str(tmp_path), *more]),
-        capsys.readouterr().out,
-    )
-    peak = lambda said: float(
-        next(line for line in said.splitlines() if line.strip().startswith("peak")).split()[-1]
-    )
+
+    def plan(*more):
+        code = train.main(["--plan", "--model", str(tmp_path), *more])
+        return code, capsys.readouterr().out
+
     code, alone = plan()
     assert (
         code == 0

@@ -1,4 +1,4 @@
-"""train.py as a person meets it: what a run leaves behind, what it says to bad input, how it stops."""
+"""train.py as a person meets it: what a run leaves behind, how it complains, how it stops."""
 
 import collections
 import contextlib
@@ -12,6 +12,7 @@ import types
 
 import helpers
 import pytest
+import runs
 import torch
 from servers import REPLIES, JudgeServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +22,6 @@ import cli
 import data_gen
 import model as lm
 import progress
-import runs
 import train
 
 METRICS = set(
@@ -189,16 +189,16 @@ def test_the_terminal_shows_each_step_and_a_transcript(finished):
     }
     for s in (2, 3):
         assert (
-            f"epoch {s}: reward {sum(earned[s]) / 6:.2f}, in the first epoch {sum(earned[1]) / 6:.2f} on the same 2 scenarios"
-            in said
+            f"epoch {s}: reward {sum(earned[s]) / 6:.2f}, in the first epoch "
+            f"{sum(earned[1]) / 6:.2f} on the same 2 scenarios" in said
         )
 
 
-# ---- bad input ----------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 def complaint(arguments, capfd):
-    """The one line that train.py answers bad input with (run in this process: it ends before it starts anything)."""
+    """The one line that train.py answers bad input with, run in this process."""
     with pytest.raises(SystemExit) as ended:
         cli.run_cli(lambda: train.main(arguments))
     err = capfd.readouterr().err
@@ -255,7 +255,7 @@ def test_bad_input_gets_one_line(case, tiny, judge, tmp_path, capfd):
 
 
 def test_the_recipes_are_the_papers(tmp_path):
-    """The tables of arXiv 2603.10476 (and of its single-agent baseline), as readers' notes give them; what they leave open is ours."""
+    """The tables of arXiv 2603.10476 and its single-agent baseline, as readers' notes have them."""
     paper, single = (
         train.read_settings(["--recipe", name, "--model", "M"])
         for name in ("paper", "paper-single")
@@ -295,15 +295,15 @@ def test_the_recipes_are_the_papers(tmp_path):
 
 
 def test_every_rank_has_a_group_of_its_own(monkeypatch):
-    """torchrun --nproc_per_node=8 train.py works as it stands; a number that was asked for is never changed."""
-    of = lambda *flags: train.read_settings(list(flags)).scenarios_per_step
+    """torchrun --nproc_per_node=8 train.py works as it stands; what was asked for stays."""
+
+    def of(*flags):
+        return train.read_settings(list(flags)).scenarios_per_step
+
     for ranks, debug, baseline in (("1", 2, 4), ("2", 2, 4), ("3", 3, 6), ("8", 8, 8)):
         monkeypatch.setenv("WORLD_SIZE", ranks)
-        assert (of(), of("--recipe", "paper-single"), of("--scenarios-per-step", "5")) == (
-            debug,
-            baseline,
-            5,
-        )
+        assert of() == debug and of("--recipe", "paper-single") == baseline
+        assert of("--scenarios-per-step", "5") == 5
 
 
 def test_the_single_recipe_differs_from_the_debug_recipe_in_one_thing():
@@ -470,9 +470,7 @@ def test_a_scenario_that_comes_twice_in_a_step_is_played_by_other_members():
     assert [[d.member for d in group] for group in shares] == [
         [d.member for d in group] for group in whole
     ]
-    for step in range(
-        1, 9
-    ):  # three scenarios, two a step: every other step holds the end of one epoch and the beginning of the next
+    for step in range(1, 9):  # three scenarios, two a step: every other step holds two epochs
         groups = train.deal(
             [helpers.scenario(name) for name in "abc"],
             train.Settings(),
@@ -502,15 +500,12 @@ def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
 
 
 def test_an_epoch_has_room_for_every_rank_and_never_cuts_what_somebody_brings(monkeypatch):
-    count = lambda *flags: len(train.divide(train.read_settings(list(flags)))[0])
-    everything = count("--recipe", "paper")
-    assert (
-        everything
-        == 320
-        == count("--epoch-steps", "0")
-        == count("--recipe", "paper-single")
-        == count("--scenarios", str(data_gen.DATA / "dilemmas.jsonl"))
-    )
+    def count(*flags):
+        return len(train.divide(train.read_settings(list(flags)))[0])
+
+    mine = str(data_gen.DATA / "dilemmas.jsonl")
+    assert count("--recipe", "paper") == count("--recipe", "paper-single") == 320
+    assert count("--epoch-steps", "0") == count("--scenarios", mine) == 320
     assert count() == count("--recipe", "single") == 10 and count("--epoch-steps", "3") == 6
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert count() == 40
@@ -619,7 +614,7 @@ def test_bad_input_to_the_program_itself(tiny, judge, tmp_path):
     assert code == 2 and err == "error: --group-size 1: must be at least 2\n" and said == ""
 
 
-# ---- how a run ends -------------------------------------------------------------------------------------------------------
+# ---- how a run ends ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -735,7 +730,7 @@ AT_ONCE = {
 
 
 def test_a_run_through_every_fault_of_a_judge(tiny, tmp_path):
-    """Every second reply is a fault, each kind in turn: nothing is lost but the rewards that never came, and those are counted."""
+    """Every second reply is a fault, each kind in turn: rewards that never came are counted."""
     out, kinds = tmp_path / "run", TRANSPORT + list(AT_ONCE) + list(REPLIES)
     with runs.judge(
         faults=lambda n, path: kinds[(n - 3) // 2 % len(kinds)] if n >= 3 and n % 2 else None
@@ -752,12 +747,16 @@ def test_a_run_through_every_fault_of_a_judge(tiny, tmp_path):
         code, said, err = run.wait(150)
         posts = len(server.requests)
     rows, dialogues = runs.rows(out), runs.rows(out, "dialogues.jsonl")
-    total = lambda key: sum(r[key] for r in rows)
+
+    def total(key):
+        return sum(r[key] for r in rows)
+
     reasons = collections.Counter()
     for r in rows:
         reasons.update(r["judge_missing"])
     print(
-        f"{posts} requests, {total('judge_calls')} calls, {total('judge_retries')} retries, {total('judge_retry_seconds'):.1f} s of pauses, "
+        f"{posts} requests, {total('judge_calls')} calls, {total('judge_retries')} retries, "
+        f"{total('judge_retry_seconds'):.1f} s of pauses, "
         f"{total('seconds_judge'):.1f} s of waiting, missing {dict(reasons)}"
     )
     assert code == 0 and "Traceback" not in err and run.gone(), err
@@ -784,7 +783,11 @@ def test_a_run_through_every_fault_of_a_judge(tiny, tmp_path):
 
 
 def test_five_steps_that_are_not_finite_stop_the_run(tiny, judge, tmp_path):
-    patch = "import grpo; step = grpo.Optimizer.step; grpo.Optimizer.step = lambda self, scale, finite=True: step(self, scale, self.updates < 1)"
+    patch = """
+import grpo
+step = grpo.Optimizer.step
+grpo.Optimizer.step = lambda self, scale, finite=True: step(self, scale, self.updates < 1)
+"""
     code, said, err = runs.Run(
         runs.flags(tiny, judge.url, tmp_path / "run", steps=100, save_every=1), patch=patch
     ).wait()
