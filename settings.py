@@ -20,7 +20,6 @@ import selfplay
 from cli import UserError, command_line, option
 from model import WARM_MODEL
 
-SINGLE = {"max_turns": 0, "train_tokens": "final", "agreement": "none"}
 RECIPES = {
     "debug": {},
     # arXiv 2603.10476, as its readers tell it: "What is the paper's, and what is ours" in README.md
@@ -43,21 +42,8 @@ RECIPES = {
         "beta": 0.0,
         "save_every": 50,
     },
-    # the debug recipe without the other agent: one answer to the same dilemma
-    "single": SINGLE,
-    "paper-single": {
-        **SINGLE,
-        "final_temperature": 1.0,
-        "temperature": 1.0,
-        "final_tokens": 512,
-        "group_size": 8,
-        "scenarios_per_step": 4,
-        "epoch_steps": 0,
-        "steps": 2150,
-        "lr": 5e-6,
-        "beta": 0.04,
-        "save_every": 50,
-    },
+    # the baseline: one agent answers the same dilemma alone
+    "single": {"max_turns": 0, "train_tokens": "final", "agreement": "none"},
     # plain likelihood on written negotiations: what made the default model out of smollm2-135m
     "warm-start": {
         "model": "smollm2-135m",
@@ -148,18 +134,17 @@ FREE_ON_RESUME = {
 
 def read_settings(argv=None):
     """Settings from the command line, over those of the recipe or of the run to resume."""
-    settings = command_line(Settings, argv, prog="train.py", base=starting_point)
+
+    def base(given):
+        return from_run(given) if given.get("resume") else from_recipe(given)
+
+    settings = command_line(Settings, argv, prog="train.py", base=base)
     validate(settings)
     return settings
 
 
-def starting_point(given):
-    """The settings that the flags `given`, {name: value}, are laid over."""
-    return from_run(given) if given.get("resume") else from_recipe(given)
-
-
 def from_recipe(given):
-    """Those of the recipe, with as many groups as each rank needs to have whole ones."""
+    """What flags are laid over, {name: value}: a recipe, with enough groups for all ranks."""
     recipe = RECIPES[given.get("recipe", "debug")]
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     groups = recipe.get("scenarios_per_step", Settings.scenarios_per_step)
@@ -170,7 +155,7 @@ def from_recipe(given):
 
 
 def from_run(given):
-    """Those of the run to resume. Raises UserError where flags would make another run of it."""
+    """The same of a run to resume. Raises UserError where flags would make another run of it."""
     folder = given["resume"]
     saved = saved_config(folder)
     if given.get("out", folder) != folder:
@@ -235,12 +220,10 @@ def contents(settings):
         found["demonstrations"] = [dataclasses.asdict(negotiation) for negotiation in written]
     elif not settings.judge_url:
         found["embedded judge"] = judge_server.heads_digest()
-    return {what: digest(value) for what, value in found.items()}
-
-
-def digest(value):
-    """16 hexadecimal digits that tell one JSON value from another."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    for what, value in found.items():
+        text = json.dumps(value, sort_keys=True)
+        found[what] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return found
 
 
 def check_contents(settings):

@@ -254,44 +254,15 @@ def test_bad_input_gets_one_line(case, tiny, judge, tmp_path, capfd):
     assert not (tmp_path / "run").exists()  # so that the mended command line works
 
 
-def test_the_recipes_are_the_papers(tmp_path):
-    """The tables of arXiv 2603.10476 and its single-agent baseline, as readers' notes have them."""
-    paper, single = (
-        train.read_settings(["--recipe", name, "--model", "M"])
-        for name in ("paper", "paper-single")
-    )
-    assert (paper.max_turns, paper.context_turns, paper.agreement, paper.on_impasse) == (
-        7,
-        2,
-        "judge",
-        "zero",
-    )
-    assert (paper.group_size, paper.lr, paper.beta, paper.steps) == (8, 5e-6, 0.0, 1900)
-    assert paper.group_size * paper.scenarios_per_step == 16 and (
-        paper.advantage_scale,
-        paper.aggregate,
-    ) == ("std", "token")
-    assert (paper.temperature, paper.top_p, paper.final_temperature, paper.final_top_p) == (
-        0.7,
-        0.95,
-        0.1,
-        0.95,
-    )
-    assert (
-        paper.train_tokens == "dialogue"
-        and paper.updates_per_rollout == 1
-        and paper.judge_sees == "final"
-    )
-    assert (single.max_turns, single.train_tokens, single.beta, single.steps) == (
-        0,
-        "final",
-        0.04,
-        2150,
-    )
-    assert single.group_size * single.scenarios_per_step == 32 and (
-        single.final_temperature,
-        single.final_top_p,
-    ) == (1.0, 1.0)
+def test_the_paper_recipe_is_the_papers():
+    """The table of arXiv 2603.10476, as readers' notes have it; what they leave open is ours."""
+    paper = train.read_settings(["--recipe", "paper", "--model", "M"])
+    wanted = {"max_turns": 7, "context_turns": 2, "agreement": "judge", "on_impasse": "zero"}
+    wanted |= {"temperature": 0.7, "top_p": 0.95, "final_temperature": 0.1, "final_top_p": 0.95}
+    wanted |= {"group_size": 8, "scenarios_per_step": 2, "updates_per_rollout": 1, "steps": 1900}
+    wanted |= {"lr": 5e-6, "beta": 0.0, "advantage_scale": "std", "aggregate": "token"}
+    wanted |= {"train_tokens": "dialogue", "judge_sees": "final"}
+    assert {name: getattr(paper, name) for name in wanted} == wanted
 
 
 def test_every_rank_has_a_group_of_its_own(monkeypatch):
@@ -300,9 +271,9 @@ def test_every_rank_has_a_group_of_its_own(monkeypatch):
     def of(*flags):
         return train.read_settings(list(flags)).scenarios_per_step
 
-    for ranks, debug, baseline in (("1", 2, 4), ("2", 2, 4), ("3", 3, 6), ("8", 8, 8)):
+    for ranks, debug, warm_start in (("1", 2, 16), ("2", 2, 16), ("3", 3, 18), ("8", 8, 16)):
         monkeypatch.setenv("WORLD_SIZE", ranks)
-        assert of() == debug and of("--recipe", "paper-single") == baseline
+        assert of() == debug and of("--recipe", "warm-start") == warm_start
         assert of("--scenarios-per-step", "5") == 5
 
 
@@ -504,7 +475,7 @@ def test_an_epoch_has_room_for_every_rank_and_never_cuts_what_somebody_brings(mo
         return len(train.divide(train.read_settings(list(flags)))[0])
 
     mine = str(data_gen.DATA / "dilemmas.jsonl")
-    assert count("--recipe", "paper") == count("--recipe", "paper-single") == 320
+    assert count("--recipe", "paper") == 320
     assert count("--epoch-steps", "0") == count("--scenarios", mine) == 320
     assert count() == count("--recipe", "single") == 10 and count("--epoch-steps", "3") == 6
     monkeypatch.setenv("WORLD_SIZE", "8")
