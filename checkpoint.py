@@ -1,13 +1,13 @@
-"""A run's folder: one writer, lines that are whole, checkpoints that are complete or not there at all.
+"""A run's folder: one writer, whole lines, checkpoints that are complete or not there at all.
 
     config.json  metrics.jsonl  dialogues.jsonl  heldout.jsonl
-    checkpoints/step_NNNNNN/    a plain Hugging Face folder, adapter.safetensors of --lora-rank, trainer.pt with the optimizer's moments, COMPLETE
+    checkpoints/step_NNNNNN/    a plain Hugging Face folder; trainer.pt, the optimizer's moments;
+                                adapter.safetensors of --lora-rank; COMPLETE
 
-There is no random state to keep: what a step draws is a function of (seed, step, scenario, member, turn).
+There is no random state to keep: what a step draws depends on (seed, step, scenario, member, turn).
 """
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -16,6 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import filelock
 import torch
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -24,90 +25,91 @@ import model as lm
 from cli import UserError
 from report import best_step, checkpoints_of
 
+# ---- the folder ----------------------------------------------------------------------------------
+
 
 def claim(out, stack):
-    """Hold the run folder until `stack` closes, so that no second run writes there. Raises UserError where one does, or nobody can."""
+    """Hold the run folder until `stack` closes. Raises UserError where another run holds it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made ({error.strerror}); choose a folder of yours")
-    handle = os.open(out, os.O_RDONLY)
-    stack.callback(os.close, handle)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        stack.enter_context(filelock.FileLock(out / ".lock", timeout=0))
+    except filelock.Timeout as error:
         raise UserError(
             f"--out {out}: another run is writing there; let it end, or choose another folder"
-        )
-    except OSError:
-        pass  # a file system that knows no locks
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: cannot be made ({error.strerror}); choose a folder of yours"
+        ) from error
 
 
 def open_run(settings):
-    """The run folder and its newest complete checkpoint, or None where the run begins; what a kill left behind is removed.
+    """(run folder, its newest complete checkpoint or None where the run begins).
 
-    On resume the lines of the steps after that checkpoint go: those steps will be played again, and come out the same.
-    Raises UserError where something else stands in the folder.
+    On resume, what a kill left behind goes, and so do the lines of steps after that checkpoint:
+    they are played again and come out the same. Raises UserError where a new run's folder holds
+    something.
     """
     out = Path(settings.out or f"runs/{settings.recipe}-{settings.seed}")
     if not settings.resume:
-        if out.exists() and (
-            not out.is_dir() or any(p.name != ".config.json.tmp" for p in out.iterdir())
-        ):
-            raise UserError(
-                f"--out {out}: something is already there; choose another folder, or go on with --resume {out}"
-            )
+        refuse_taken(out)
         return out, None
-    complete = checkpoints_of(out)
-    for leftover in (out / "checkpoints").glob("*step_*"):
-        if (
-            re.fullmatch(r"(\.writing-)?step_\d{6,}", leftover.name)
-            and leftover not in complete
-            and not leftover.is_symlink()
-        ):
-            shutil.rmtree(leftover)
-    for leftover in out.glob(".*.tmp"):
-        leftover.unlink()
-    done = int(complete[-1].name[5:]) if complete else -1
-    for path in (out / "metrics.jsonl", out / "dialogues.jsonl", out / "heldout.jsonl"):
-        if path.exists():
-            with open(path, "r+b") as file:
-                keep = 0
-                while (line := file.readline()).endswith(b"\n") and json.loads(line)[
-                    "step"
-                ] <= done:
-                    keep = file.tell()
-                file.truncate(keep)
-    return out, complete[-1] if complete else None
+    checkpoints = checkpoints_of(out)
+    for folder in (out / "checkpoints").glob("*step_*"):
+        ours = re.fullmatch(r"(\.writing-)?step_\d{6,}", folder.name)
+        if ours and folder not in checkpoints and not folder.is_symlink():
+            shutil.rmtree(folder)
+    newest = checkpoints[-1] if checkpoints else None
+    done = int(newest.name.removeprefix("step_")) if newest else -1
+    for name in ("metrics.jsonl", "dialogues.jsonl", "heldout.jsonl"):
+        if (out / name).exists():
+            cut_after(out / name, done)
+    return out, newest
+
+
+def refuse_taken(out):
+    """Raise UserError where `out` is not a folder, or holds something."""
+    litter = {".config.json.tmp", ".lock"}  # of a run that was killed as it began
+    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= litter):
+        raise UserError(
+            f"--out {out}: something is already there; choose another folder, "
+            f"or go on with --resume {out}"
+        )
+
+
+def cut_after(path, step):
+    """Cut a JSON Lines file where a line of a later step begins, or half a line."""
+    with open(path, "r+b") as file:
+        end = 0
+        for line in iter(file.readline, b""):
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            end += len(line)
+        file.truncate(end)
 
 
 def begin(out, settings, contents, model, stack):
-    """Make the run folder this run's own, now that nothing else can be wrong, and write its settings there, with the digests of its files.
+    """Make the folder this run's own, now that nothing else can be wrong; write config.json.
 
-    Raises UserError where not one checkpoint would fit: weights and two moments in fp32 of what is trained, the rest as it is.
+    contents: digests of the files that it reads. Raises UserError where not one checkpoint fits.
     """
     if not settings.resume:
-        needed = sum(
-            p.numel() * (12 if p.requires_grad else p.element_size()) for p in model.parameters()
-        )
-        if lack := lacking(next(place for place in (out, *out.parents) if place.exists()), needed):
+        needed = 0  # weight and two moments in fp32 of what is trained, the rest as it is
+        for parameter in model.parameters():
+            each = 12 if parameter.requires_grad else parameter.element_size()
+            needed += parameter.numel() * each
+        place = next(place for place in (out, *out.parents) if place.exists())
+        free = shutil.disk_usage(place).free
+        if free < 1.05 * needed:
             raise UserError(
-                f"--out {out}: not one checkpoint fits there ({lack}); make room, or choose another folder"
+                f"--out {out}: not one checkpoint fits there ({needed / 1e9:.2f} GB are needed, "
+                f"{free / 1e9:.2f} are free); make room, or choose another folder"
             )
         claim(out, stack)
-        open_run(settings)  # nobody else has begun there meanwhile
-    saved = dataclasses.asdict(dataclasses.replace(settings, resume="", force=False))
-    write_atomically(out / "config.json", json.dumps({**saved, "contents": contents}, indent=1))
-
-
-def lacking(place, needed):
-    """Which room is lacking at `place` for a checkpoint of `needed` bytes, in words; "" where there is enough."""
-    free = shutil.disk_usage(place).free
-    return (
-        f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} are free"
-        if free < 1.05 * needed
-        else ""
-    )
+        refuse_taken(out)  # nobody else has begun there meanwhile
+    config = dataclasses.asdict(dataclasses.replace(settings, resume="", force=False))
+    config["contents"] = contents
+    write_atomically(out / "config.json", json.dumps(config, indent=1))
 
 
 def write_atomically(path, text):
@@ -115,7 +117,7 @@ def write_atomically(path, text):
     scratch = path.with_name(f".{path.name}.tmp")
     scratch.write_text(text)
     sync(scratch)
-    scratch.rename(path)
+    scratch.replace(path)
 
 
 def sync(path):
@@ -126,124 +128,122 @@ def sync(path):
 
 
 def append(path, records):
-    """Append records to a JSON Lines file, whole lines at once. Raises UserError when the disk is full."""
-    known = lambda v: (
-        None if isinstance(v, float) and not math.isfinite(v) else v
-    )  # JSON has neither NaN nor infinity
+    """Append records to a JSON Lines file. Raises UserError when the disk is full."""
+    lines = "".join(json.dumps(without_nan(record)) + "\n" for record in records)
     try:
         with open(path, "a") as file:
-            file.write(
-                "".join(json.dumps({k: known(v) for k, v in r.items()}) + "\n" for r in records)
-            )
+            file.write(lines)
     except OSError as error:
         raise UserError(
-            f"--out: cannot write {path} ({error.strerror}); make room, then go on with --resume {path.parent}"
-        )
+            f"--out: cannot write {path} ({error.strerror}); make room, "
+            f"then go on with --resume {path.parent}"
+        ) from error
 
 
-def save_checkpoint(out, step, settings, model, tokenizer, optimizer, world):
-    """Write checkpoints/step_NNNNNN: a plain Hugging Face folder with the fp32 weights, and trainer.pt beside it.
+def without_nan(record):
+    """The record with null for NaN and infinity, which JSON does not have."""
+    clean = dict(record)
+    for key, value in record.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            clean[key] = None
+    return clean
 
-    Written under another name, fsynced, marked COMPLETE and then renamed, so that nothing half-written is ever taken for
-    a checkpoint. Older ones beyond --keep go. Returns the folder, or None (with a message) where the disk is full.
+
+# ---- a checkpoint --------------------------------------------------------------------------------
+
+
+def save_checkpoint(out, step, settings, policy, world):
+    """Write checkpoints/step_NNNNNN; older ones beyond --keep go. All ranks call, rank 0 writes.
+
+    Written under another name, fsynced, marked COMPLETE and then renamed, so that nothing half
+    written is ever taken for a checkpoint. Returns the folder, or None: on other ranks, and, with a
+    message, where the disk is full.
     """
-
-    def whole(
-        t,
-    ):  # FSDP: every rank takes part in gathering it, rank 0 keeps it in the machine's memory
-        t = t.full_tensor() if isinstance(t, DTensor) else t
-        return t.detach().cpu() if world.rank == 0 else None
-
-    names = {
-        id(p): n for n, p in optimizer.params.items()
-    }  # a tied weight has one master and two names
-    masters = {n: whole(p) for n, p in optimizer.masters.items()}
-    moments = {
-        n: {k: whole(v) for k, v in optimizer.adamw.state[p].items()}
-        for n, p in optimizer.masters.items()
-        if p in optimizer.adamw.state
-    }
-    trained = {
-        n: masters[names[id(p)]]
-        for n, p in model.named_parameters(remove_duplicate=False)
-        if id(p) in names
-    }
-    frozen = {n: whole(p) for n, p in model.state_dict().items() if n not in trained}
+    masters, moments, weights = whole_state(policy, world)
     if world.rank != 0:
         return None
-    folder, scratch = (
-        out / "checkpoints" / f"step_{step:06d}",
-        out / "checkpoints" / f".writing-step_{step:06d}",
-    )
-    weights = lm.plain_state(model, {**frozen, **trained})
-    adapters = masters if settings.lora_rank else {}
-    needed = sum(
-        t.numel() * t.element_size()
-        for m in (weights, adapters, *moments.values())
-        for t in m.values()
-    )
+    folder = out / "checkpoints" / f"step_{step:06d}"
+    scratch = folder.with_name(f".writing-{folder.name}")
+    rank, config = settings.lora_rank, policy.model.config
+    state = {"step": step, "updates": policy.optimizer.updates, "moments": moments}
+    state["adapters"] = masters if rank else {}
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        if lack := lacking(scratch, needed):
-            raise OSError(28, lack)
-        lm.save(model.config, model.generation_config, tokenizer, weights, scratch)
-        torch.save(
-            {"step": step, "updates": optimizer.updates, "moments": moments, "adapters": adapters},
-            scratch / "trainer.pt",
-        )
-        if adapters:
-            lm.save_adapter(
-                adapters,
-                settings.lora_rank,
-                2 * settings.lora_rank,
-                scratch / "adapter.safetensors",
-            )
+        lm.save(config, policy.model.generation_config, policy.tokenizer, weights, scratch)
+        torch.save(state, scratch / "trainer.pt")
+        if rank:
+            lm.save_adapter(masters, rank, 2 * rank, scratch / "adapter.safetensors")
         for file in scratch.iterdir():
             sync(file)
         write_atomically(scratch / "COMPLETE", f"step {step}\n")
         sync(scratch)
         scratch.rename(folder)
         sync(folder.parent)
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:  # RuntimeError: what torch.save makes of a full disk
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save's
         shutil.rmtree(scratch, ignore_errors=True)
-        print(
-            f"no checkpoint at step {step}: cannot write {folder} ({error}); the one before is kept",
-            file=sys.stderr,
-            flush=True,
-        )
+        message = f"no checkpoint at step {step}: cannot write {folder} ({error})"
+        print(f"{message}; the one before is kept", file=sys.stderr, flush=True)
         return None
-    best = out / "checkpoints" / f"step_{best_step(out):06d}"
-    for old in [p for p in checkpoints_of(out) if p != best and not p.is_symlink()][
-        : -settings.keep
-    ]:  # a link: somebody has moved it away to keep it
-        (old / "COMPLETE").unlink(
-            missing_ok=True
-        )  # first, so that half a checkpoint never passes for a whole one
-        shutil.rmtree(old)
+    remove_old(out, settings.keep)
     return folder
 
 
+def whole_state(policy, world):
+    """({name: fp32 master}, {name: {moment: tensor}}, weights of the plain model), on rank 0's CPU.
+
+    Trained weights are the masters. Under FSDP all ranks gather each tensor.
+    """
+
+    def whole(tensor):
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        return tensor.detach().cpu() if world.rank == 0 else None
+
+    model, optimizer = policy.model, policy.optimizer
+    masters, moments = {}, {}
+    for name, master in optimizer.masters.items():
+        masters[name] = whole(master)
+        state = optimizer.adamw.state.get(master, {})
+        moments[name] = {key: whole(tensor) for key, tensor in state.items()}
+    name_of = {parameter: name for name, parameter in optimizer.params.items()}
+    state = model.state_dict()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in name_of:  # a tied weight has one master and two names
+            state[name] = masters[name_of[parameter]]
+    for name, tensor in state.items():
+        if tensor is not None:
+            state[name] = whole(tensor)
+    return masters, moments, lm.plain_state(model, state) if world.rank == 0 else None
+
+
+def remove_old(out, keep):
+    """Remove all checkpoints but the newest `keep` and the best one by held-out reward."""
+    best = f"step_{best_step(out):06d}"
+    # a link: somebody has moved it away to keep it
+    ours = [p for p in checkpoints_of(out) if p.name != best and not p.is_symlink()]
+    for folder in ours[:-keep]:
+        # first, so that half a checkpoint never passes for a whole one
+        (folder / "COMPLETE").unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+@torch.no_grad()
 def load_trainer(checkpoint, optimizer):
     """Put the optimizer's moments (and adapters) of a checkpoint back; returns its step."""
     state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
     optimizer.updates = state["updates"]
-    with torch.no_grad():
-        for name, p in optimizer.masters.items():
-            like = lambda t: (
-                distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
-                if isinstance(p, DTensor)
-                else t.to(p.device)
-            )
-            if name in state["adapters"]:
-                p.copy_(like(state["adapters"][name]))
-            if name in state["moments"]:
-                optimizer.adamw.state[p] = {
-                    k: v.to(p.device) if k == "step" else like(v)
-                    for k, v in state["moments"][name].items()
-                }
+    for name, master in optimizer.masters.items():
+        if name in state["adapters"]:
+            master.copy_(placed(state["adapters"][name], master))
+        moments = state["moments"].get(name, {})
+        optimizer.adamw.state[master] = {key: placed(t, master) for key, t in moments.items()}
     optimizer.publish()
     return state["step"]
+
+
+def placed(tensor, master):
+    """The tensor on the master's device and, where that is sharded, cut into the same shards."""
+    tensor = tensor.to(master.device)
+    if isinstance(master, DTensor) and tensor.dim():  # without a dimension: AdamW's step count
+        return distribute_tensor(tensor, master.device_mesh, master.placements)
+    return tensor

@@ -1,17 +1,24 @@
-"""How every program here starts: one dataclass of settings is its command line, and a mistake is one line."""
+"""How a program here starts: a dataclass of settings is its command line, a mistake one line."""
 
 import argparse
 import dataclasses
 import math
+import operator
 import sys
+
+RANGES = {
+    "low": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "high": (operator.le, "at most"),
+}
 
 
 class UserError(Exception):
-    """A mistake that the person at the keyboard can mend: shown as one line, exit code 2, no traceback."""
+    """A mistake that the person at the keyboard can mend: one line, exit code 2, no traceback."""
 
 
 def option(default, doc, **extra):
-    """A dataclass field that carries its line of doc (and `choices`, `low`, `above`, `high`) for the command line."""
+    """A dataclass field with its doc and its `choices`, `low`, `above` or `high`."""
     return dataclasses.field(default=default, metadata={"doc": doc, **extra})
 
 
@@ -23,45 +30,45 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def command_line(settings_class, argv=None, prog=None, base=None):
-    """Fill a dataclass of `option` fields from the command line: `turn_tokens: int` becomes `--turn-tokens N`.
+    """Fill a dataclass of `option` fields from flags: `turn_tokens: int` is `--turn-tokens N`.
 
-    base: a function of the flags that were given (a dict), which returns settings to use in place of the defaults.
-    Raises UserError for an unknown flag and for a value that cannot be read or is out of its range.
+    base: a function of the flags that were given (a dict), which returns settings to use in place
+    of the defaults. Raises UserError for an unknown flag and for a bad value.
     """
     parser = OneLineParser(
         prog=prog, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
-    for f in dataclasses.fields(settings_class):
-        flag, doc = "--" + f.name.replace("_", "-"), f.metadata["doc"]
-        common = dict(default=argparse.SUPPRESS, help=f"{doc} [{f.default}]".replace("%", "%%"))
-        if f.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        else:
-            parser.add_argument(
-                flag,
-                type=f.type,
-                choices=f.metadata.get("choices"),
-                metavar=None if f.metadata.get("choices") else "X",
-                **common,
-            )
+    fields = dataclasses.fields(settings_class)
+    for field in fields:
+        choices = field.metadata.get("choices")
+        how = {"type": field.type, "choices": choices, "metavar": None if choices else "X"}
+        if field.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        doc = f"{field.metadata['doc']} [{field.default}]".replace("%", "%%")
+        parser.add_argument(flag(field), default=argparse.SUPPRESS, help=doc, **how)
     given = vars(parser.parse_args(argv))
     settings = settings_class(**{**(base(given) if base else {}), **given})
-    for f in dataclasses.fields(settings):
-        value, flag = getattr(settings, f.name), "--" + f.name.replace("_", "-")
-        if f.type is float and not math.isfinite(value):
-            raise UserError(f"{flag} {value}: must be a finite number")
-        for key, wrong, word in (
-            ("low", lambda v, m: not v >= m, "at least"),
-            ("above", lambda v, m: not v > m, "above"),
-            ("high", lambda v, m: not v <= m, "at most"),
-        ):
-            if key in f.metadata and wrong(value, f.metadata[key]):
-                raise UserError(f"{flag} {value}: must be {word} {f.metadata[key]}")
+    for field in fields:
+        check_range(field, getattr(settings, field.name))
     return settings
 
 
+def flag(field):
+    """The flag of a field."""
+    return "--" + field.name.replace("_", "-")
+
+
+def check_range(field, value):
+    """Raise UserError where a number is not finite, or out of the field's range."""
+    if field.type is float and not math.isfinite(value):
+        raise UserError(f"{flag(field)} {value}: must be a finite number")
+    for key, (holds, words) in RANGES.items():
+        if key in field.metadata and not holds(value, field.metadata[key]):
+            raise UserError(f"{flag(field)} {value}: must be {words} {field.metadata[key]}")
+
+
 def run_cli(main):
-    """Call `main()` as a program: UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Call `main()` as a program: UserError is one line and exit code 2, Ctrl-C exit code 130."""
     try:
         sys.exit(main())
     except UserError as error:

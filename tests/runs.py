@@ -1,5 +1,6 @@
-"""Runs of train.py as processes of their own, on a tiny model and a scripted judge: shared by test_train.py and test_ranks.py."""
+"""Runs of train.py as processes of their own, on a tiny model and a scripted judge."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import helpers
 import torch
+from safetensors.torch import load_file
 from servers import JudgeServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,9 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def saved_model(folder, kind="llama"):
     """A tiny model and its tokenizer as a Hugging Face folder."""
     model = helpers.tiny(kind)
-    model.config.max_position_embeddings = (
-        4096  # the shipped dilemmas are long in tokens of the tiny tokenizer
-    )
+    # the shipped dilemmas are long in tokens of the tiny tokenizer
+    model.config.max_position_embeddings = 4096
     model.save_pretrained(folder)
     helpers.tokenizer().save_pretrained(folder)
     return str(folder)
@@ -34,7 +35,7 @@ def judge(**more):
 
 
 def flags(tiny, url, folder, **more):
-    """The command line of a short run: 2 scenarios x 3 dialogues of 2 turns; `more` overrides (steps=5: --steps 5)."""
+    """The command line of a short run, 2 x 3 dialogues of 2 turns; steps=5 means --steps 5."""
     made = {
         "model": tiny,
         "judge_url": url,
@@ -54,59 +55,47 @@ def flags(tiny, url, folder, **more):
         "final_temperature": 0.8,
         **more,
     }
-    return [
-        x
-        for k, v in made.items()
-        if v is not None
-        for x in ["--" + k.replace("_", "-"), str(v)][: 1 if v is True else 2]
-    ]
+    return as_flags(made)
+
+
+def as_flags(settings):
+    """{name: value} as a command line: None leaves a flag out, True gives it without a value."""
+    flags = []
+    for name, value in settings.items():
+        if value is not None:
+            flags.append("--" + name.replace("_", "-"))
+        if value is not None and value is not True:
+            flags.append(str(value))
+    return flags
 
 
 class Run:
-    """train.py at work, by itself or under torchrun; every process of it carries a mark in its environment."""
+    """train.py at work, by itself or under torchrun, with a mark in its processes' environment."""
 
     def __init__(self, arguments, ranks=0, patch="", cwd=ROOT):
-        self.mark, self.patch = f"run-{uuid.uuid4().hex}", patch
-        script = (
-            ["-c", f"import cli, checkpoint, model as lm, train\n{patch}\ncli.run_cli(train.main)"]
-            if patch
-            else [str(ROOT / "train.py")]
-        )
+        self.mark = f"run-{uuid.uuid4().hex}"
+        script = [str(ROOT / "train.py")]
+        if patch:
+            imports = "import cli, checkpoint, model as lm, train"
+            script = ["-c", f"{imports}\n{patch}\ncli.run_cli(train.main)"]
         launcher = [sys.executable]
         if ranks:
-            launcher += [
-                "-m",
-                "torch.distributed.run",
-                f"--nproc_per_node={ranks}",
-                "--rdzv-backend=c10d",
-                "--rdzv-endpoint=localhost:0",
-            ]
+            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+            launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
             if patch:
                 launcher += ["--no-python", sys.executable]
-        few = (
-            {"CUDA_VISIBLE_DEVICES": ""} if ranks > torch.cuda.device_count() else {}
-        )  # each rank needs a card of its own, or none
-        env = {
-            **os.environ,
-            **few,
-            "NEGOTIATE_MARK": self.mark,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "PYTHONUNBUFFERED": "1",
-        }
-        self.said, self.err = (
-            tempfile.TemporaryFile("w+"),
-            tempfile.TemporaryFile("w+"),
-        )  # a pipe that nobody reads would fill up
-        self.process = subprocess.Popen(
-            launcher + script + arguments,
-            cwd=cwd,
-            env=env,
-            stdout=self.said,
-            stderr=self.err,
-            text=True,
-            start_new_session=True,
-        )
+        env = {**os.environ, "NEGOTIATE_MARK": self.mark, "OMP_NUM_THREADS": "1"}
+        env |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        if ranks > torch.cuda.device_count():
+            env["CUDA_VISIBLE_DEVICES"] = ""  # each rank needs a card of its own, or none
+        # files, because a pipe that nobody reads would fill up
+        self.folder = tempfile.TemporaryDirectory()
+        self.said, self.err = Path(self.folder.name, "stdout"), Path(self.folder.name, "stderr")
+        command = launcher + script + arguments
+        with self.said.open("w") as said, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                command, cwd=cwd, env=env, stdout=said, stderr=err, start_new_session=True
+            )
 
     def wait(self, timeout=150):
         """(exit code, stdout, stderr)"""
@@ -115,46 +104,24 @@ class Run:
         except subprocess.TimeoutExpired:
             self.kill()
             raise
-        self.said.seek(0)
-        self.err.seek(0)
-        return self.process.returncode, self.said.read(), self.err.read()
+        return self.process.returncode, self.said.read_text(), self.err.read_text()
 
     def processes(self):
         """{pid: command line} of all that carry the mark."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if (
-                    self.mark.encode() in (folder / "environ").read_bytes()
-                    and (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-                ):
-                    found[int(folder.name)] = (
-                        (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    )
-            except (OSError, ProcessLookupError):  # it has just ended, or is not ours to see
-                continue
-        return found
-
-    def ranks(self):
-        """{rank: pid} of the workers."""
-        found = {}
-        for pid in self.processes():
-            variables = dict(
-                v.split("=", 1)
-                for v in Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-                if "=" in v
-            )
-            if "RANK" in variables:
-                found[int(variables["RANK"])] = pid
+            with contextlib.suppress(OSError):  # it has just ended, or is not ours to see
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z" and self.mark.encode() in (folder / "environ").read_bytes():
+                    line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    found[int(folder.name)] = line
         return found
 
     def kill(self):
         """kill -9 of everything that carries the mark."""
         for pid in self.processes():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         self.process.wait()
 
     def gone(self, seconds=15):
@@ -180,23 +147,18 @@ def rows(out, name="metrics.jsonl"):
 
 def steady(row):
     """A metrics row without what depends on the clock and the machine."""
-    return {
-        k: v
-        for k, v in row.items()
-        if "seconds" not in k and k not in ("peak_memory_gb", "tokens_per_second")
-    }
+    passing = {"peak_memory_gb", "tokens_per_second"} | {key for key in row if "seconds" in key}
+    return {key: value for key, value in row.items() if key not in passing}
 
 
 def weights(out, step):
     """{name: tensor} of a checkpoint, trainer's moments included."""
     folder = Path(out, "checkpoints", f"step_{step:06d}")
-    from safetensors.torch import load_file
-
+    found = load_file(folder / "model.safetensors")
     state = torch.load(folder / "trainer.pt", weights_only=True)
-    return {
-        **load_file(folder / "model.safetensors"),
-        **{f"{n}:{k}": v for n, m in state["moments"].items() for k, v in m.items()},
-    }
+    for name, moments in state["moments"].items():
+        found |= {f"{name}:{key}": tensor for key, tensor in moments.items()}
+    return found
 
 
 def same(a, b):

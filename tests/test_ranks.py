@@ -1,4 +1,4 @@
-"""Runs on several ranks and runs that survive: the same numbers everywhere, and nothing lost to a kill, a full disk or a dead rank."""
+"""Runs on several ranks, and runs that survive a kill, a full disk or a dead rank."""
 
 import contextlib
 import os
@@ -13,6 +13,7 @@ import zlib
 
 import helpers
 import pytest
+import runs
 import torch
 from servers import JudgeServer
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,6 @@ import checkpoint
 import cli
 import grpo
 import model as lm
-import runs
 import train
 
 HARD = dict(updates_per_rollout=2, beta=0.05)  # losses that are not 0
@@ -45,13 +45,15 @@ def complete(tiny, judge, out, ranks=0, **more):
     return out
 
 
+def sampled(out):
+    """The ids of every stream and final of a run."""
+    records = runs.rows(out, "dialogues.jsonl")
+    return [([stream["samples"] for stream in r["streams"]], r["final_ids"]) for r in records]
+
+
 def close(a, b):
     """Two runs have the same dialogues and, to rounding, the same numbers."""
-    ids = lambda out: [
-        [s["ids"] for stream in r["streams"] for s in stream["samples"]] + r["final_ids"]
-        for r in runs.rows(out, "dialogues.jsonl")
-    ]
-    assert ids(a) == ids(b) and len(ids(a)) > 0
+    assert sampled(a) == sampled(b) and len(sampled(a)) > 0
     mine, theirs = runs.rows(a), runs.rows(b)
     assert len(mine) == len(theirs)
     for x, y in zip(mine, theirs):
@@ -62,7 +64,7 @@ def close(a, b):
             ), key
 
 
-# ---- several ranks are one ------------------------------------------------------------------------------------------------
+# ---- several ranks are one -----------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -71,16 +73,16 @@ def test_one_rank_two_ranks_and_shards_are_the_same_run(tiny, judge, tmp_path):
     assert max(abs(r["loss"]) for r in runs.rows(alone)) > 1e-3
     close(complete(tiny, judge, tmp_path / "one", 1, steps=5, **HARD), alone)
     assert runs.same(runs.weights(tmp_path / "one", 5), runs.weights(alone, 5))
+    start = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
     for name, more in (("two", {}), ("shards", {"fsdp": True})):
         out = complete(tiny, judge, tmp_path / name, 2, steps=5, **HARD, **more)
         close(out, alone)
         mine, theirs = runs.weights(out, 5), runs.weights(alone, 5)
         assert mine.keys() == theirs.keys()
-        start = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
-        far = lambda ws: torch.cat([(ws[n] - start[n]).flatten() for n in start])
-        assert (far(mine) - far(theirs)).norm() < 0.02 * far(
-            theirs
-        ).norm()  # Adam makes steps of one size, also of the smallest gradients
+        apart = torch.cat([(mine[n] - theirs[n]).flatten() for n in start])
+        far = torch.cat([(theirs[n] - start[n]).flatten() for n in start])
+        # Adam makes steps of one size, also of the smallest gradients
+        assert apart.norm() < 0.02 * far.norm()
         assert (
             AutoModelForCausalLM.from_pretrained(out / "checkpoints/step_000005").dtype
             == torch.float32
@@ -154,7 +156,7 @@ def test_ranks_that_do_not_divide_the_scenarios_are_refused(tiny, judge, tmp_pat
     )
 
 
-# ---- kill and resume ----------------------------------------------------------------------------------------------------------
+# ---- kill and resume -----------------------------------------------------------------------------
 
 DIE = """
 import os, signal
@@ -217,7 +219,14 @@ checkpoint.shutil.rmtree = lambda *a, **k: (time.sleep(0.1), rmtree(*a, **k))
 @pytest.mark.slow
 def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
     rng, out, more = random.Random(7), tmp_path / "run", dict(save_every=2, group_size=2)
-    writing = lambda: any(p.name.startswith(".writing") for p in (out / "checkpoints").glob("*"))
+
+    def writing():
+        return any((out / "checkpoints").glob(".writing*"))
+
+    def steps_written():
+        path = out / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
     run = runs.Run(runs.flags(tiny, judge.url, out, steps=10000, **more), patch=SLOW_SAVES)
     newest = 0
     for kill in range(20):
@@ -227,18 +236,12 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
             assert runs.wait_for(writing)
             time.sleep(rng.uniform(0, 0.5))
         elif kill % 4:
-            assert runs.wait_for(
-                lambda: (
-                    (out / "metrics.jsonl").exists()
-                    and (out / "metrics.jsonl").read_text().count("\n") > seen
-                )
-            )
+            assert runs.wait_for(lambda seen=seen: steps_written() > seen)
             time.sleep(rng.uniform(0, 1))
         else:  # perhaps before it has even begun
             time.sleep(rng.uniform(0, 8))
         run.kill()
-        text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""
-        steps = text.count("\n")
+        steps = steps_written()
         whole = [
             int(p.name[5:])
             for p in (out / "checkpoints").glob("step_*")
@@ -257,6 +260,7 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
     done = len(runs.rows(out))
     assert [r["step"] for r in runs.rows(out)] == list(range(1, done + 1)) and done >= 10
     assert sorted(p.name for p in out.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.json",
         "dialogues.jsonl",
@@ -269,7 +273,7 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
     assert runs.same(runs.weights(out, done), runs.weights(whole, done))
 
 
-# ---- a rank dies ----------------------------------------------------------------------------------------------------------------
+# ---- a rank dies ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -286,7 +290,8 @@ def test_when_a_rank_dies_the_other_ends_with_one_message(place, how, tiny, judg
     assert code != 0 and run.gone(5)
     mine = [line for line in err.splitlines() if line.startswith("error:")]
     assert mine == [
-        "error: another rank has ended (see its own message); go on from the last checkpoint with --resume"
+        "error: another rank has ended (see its own message); "
+        "go on from the last checkpoint with --resume"
     ], err[-3000:]
     assert ("out of luck" in err) == (how == "raise")
     code, said, err = runs.Run(["--resume", str(out), "--steps", "4"], 2).wait()
@@ -323,38 +328,34 @@ def test_a_spent_budget_stops_every_rank(tiny, judge, tmp_path):
         assert (out / "checkpoints" / f"step_{len(runs.rows(out)):06d}" / "COMPLETE").exists()
 
 
-# ---- a full disk -------------------------------------------------------------------------------------------------------------------
+# ---- a full disk ---------------------------------------------------------------------------------
 
 
 def built(tiny, **more):
-    """(settings, model, tokenizer, optimizer, reference) after one optimizer step with made-up gradients."""
-    settings = train.read_settings(
-        [
-            "--model",
-            tiny,
-            "--dtype",
-            "fp32",
-            *(x for k, v in more.items() for x in (f"--{k.replace('_', '-')}", str(v))),
-        ]
-    )
+    """(settings, policy, world) after five optimizer steps with made-up gradients."""
+    flags = ["--model", tiny, "--dtype", "fp32"]
+    for key, value in more.items():
+        flags += [f"--{key.replace('_', '-')}", str(value)]
+    settings = train.read_settings(flags)
     world = train.World(0, 1, torch.device("cpu"))
-    model, player, tokenizer, optimizer, reference = train.build(settings, world)
+    policy = train.build(settings, world)
     torch.manual_seed(3)
     for _ in range(5):
-        for p in optimizer.masters.values():
-            p.grad = torch.randn_like(p)
-        optimizer.step(1.0)
-    return settings, model, tokenizer, optimizer, reference, world
+        for master in policy.optimizer.masters.values():
+            master.grad = torch.randn_like(master)
+        policy.optimizer.step(1.0)
+    return settings, policy, world
 
 
 @pytest.mark.parametrize(
     "share", [0.5, 1.5]
 )  # the disk is full in the weights, or in the trainer's state
 def test_a_save_that_fails_keeps_the_one_before(share, tiny, tmp_path, capfd):
-    settings, model, tokenizer, optimizer, _, world = built(tiny)
-    save = lambda step: checkpoint.save_checkpoint(
-        tmp_path, step, settings, model, tokenizer, optimizer, world
-    )
+    settings, policy, world = built(tiny)
+
+    def save(step):
+        return checkpoint.save_checkpoint(tmp_path, step, settings, policy, world)
+
     folder = save(1)
     size = (folder / "model.safetensors").stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -371,25 +372,11 @@ def test_a_save_that_fails_keeps_the_one_before(share, tiny, tmp_path, capfd):
     assert save(3).name == "step_000003"
 
 
-def test_free_space_is_looked_at_before_writing(tiny, tmp_path, capfd, monkeypatch):
-    settings, model, tokenizer, optimizer, _, world = built(tiny)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr(lm, "save", lambda *a: pytest.fail("it has begun to write"))
-    assert (
-        checkpoint.save_checkpoint(tmp_path, 1, settings, model, tokenizer, optimizer, world)
-        is None
-    )
-    assert "are needed" in capfd.readouterr().err and not list((tmp_path / "checkpoints").iterdir())
-
-
 @pytest.mark.parametrize("more", [{}, {"lora_rank": 4}])
 def test_a_run_begins_only_where_a_checkpoint_fits(more, tiny, tmp_path, monkeypatch):
     out = tmp_path / "a" / "run"
-    settings, model, tokenizer, optimizer, _, world = built(tiny, out=str(out), **more)
-    folder = checkpoint.save_checkpoint(
-        tmp_path / "one", 1, settings, model, tokenizer, optimizer, world
-    )
+    settings, policy, world = built(tiny, out=str(out), **more)
+    folder = checkpoint.save_checkpoint(tmp_path / "one", 1, settings, policy, world)
     size = sum((folder / name).stat().st_size for name in ("model.safetensors", "trainer.pt"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(
@@ -399,17 +386,18 @@ def test_a_run_begins_only_where_a_checkpoint_fits(more, tiny, tmp_path, monkeyp
         contextlib.ExitStack() as stack,
         pytest.raises(
             cli.UserError,
-            match="--out .*run: not one checkpoint fits there .* GB are needed, .* are free.*; make room",
+            match="--out .*run: not one checkpoint fits there .* GB are needed, "
+            ".* are free.*; make room",
         ),
     ):
-        checkpoint.begin(out, settings, {}, model, stack)
+        checkpoint.begin(out, settings, {}, policy.model, stack)
     assert not out.parent.exists()
     monkeypatch.setattr(
         checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1.1 * size)
     )
     with contextlib.ExitStack() as stack:
-        checkpoint.begin(out, settings, {}, model, stack)
-    assert [p.name for p in out.iterdir()] == ["config.json"]
+        checkpoint.begin(out, settings, {}, policy.model, stack)
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "config.json"]
 
 
 @contextlib.contextmanager
@@ -428,24 +416,18 @@ def small_disk(folder, size):
 
 @pytest.mark.slow
 def test_a_run_on_a_full_disk_goes_on_and_its_checkpoint_stays(tiny, judge, tmp_path):
-    lie = "usage = checkpoint.shutil.disk_usage; checkpoint.shutil.disk_usage = lambda path: usage(path)._replace(free=1 << 40)"
     with small_disk(tmp_path / "disk", 2_500_000) as disk:
-        for name, patch in (("checked", ""), ("unchecked", lie)):
-            out = disk / name
-            code, said, err = runs.Run(
-                runs.flags(tiny, judge.url, out, steps=3, save_every=1, keep=5), patch=patch
-            ).wait()
-            steps = [p.name for p in (out / "checkpoints").iterdir()]
-            assert (
-                code == 3
-                and "step_000001" in steps
-                and "step_000003" not in steps
-                and "no checkpoint at step 3" in err
-            ), err
-            assert "the last checkpoint could not be saved" in said
-            assert all((out / "checkpoints" / s / "COMPLETE").exists() for s in steps)
-            AutoModelForCausalLM.from_pretrained(out / "checkpoints" / steps[-1])
-            shutil.rmtree(out)
+        out = disk / "run"
+        code, said, err = runs.Run(
+            runs.flags(tiny, judge.url, out, steps=3, save_every=1, keep=5)
+        ).wait()
+        steps = [p.name for p in (out / "checkpoints").iterdir()]
+        assert code == 3 and "no checkpoint at step 3" in err, err
+        assert "step_000001" in steps and "step_000003" not in steps
+        assert "the last checkpoint could not be saved" in said
+        assert all((out / "checkpoints" / s / "COMPLETE").exists() for s in steps)
+        AutoModelForCausalLM.from_pretrained(out / "checkpoints" / steps[-1])
+        shutil.rmtree(out)
         out = disk / "crammed"
         fill = DIE.format(
             place="train.deal",
@@ -467,38 +449,37 @@ def test_a_run_on_a_full_disk_goes_on_and_its_checkpoint_stays(tiny, judge, tmp_
         )  # the disk holds one checkpoint, not two
 
 
-# ---- LoRA --------------------------------------------------------------------------------------------------------------------------
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_a_merged_checkpoint_computes_what_the_adapters_do(kind, tmp_path):
     folder = runs.saved_model(tmp_path / "base", kind)
-    settings, model, tokenizer, optimizer, _, world = built(folder, lora_rank=4, lr=0.01)
-    assert set(optimizer.masters) == {
-        n for n, _ in model.named_parameters() if n.endswith((".A", ".B"))
-    }
+    settings, policy, world = built(folder, lora_rank=4, lr=0.01)
+    model = policy.model
+    names = [name for name, _ in model.named_parameters()]
+    assert set(policy.optimizer.masters) == {n for n in names if n.endswith((".A", ".B"))}
     ids = torch.arange(5, 45)[None]
+    saved = checkpoint.save_checkpoint(tmp_path, 1, settings, policy, world)
     with torch.no_grad():
         adapted = model(ids).logits
         with lm.adapters_off(model):
             base = model(ids).logits
-        merged = AutoModelForCausalLM.from_pretrained(
-            checkpoint.save_checkpoint(tmp_path, 1, settings, model, tokenizer, optimizer, world)
-        )(ids).logits
-        torch.testing.assert_close(
-            base, AutoModelForCausalLM.from_pretrained(folder)(ids).logits, rtol=1e-5, atol=1e-5
-        )
+        merged = AutoModelForCausalLM.from_pretrained(saved)(ids).logits
+        untouched = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    torch.testing.assert_close(base, untouched, rtol=1e-5, atol=1e-5)
     assert (adapted - base).abs().max() > 0.1
     assert (merged - adapted).abs().max() < 1e-5 * adapted.abs().max()
 
 
 def test_the_reference_of_an_adapted_model_is_its_base(tiny):
     """The gradient with a copy of the base as reference is that with the adapters turned off."""
-    _, model, *_ = built(tiny, lora_rank=4, lr=0.01, beta=0.1)
-    group = helpers_group(model)
+    _, policy, _ = built(tiny, lora_rank=4, lr=0.01, beta=0.1)
+    group = helpers_group(policy.model)
     gradients = []
     for with_copy in (False, True):
-        settings, model, _, optimizer, reference, _ = built(tiny, lora_rank=4, lr=0.01, beta=0.1)
+        settings, policy, _ = built(tiny, lora_rank=4, lr=0.01, beta=0.1)
+        model, optimizer, reference = policy.model, policy.optimizer, policy.reference
         assert reference is model
         if with_copy:
             reference = lm.load(tiny, "fp32")[0].requires_grad_(False)
@@ -524,7 +505,7 @@ def helpers_group(model):
     return group
 
 
-# ---- the memory plan -----------------------------------------------------------------------------------------------------------------
+# ---- the memory plan -----------------------------------------------------------------------------
 
 SIZES = {
     "small": (512, 6, 1500),
@@ -550,6 +531,12 @@ def random_model(folder, hidden, layers, more):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     helpers.tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def peak(said):
+    """The peak that --plan prints."""
+    lines = [line.split() for line in said.splitlines()]
+    return float(next(line[-1] for line in lines if line and line[0] == "peak"))
 
 
 PLANNED = dict(
@@ -588,10 +575,7 @@ def test_the_plan_tells_the_memory_that_a_run_takes(size, nothing, tmp_path):
         and "largest: " in said
         and not (tmp_path / "never").exists()
     ), err
-    planned = float(
-        next(line for line in said.splitlines() if line.strip().startswith("peak")).split()[-1]
-    )
-    assert used == pytest.approx(planned, rel=0.2), said
+    assert used == pytest.approx(peak(said), rel=0.2), said
 
 
 def test_a_plan_names_the_setting_to_change(tmp_path, capsys):
@@ -607,13 +591,11 @@ def test_a_plan_names_the_setting_to_change(tmp_path, capsys):
     )
     config.save_pretrained(tmp_path)  # 14B, of which nothing is ever allocated
     helpers.tokenizer().save_pretrained(tmp_path)
-    plan = lambda *more: (
-        train.main(["--plan", "--model", str(tmp_path), *more]),
-        capsys.readouterr().out,
-    )
-    peak = lambda said: float(
-        next(line for line in said.splitlines() if line.strip().startswith("peak")).split()[-1]
-    )
+
+    def plan(*more):
+        code = train.main(["--plan", "--model", str(tmp_path), *more])
+        return code, capsys.readouterr().out
+
     code, alone = plan()
     assert (
         code == 0

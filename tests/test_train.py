@@ -1,4 +1,4 @@
-"""train.py as a person meets it: what a run leaves behind, what it says to bad input, how it stops."""
+"""train.py as a person meets it: what a run leaves behind, how it complains, how it stops."""
 
 import collections
 import contextlib
@@ -12,6 +12,7 @@ import types
 
 import helpers
 import pytest
+import runs
 import torch
 from servers import REPLIES, JudgeServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +21,7 @@ import checkpoint
 import cli
 import data_gen
 import model as lm
-import runs
+import progress
 import train
 
 METRICS = set(
@@ -167,7 +168,7 @@ def test_checkpoints_load_like_any_model(finished, tiny):
         assert lm.load(str(folder))[0].config.model_type == "llama"
     config = json.loads((finished[0] / "config.json").read_text())
     assert config["group_size"] == 3 and config["lr"] == 1e-3 and config["recipe"] == "debug"
-    assert set(config) == {f for f in train.Settings.__dataclass_fields__} | {"contents"}
+    assert set(config) == set(train.Settings.__dataclass_fields__) | {"contents"}
     assert (
         config["judge_mode"] == "json" and config["judge_model"] == "scripted"
     )  # as they were found
@@ -188,16 +189,16 @@ def test_the_terminal_shows_each_step_and_a_transcript(finished):
     }
     for s in (2, 3):
         assert (
-            f"epoch {s}: reward {sum(earned[s]) / 6:.2f}, in the first epoch {sum(earned[1]) / 6:.2f} on the same 2 scenarios"
-            in said
+            f"epoch {s}: reward {sum(earned[s]) / 6:.2f}, in the first epoch "
+            f"{sum(earned[1]) / 6:.2f} on the same 2 scenarios" in said
         )
 
 
-# ---- bad input ----------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 def complaint(arguments, capfd):
-    """The one line that train.py answers bad input with (run in this process: it ends before it starts anything)."""
+    """The one line that train.py answers bad input with, run in this process."""
     with pytest.raises(SystemExit) as ended:
         cli.run_cli(lambda: train.main(arguments))
     err = capfd.readouterr().err
@@ -253,56 +254,27 @@ def test_bad_input_gets_one_line(case, tiny, judge, tmp_path, capfd):
     assert not (tmp_path / "run").exists()  # so that the mended command line works
 
 
-def test_the_recipes_are_the_papers(tmp_path):
-    """The tables of arXiv 2603.10476 (and of its single-agent baseline), as readers' notes give them; what they leave open is ours."""
-    paper, single = (
-        train.read_settings(["--recipe", name, "--model", "M"])
-        for name in ("paper", "paper-single")
-    )
-    assert (paper.max_turns, paper.context_turns, paper.agreement, paper.on_impasse) == (
-        7,
-        2,
-        "judge",
-        "zero",
-    )
-    assert (paper.group_size, paper.lr, paper.beta, paper.steps) == (8, 5e-6, 0.0, 1900)
-    assert paper.group_size * paper.scenarios_per_step == 16 and (
-        paper.advantage_scale,
-        paper.aggregate,
-    ) == ("std", "token")
-    assert (paper.temperature, paper.top_p, paper.final_temperature, paper.final_top_p) == (
-        0.7,
-        0.95,
-        0.1,
-        0.95,
-    )
-    assert (
-        paper.train_tokens == "dialogue"
-        and paper.updates_per_rollout == 1
-        and paper.judge_sees == "final"
-    )
-    assert (single.max_turns, single.train_tokens, single.beta, single.steps) == (
-        0,
-        "final",
-        0.04,
-        2150,
-    )
-    assert single.group_size * single.scenarios_per_step == 32 and (
-        single.final_temperature,
-        single.final_top_p,
-    ) == (1.0, 1.0)
+def test_the_paper_recipe_is_the_papers():
+    """The table of arXiv 2603.10476, as readers' notes have it; what they leave open is ours."""
+    paper = train.read_settings(["--recipe", "paper", "--model", "M"])
+    wanted = {"max_turns": 7, "context_turns": 2, "agreement": "judge", "on_impasse": "zero"}
+    wanted |= {"temperature": 0.7, "top_p": 0.95, "final_temperature": 0.1, "final_top_p": 0.95}
+    wanted |= {"group_size": 8, "scenarios_per_step": 2, "updates_per_rollout": 1, "steps": 1900}
+    wanted |= {"lr": 5e-6, "beta": 0.0, "advantage_scale": "std", "aggregate": "token"}
+    wanted |= {"train_tokens": "dialogue", "judge_sees": "final"}
+    assert {name: getattr(paper, name) for name in wanted} == wanted
 
 
 def test_every_rank_has_a_group_of_its_own(monkeypatch):
-    """torchrun --nproc_per_node=8 train.py works as it stands; a number that was asked for is never changed."""
-    of = lambda *flags: train.read_settings(list(flags)).scenarios_per_step
-    for ranks, debug, baseline in (("1", 2, 4), ("2", 2, 4), ("3", 3, 6), ("8", 8, 8)):
+    """torchrun --nproc_per_node=8 train.py works as it stands; what was asked for stays."""
+
+    def of(*flags):
+        return train.read_settings(list(flags)).scenarios_per_step
+
+    for ranks, debug, warm_start in (("1", 2, 16), ("2", 2, 16), ("3", 3, 18), ("8", 8, 16)):
         monkeypatch.setenv("WORLD_SIZE", ranks)
-        assert (of(), of("--recipe", "paper-single"), of("--scenarios-per-step", "5")) == (
-            debug,
-            baseline,
-            5,
-        )
+        assert of() == debug and of("--recipe", "warm-start") == warm_start
+        assert of("--scenarios-per-step", "5") == 5
 
 
 def test_the_single_recipe_differs_from_the_debug_recipe_in_one_thing():
@@ -469,9 +441,7 @@ def test_a_scenario_that_comes_twice_in_a_step_is_played_by_other_members():
     assert [[d.member for d in group] for group in shares] == [
         [d.member for d in group] for group in whole
     ]
-    for step in range(
-        1, 9
-    ):  # three scenarios, two a step: every other step holds the end of one epoch and the beginning of the next
+    for step in range(1, 9):  # three scenarios, two a step: every other step holds two epochs
         groups = train.deal(
             [helpers.scenario(name) for name in "abc"],
             train.Settings(),
@@ -490,26 +460,23 @@ def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
         row(("d", 5.0), ("a", 2.0)),
         row(("b", 2.5), ("c", 3.0)),
     ]
-    assert [train.epoch_news(rows, step, cfg, 4) for step in (1, 2, 3)] == [""] * 3
-    assert train.epoch_news(rows, 4, cfg, 4) == (
+    assert [progress.epoch_news(rows, step, cfg, 4) for step in (1, 2, 3)] == [""] * 3
+    assert progress.epoch_news(rows, 4, cfg, 4) == (
         "    epoch 2: reward 2.50, in the first epoch 2.00 on the same 3 scenarios: +0.50 "
         "(standard error 0.29), higher on 2"
     )  # differences 1, 0.5, 0; d has no first reward
     assert (
-        train.epoch_news(rows[:3], 4, cfg, 4) == ""
+        progress.epoch_news(rows[:3], 4, cfg, 4) == ""
     )  # the lines of an older run have no rewards, or too few
 
 
 def test_an_epoch_has_room_for_every_rank_and_never_cuts_what_somebody_brings(monkeypatch):
-    count = lambda *flags: len(train.divide(train.read_settings(list(flags)))[0])
-    everything = count("--recipe", "paper")
-    assert (
-        everything
-        == 320
-        == count("--epoch-steps", "0")
-        == count("--recipe", "paper-single")
-        == count("--scenarios", str(data_gen.DATA / "dilemmas.jsonl"))
-    )
+    def count(*flags):
+        return len(train.divide(train.read_settings(list(flags)))[0])
+
+    mine = str(data_gen.DATA / "dilemmas.jsonl")
+    assert count("--recipe", "paper") == 320
+    assert count("--epoch-steps", "0") == count("--scenarios", mine) == 320
     assert count() == count("--recipe", "single") == 10 and count("--epoch-steps", "3") == 6
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert count() == 40
@@ -525,8 +492,13 @@ def test_lines_are_json_whatever_a_step_came_to(tmp_path):
 
 
 def test_a_signal_between_two_steps_plays_nothing_more():
-    stop = types.SimpleNamespace(since=1.0, verdict=(130, "interrupted"))
-    assert train.until_stopped(lambda: pytest.fail("played"), stop) == ((130, "interrupted"), None)
+    run = train.Run.__new__(train.Run)
+    run.world = train.World(0, 1, torch.device("cpu"))
+    run.stop = types.SimpleNamespace(since=1.0, verdict=(130, "interrupted"))
+    run.stop.run = types.MethodType(train.Stop.run, run.stop)
+    with pytest.raises(train.Ended) as ended:
+        run.unless_stopped(pytest.fail, "played")
+    assert (ended.value.code, ended.value.reason) == (130, "interrupted")
 
 
 def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(tiny, judge, tmp_path):
@@ -571,7 +543,6 @@ def test_resume_removes_what_a_kill_left_and_nothing_else(tmp_path):
     (out / "checkpoints" / "latest").symlink_to("step_000002")
     (out / "config.json").write_text("{}")
     cfg = train.read_settings(["--resume", str(out)])
-    assert cfg.epoch_steps == 0  # a run of before that setting played all scenarios
     assert checkpoint.open_run(cfg) == (out, out / "checkpoints" / "step_000002")
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
         "best",
@@ -614,7 +585,7 @@ def test_bad_input_to_the_program_itself(tiny, judge, tmp_path):
     assert code == 2 and err == "error: --group-size 1: must be at least 2\n" and said == ""
 
 
-# ---- how a run ends -------------------------------------------------------------------------------------------------------
+# ---- how a run ends ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -730,7 +701,7 @@ AT_ONCE = {
 
 
 def test_a_run_through_every_fault_of_a_judge(tiny, tmp_path):
-    """Every second reply is a fault, each kind in turn: nothing is lost but the rewards that never came, and those are counted."""
+    """Every second reply is a fault, each kind in turn: rewards that never came are counted."""
     out, kinds = tmp_path / "run", TRANSPORT + list(AT_ONCE) + list(REPLIES)
     with runs.judge(
         faults=lambda n, path: kinds[(n - 3) // 2 % len(kinds)] if n >= 3 and n % 2 else None
@@ -747,12 +718,16 @@ def test_a_run_through_every_fault_of_a_judge(tiny, tmp_path):
         code, said, err = run.wait(150)
         posts = len(server.requests)
     rows, dialogues = runs.rows(out), runs.rows(out, "dialogues.jsonl")
-    total = lambda key: sum(r[key] for r in rows)
+
+    def total(key):
+        return sum(r[key] for r in rows)
+
     reasons = collections.Counter()
     for r in rows:
         reasons.update(r["judge_missing"])
     print(
-        f"{posts} requests, {total('judge_calls')} calls, {total('judge_retries')} retries, {total('judge_retry_seconds'):.1f} s of pauses, "
+        f"{posts} requests, {total('judge_calls')} calls, {total('judge_retries')} retries, "
+        f"{total('judge_retry_seconds'):.1f} s of pauses, "
         f"{total('seconds_judge'):.1f} s of waiting, missing {dict(reasons)}"
     )
     assert code == 0 and "Traceback" not in err and run.gone(), err
@@ -779,7 +754,11 @@ def test_a_run_through_every_fault_of_a_judge(tiny, tmp_path):
 
 
 def test_five_steps_that_are_not_finite_stop_the_run(tiny, judge, tmp_path):
-    patch = "import grpo; step = grpo.Optimizer.step; grpo.Optimizer.step = lambda self, scale, finite=True: step(self, scale, self.updates < 1)"
+    patch = """
+import grpo
+step = grpo.Optimizer.step
+grpo.Optimizer.step = lambda self, scale, finite=True: step(self, scale, self.updates < 1)
+"""
     code, said, err = runs.Run(
         runs.flags(tiny, judge.url, tmp_path / "run", steps=100, save_every=1), patch=patch
     ).wait()

@@ -1,4 +1,4 @@
-"""The warm start: negotiations that somebody wrote, imitated with the same streams, masks and learner as self-play."""
+"""The warm start: written negotiations, imitated with the streams and learner of self-play."""
 
 import dataclasses
 import hashlib
@@ -8,6 +8,7 @@ import re
 
 import helpers
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file
 from test_train import complaint
@@ -18,7 +19,6 @@ import data_gen
 import grpo
 import model as lm
 import report
-import runs
 import selfplay
 import train
 
@@ -57,7 +57,7 @@ def settings(**more):
 
 
 def likelihood(model, streams):
-    """Sum of -log-prob of the masked tokens of (ids, mask) pairs, by plain forward passes, and their number."""
+    """(sum of -log-prob, number) of the masked tokens of (ids, mask) pairs, by plain forwards."""
     total = sum(
         -(helpers.plain_logprobs(model, ids) * torch.tensor(mask[1:])).sum()
         for ids, mask in streams
@@ -168,7 +168,7 @@ def test_the_gradient_is_that_of_plain_likelihood(kind, tokens):
     )  # -log-prob of what was written: the loss that is shown
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -221,12 +221,7 @@ def flags(tiny, files, out, **more):
         "warmup_steps": 1,
         **more,
     }
-    return [
-        x
-        for k, v in made.items()
-        if v is not None
-        for x in ["--" + k.replace("_", "-"), str(v)][: 1 if v is True else 2]
-    ]
+    return runs.as_flags(made)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +260,7 @@ def test_a_run_learns_and_leaves_what_every_run_leaves(finished, tiny):
     assert report.locate(str(out))[0].endswith(
         "step_000006"
     )  # --model with the run's folder takes the best
-    # the adapter beside the weights, merged into the model that it was made for, gives them (bf16 has 8 bits)
+    # the adapter, merged into the model that it was made for, gives the weights (bf16: 8 bits)
     folder = out / "checkpoints" / "step_000006"
     model = AutoModelForCausalLM.from_pretrained(tiny)
     lm.merge_adapter(model, folder / "adapter.safetensors")
@@ -279,11 +274,24 @@ def test_a_run_learns_and_leaves_what_every_run_leaves(finished, tiny):
         assert change > 0 or "proj" not in name
 
 
+STOP_AT_STEP_3 = """
+import os, signal
+once = train.imitation_step
+def third(run, step, dialogues):
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    return once(run, step, dialogues)
+train.imitation_step = third
+"""
+
+
 def test_resuming_changes_nothing(finished, tiny, files, tmp_path):
-    """Six steps equal three, a checkpoint and three more, bit by bit; the number of steps is part of the mathematics, because the rate falls with it."""
+    """Six steps equal three, a checkpoint and three more, bit by bit.
+
+    The number of steps is part of the mathematics, because the rate falls with it.
+    """
     out = tmp_path / "run"
-    stop = "import os, signal\nonce = train.imitation_step\ndef third(step, *a):\n    if step == 3: os.kill(os.getpid(), signal.SIGINT)\n    return once(step, *a)\ntrain.imitation_step = third"
-    assert runs.Run(flags(tiny, files, out), patch=stop).wait()[0] == 130
+    assert runs.Run(flags(tiny, files, out), patch=STOP_AT_STEP_3).wait()[0] == 130
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000003"]
     code, _, err = runs.Run(["--resume", str(out), "--steps", "9"]).wait()
     assert code == 2 and "--steps would change the mathematics" in err
@@ -377,7 +385,7 @@ def test_a_file_of_one_scenario_or_none_is_refused(tiny, files, tmp_path, capfd)
     assert not (tmp_path / "run").exists()
 
 
-# ---- the shipped adapter ------------------------------------------------------------------------------------------------------
+# ---- the shipped adapter -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -424,13 +432,15 @@ def test_an_adapter_that_is_not_the_shipped_one_is_one_line(shipped, monkeypatch
     shipped.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # one bit
     with pytest.raises(
         cli.UserError,
-        match=r"^--model negotiator-135m: .*warm_start.safetensors has an unexpected sha256; put it back, or [^\n]*$",
+        match=r"^--model negotiator-135m: .*warm_start.safetensors has an unexpected sha256; "
+        r"put it back, or .*$",
     ):
         lm.load(lm.WARM_MODEL)
     shipped.unlink()
     with pytest.raises(
         cli.UserError,
-        match=r"^--model negotiator-135m: .*warm_start.safetensors cannot be read \(No such file or directory\); [^\n]*$",
+        match=r"^--model negotiator-135m: .*warm_start.safetensors cannot be read "
+        r"\(No such file or directory\); .*$",
     ):
         lm.load(lm.WARM_MODEL)
     assert not lm.cache_folder().exists() or list(lm.cache_folder().iterdir()) == []
@@ -442,7 +452,8 @@ def test_an_adapter_for_another_model_is_one_line(shipped, tmp_path):
         before = {n: p.clone() for n, p in model.named_parameters()}
         with pytest.raises(
             cli.UserError,
-            match=r"^adapter .*warm_start.safetensors: made for another model \(.*_proj does not fit\); [^\n]*$",
+            match=r"^adapter .*warm_start.safetensors: made for another model "
+            r"\(.*_proj does not fit\); .*$",
         ):
             lm.merge_adapter(model, shipped)
         assert all(torch.equal(before[n], p) for n, p in model.named_parameters())  # not half of it
@@ -450,7 +461,8 @@ def test_an_adapter_for_another_model_is_one_line(shipped, tmp_path):
     for path in (tmp_path / "torn", tmp_path / "none"):
         with pytest.raises(
             cli.UserError,
-            match=r"^adapter .*: cannot be read [^\n]*; make it anew with train.py --recipe warm-start$",
+            match=r"^adapter .*: cannot be read .*; "
+            r"make it anew with train.py --recipe warm-start$",
         ):
             lm.merge_adapter(helpers.tiny(), path)
 
