@@ -45,8 +45,8 @@ FILES = {  # shipped file: (how many lines, what a line holds)
     "eval_open.jsonl": (100, {"id": str, "topic": str, "question": str}),
     "eval_general.jsonl": (60, {"id": str, "kind": str, "prompt": str}),
     "demonstrations.jsonl": (640, DEMONSTRATION),
-    "judge_labels.jsonl": (1052, LABEL | {"solution": str, "score": float, "endorse": list}),
-    "agreement_labels.jsonl": (330, LABEL | {"turns": list, "agreed": bool}),
+    "judge_labels.jsonl": (1212, LABEL | {"solution": str, "score": float, "endorse": list}),
+    "agreement_labels.jsonl": (890, LABEL | {"turns": list, "agreed": bool}),
 }
 # whose scenarios and personas are those of training, and the files that hold texts of their own
 BORROWERS = ("demonstrations.jsonl", "judge_labels.jsonl", "agreement_labels.jsonl")

@@ -219,8 +219,8 @@ def test_the_shipped_data_is_sound(capsys):
     assert data_gen.check() == 0
     assert capsys.readouterr().out == (
         "dilemmas.jsonl 320\npersonas.jsonl 25\neval_conflict.jsonl 100\neval_open.jsonl 100\n"
-        "eval_general.jsonl 60\ndemonstrations.jsonl 640\njudge_labels.jsonl 1052\n"
-        "agreement_labels.jsonl 330\nall sound\n"
+        "eval_general.jsonl 60\ndemonstrations.jsonl 640\njudge_labels.jsonl 1212\n"
+        "agreement_labels.jsonl 890\nall sound\n"
     )
 
 
