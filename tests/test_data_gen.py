@@ -19,8 +19,10 @@ import pytest
 
 import client
 import data_gen
+import dataset
 from cli import UserError
-from data_gen import DATA, Memory, load_jsonl, load_scenarios
+from data_gen import Memory
+from dataset import DATA, load_jsonl, load_scenarios
 
 ROOT = Path(data_gen.__file__).parent
 PERSONAS = [{"name": "Ann", "creed": "You want this."}, {"name": "Bob", "creed": "You want that."}]
@@ -61,7 +63,7 @@ def test_shipped_scenarios_deal_every_pair_and_order_evenly():
 def test_the_seed_decides_and_nothing_else():
     assert load_scenarios(seed=3) == load_scenarios(seed=3) != load_scenarios(seed=4)
     # another process with another hash seed: another rank
-    code = "import data_gen; print(repr(data_gen.load_scenarios(seed=3)))"
+    code = "import dataset; print(repr(dataset.load_scenarios(seed=3)))"
     env = {**os.environ, "PYTHONHASHSEED": "7"}
     other = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
@@ -75,8 +77,8 @@ def test_a_file_with_personas_is_used_as_it_is(tmp_path):
     path = write(tmp_path / "own.jsonl", *lines)
     assert load_scenarios(path, seed=1) == load_scenarios(path, seed=2)
     assert load_scenarios(path) == [
-        data_gen.Scenario("d1", "everyday", "Dilemma 1?", tuple(PERSONAS)),
-        data_gen.Scenario("d2", "everyday", "Dilemma 2?", tuple(swapped)),
+        dataset.Scenario("d1", "everyday", "Dilemma 1?", tuple(PERSONAS)),
+        dataset.Scenario("d2", "everyday", "Dilemma 2?", tuple(swapped)),
     ]
 
 
@@ -171,11 +173,11 @@ def test_other_ways_to_write_lines(tmp_path):
 
 
 def test_what_is_left_of_spread_is_even():
-    assert data_gen.spread(list(range(10)), 0) == list(range(10))
-    few = data_gen.spread(list(range(300)), 10)
+    assert dataset.spread(list(range(10)), 0) == list(range(10))
+    few = dataset.spread(list(range(300)), 10)
     assert len(few) == 10 and few == sorted(few)
     assert max(b - a for a, b in zip(few, few[1:])) < 60
-    assert set(few) <= set(data_gen.spread(list(range(300)), 20))
+    assert set(few) <= set(dataset.spread(list(range(300)), 20))
 
 
 # ---- likeness and check -----------------------------------------------------------------------
