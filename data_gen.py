@@ -117,14 +117,21 @@ class Memory:
         for number, row in enumerate(rows, 1):
             self.add(f"{file}:{number}", row)
 
+    def nearest(self, text):
+        """(likeness, place) of the text that is most like this one; (0.0, "") if none is."""
+        own = grams(text)
+        nearest = (0.0, "")
+        for gram in own & self.holders.keys():
+            for place, other in self.holders[gram]:
+                nearest = max(nearest, (jaccard(own, other), place))
+        return nearest
+
     def fault(self, row):
         """Is `row` new: its texts, its id and the names of its personas?"""
         for _, text in texts_of(row):
-            own = grams(text)
-            for gram in own & self.holders.keys():
-                for place, other in self.holders[gram]:
-                    if jaccard(own, other) >= NEAR:
-                        return f"near-duplicate ({place}); write it anew"
+            likeness, place = self.nearest(text)
+            if likeness >= NEAR:
+                return f"near-duplicate ({place}); write it anew"
         taken = ", ".join(sorted(names_of(row) & self.names))
         return f"name or id already taken ({taken}); choose another" if taken else ""
 
@@ -353,24 +360,40 @@ def generate(command, settings, client):
         memory.add_file(file, load_jsonl(DATA / file))
     memory.add_file(settings.out, written)
     ids = {row["id"] for row in written}
-    wishes = draw_wishes(shipped, settings.n, settings.seed)
-    wishes = [(start, setting) for start, setting in wishes if start["id"] not in ids]
-    prompts = [write_prompt(command, *wish, shipped + written) for wish in wishes]
-    asked = {}  # future -> start of the line
-    for (start, _), prompt in zip(wishes, prompts):
-        asked[client.submit(ask, client, settings, prompt)] = start
-    collect(asked, settings, shape, written, memory)
+    shown = shipped + written
+    prompts = []
+    for start, setting in draw_wishes(shipped, settings.n, settings.seed):
+        if start["id"] not in ids:
+            prompts.append((start, write_prompt(command, start, setting, shown)))
+    collect(prompts, settings, client, shape, written, memory)
     print(f"{settings.out}: {len(written)} lines, {len(written) - len(ids)} of them new")
-    return 1 if asked and len(written) == len(ids) else 0
+    return 1 if prompts and len(written) == len(ids) else 0
 
 
-def collect(asked, settings, shape, written, memory):
+def replies(prompts, settings, client):
+    """(start of a line, Future of the reply) as they come, with `concurrency` asked for at a time.
+
+    What is not taken is not asked for: a dead server sees few requests before the run stops.
+    """
+    waiting = iter(prompts)
+    asked = {}  # Future -> start of the line
+    while True:
+        for start, prompt in itertools.islice(waiting, settings.concurrency - len(asked)):
+            asked[client.submit(ask, client, settings, prompt)] = start
+        if not asked:
+            return
+        done, _ = concurrent.futures.wait(asked, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in done:
+            yield asked.pop(future), future
+
+
+def collect(prompts, settings, client, shape, written, memory):
     """Write the lines that are sound and new, as they come; say what is wrong with the others."""
     failed = 0  # requests in a row
-    done = concurrent.futures.as_completed(asked)
-    for future in tqdm(done, settings.out, len(asked), unit=" replies"):
+    coming = replies(prompts, settings, client)
+    for start, future in tqdm(coming, settings.out, len(prompts), unit=" replies"):
         try:
-            row, fault = read_reply(future.result(), asked[future], shape)
+            row, fault = read_reply(future.result(), start, shape)
             fault = fault or memory.fault(row)
             failed = 0
         except Missing as miss:
@@ -380,7 +403,7 @@ def collect(asked, settings, shape, written, memory):
             why = f"{failed} requests in a row failed ({fault})"
             raise UserError(f"--url {settings.url}: {why}; see to it and start again")
         if fault:
-            tqdm.write(f"{asked[future]['id']} not written: {fault}")
+            tqdm.write(f"{start['id']} not written: {fault}")
             continue
         append_line(settings.out, row)
         written.append(row)
