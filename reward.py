@@ -207,7 +207,7 @@ class Judge:
         try:
             return self._read(kind, case, ends)
         except Missing as miss:
-            self.client.count_missing(miss.reason)
+            self.client.count(miss.reason)
             return Verdict(None, miss.reason, miss.raw)
 
     def _read(self, kind, case, ends):

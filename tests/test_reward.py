@@ -571,46 +571,68 @@ def preflight_error(url, **more):
     return str(error.value)
 
 
-QUOTA = "You exceeded your current quota, please check your plan and billing details"
-SAID = [  # status, what the server says -> what the person is told
-    (401, "Incorrect API key provided", "set the environment variable JUDGE_API_KEY"),
-    (403, "<html>Blocked by corporate proxy</html>", "look at JUDGE_API_KEY, or at the proxy"),
-    (429, QUOTA, "nothing left to spend"),
-    (402, "Insufficient Balance", "nothing left to spend"),
-    (429, "Rate limit reached", "lower --judge-concurrency"),
-    (404, "The model `x` does not exist", "try another --judge-mode or --judge-model"),
+SPENT = "the account has nothing left to spend; top it up, or use another server"
+ABSENT = "start the server, correct the address, or raise --judge-wait"
+OTHERWISE = "try another --judge-mode or --judge-model, or more --judge-tokens"
+SAID = [  # status, what the server says -> what the person should do
+    (401, "Incorrect API key", "set the environment variable JUDGE_API_KEY to a key that it takes"),
+    (403, "Blocked", "look at JUDGE_API_KEY, or at the proxy between here and there"),
+    (429, "You exceeded your current quota, please check your plan", SPENT),
+    (402, "Payment required", SPENT),
+    (429, "Rate limit reached", "it is busy; wait, or lower --judge-concurrency"),
+    (404, "The model `m` does not exist", OTHERWISE),
 ]
 
 
 @pytest.mark.parametrize("status, words, advice", SAID)
 def test_the_servers_own_words_are_shown_with_the_right_advice(status, words, advice):
     """PITFALLS 44."""
+    error = {"error": {"message": words}}
     with JudgeServer(models=None) as server:
-        server.answer = lambda path, body: (status, {"error": {"message": words}})
-        told = preflight_error(server.url, judge_model="m")
-    assert words in told and advice in told
+        server.answer = lambda path, body: (status, error)
+        told = preflight_error(server.url, judge_model="m", judge_mode="json")
+    asked = "m gives no usable answer to --judge-mode json"
+    said = f"http {status}: {json.dumps(error)}"
+    assert told == f"--judge-url {server.url}: {asked} ({said}); {advice}"
 
 
 @pytest.mark.parametrize(
-    "fault, words",
+    "fault, reason, advice",
     [
-        ("redirect", f"{NOWHERE}/chat/completions); give the address that it redirects to"),
-        ("prose", "gives no usable answer"),
-        ("400", "http 400"),
-        ("hang", "timeout"),
+        ("redirect", f"{NOWHERE}/chat/completions", "give the address that it redirects to"),
+        ("prose", "no json: I would give it a 4.", OTHERWISE),
+        ("truncated", 'truncated: {"score": 5', "it thinks aloud; try --judge-tokens 2000"),
+        ("reset", "(connection: ", ABSENT),
+        ("hang", "(timeout: ", ABSENT),
     ],
 )
-def test_preflight_says_what_to_change(fault, words):
+def test_a_fault_is_named_with_the_right_advice(fault, reason, advice):
     with JudgeServer(faults=lambda number, path: fault) as server:
-        assert words in preflight_error(server.url, judge_attempts=1)
+        told = preflight_error(server.url, judge_attempts=1)
+    assert reason in told and told.endswith(f"); {advice}")
 
 
-def test_preflight_says_what_is_missing():
-    assert "start the server" in preflight_error(NOWHERE)
+def test_a_certificate_and_a_proxy_are_no_absent_server(monkeypatch):
+    """PITFALLS 44: whoever is told to start the server looks in the wrong place."""
+    with JudgeServer() as server:
+        secure = server.url.replace("http://", "https://")
+        told = preflight_error(secure, judge_model="m")
+        assert "(tls: " in told and "; look at the certificate" in told
+        assert not server.requests
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    told = preflight_error("http://judge.invalid/v1", judge_model="m")
+    assert "(proxy: " in told and told.endswith("; look at HTTPS_PROXY and NO_PROXY")
+
+
+def test_preflight_says_which_mode_or_model_is_missing():
     with JudgeServer(models=None) as server:
-        assert "--judge-model: " in preflight_error(server.url)
+        says = "--judge-model: the server does not list its models; name one"
+        assert preflight_error(server.url) == says
     with JudgeServer(offers=("json",)) as server:
-        assert "to --judge-mode expect" in preflight_error(server.url, judge_mode="expect")
+        told = preflight_error(server.url, judge_mode="expect")
+    assert "scripted gives no usable answer to --judge-mode expect (" in told
 
 
 def test_a_forgotten_or_too_long_path_is_told():
@@ -619,7 +641,7 @@ def test_a_forgotten_or_too_long_path_is_told():
         bare = server.url.removesuffix("/v1")
         for wrong in (bare, server.url + "/chat/completions"):
             told = preflight_error(wrong, judge_model="scripted")
-            assert "http 404" in told and told.endswith(f"try --judge-url {server.url}")
+            assert "http 404" in told and told.endswith(f"; try --judge-url {server.url}")
 
 
 def test_a_model_that_is_not_listed_is_asked_all_the_same(capsys):
