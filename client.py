@@ -6,6 +6,7 @@ It speaks to any OpenAI-compatible server. What does not arrive is `Missing`, wi
 caller counts; nothing is made up in its place. Left out: streaming.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -31,7 +32,8 @@ from cli import UserError
 
 FIRST_PAUSE = 0.5  # seconds before the second attempt, about; doubled each time
 LONGEST_REPLY = 4 << 20  # bytes
-COUNTERS = ("calls", "retries", "retry_seconds", "cache_hits", "prompt_tokens", "completion_tokens")
+COUNTERS = {"calls": 0, "retries": 0, "retry_seconds": 0.0, "cache_hits": 0}
+COUNTERS |= {"prompt_tokens": 0, "completion_tokens": 0}
 
 
 class BudgetSpent(UserError):
@@ -160,31 +162,24 @@ class Client:
         self._pool = concurrent.futures.ThreadPoolExecutor(
             self.concurrency, "judge", initializer=self._open_session
         )
-        self.stats = None
-        self.take_stats()
+        self._counts = collections.Counter()
         self.start_batch()
 
     def start_batch(self):
         """From now on there are `batch_seconds` for all that is submitted before the next call."""
         self.ends = time.monotonic() + self.batch_seconds
 
+    def count(self, name, number=1):
+        """Add to one of COUNTERS, or to the questions that are missing for the reason `name`."""
+        with self._lock:
+            self._counts[name] += number
+
     def take_stats(self):
         """The counters since the last take: a dict; `missing` holds a dict by reason."""
-        fresh = dict.fromkeys(COUNTERS, 0)
         with self._lock:
-            taken, self.stats = self.stats, {**fresh, "retry_seconds": 0.0, "missing": {}}
-        return taken
-
-    def count(self, name, number=1):
-        """Add to a counter."""
-        with self._lock:
-            self.stats[name] += number
-
-    def count_missing(self, reason):
-        """Count a question that stays without an answer."""
-        with self._lock:
-            missing = self.stats["missing"]
-            missing[reason] = missing.get(reason, 0) + 1
+            taken, self._counts = self._counts, collections.Counter()
+        stats = {name: taken.pop(name, zero) for name, zero in COUNTERS.items()}
+        return {**stats, "missing": dict(taken)}
 
     def submit(self, job, *args):
         """Run `job(*args, ends)` on a worker (only workers may `ask`); a Future.
@@ -262,7 +257,7 @@ class Client:
                 if self.budget and self._spent >= self.budget:
                     raise BudgetSpent(f"--judge-budget {self.budget}: all calls are used")
                 self._spent += 1
-            self.stats["calls"] += 1
+            self._counts["calls"] += 1
 
     def _receive(self, url, body, limit):
         text = b""

@@ -1,9 +1,7 @@
-"""Scenarios: load the shipped dilemmas and personas, check them, and write more with any LLM.
+"""Check the shipped data, and write more of it with any LLM.
 
-    dilemmas.jsonl + personas.jsonl, combined by seed    ->  Scenarios       load_scenarios()
-    a FILE whose lines have personas, used as it is      ->  Scenarios       load_scenarios(FILE)
-    demonstrations.jsonl, negotiations that were written ->  Demonstrations  load_demonstrations()
-    (tier, topic, setting) drawn by seed, LLM, checks    ->  one more line   generate()
+    each line: form, length, pattern; all files together: likeness, seals, variety    check()
+    (tier, topic, setting) drawn by seed -> LLM -> the same checks -> one more line   generate()
 
 The same checks refuse a bad line of ours and of the LLM. They see form, length and word-for-word
 likeness. Left out: a judge of quality; whether a dilemma is worth an hour, only a reader sees. And
@@ -32,11 +30,18 @@ from tqdm import tqdm
 
 from cli import UserError, command_line, option, run_cli
 from client import Client, Missing, dig
+from dataset import (
+    DATA,
+    DEMONSTRATION,
+    answer_fault,
+    load_jsonl,
+    shape_fault,
+    shuffled,
+    turns_fault,
+)
 
-DATA = Path(__file__).resolve().parent / "data"
 DILEMMA = {"id": str, "tier": str, "topic": str, "dilemma": str}
 PAIR = {"id": str, "axis": str, "personas": list}
-DEMONSTRATION = {"scenario_id": str, "personas": list, "turns": list, "agreed": bool, "final": str}
 LABEL = {"id": str, "scenario_id": str, "split": str, "personas": list}
 FILES = {  # shipped file: (how many lines, what a line holds)
     "dilemmas.jsonl": (320, DILEMMA),
@@ -51,200 +56,6 @@ FILES = {  # shipped file: (how many lines, what a line holds)
 # whose scenarios and personas are those of training, and the files that hold texts of their own
 BORROWERS = ("demonstrations.jsonl", "judge_labels.jsonl", "agreement_labels.jsonl")
 TEXTS = [file for file in FILES if file not in BORROWERS]
-
-
-@dataclasses.dataclass(frozen=True)
-class Scenario:
-    """What is negotiated: a dilemma, and two personas {name, creed} in speaking order."""
-
-    id: str
-    tier: str
-    dilemma: str
-    personas: tuple
-
-
-@dataclasses.dataclass(frozen=True)
-class Demonstration:
-    """A written negotiation, to be imitated; scenario.personas[0] says the first of the turns."""
-
-    scenario: Scenario
-    turns: tuple  # of texts
-    agreed: bool
-    final: str
-
-
-# ---- JSON Lines: every error names its line --------------------------------------------------
-
-
-def load_jsonl(path, fault_of=lambda row: "") -> list:
-    """The values of a JSON Lines file; `fault_of(row)` says what is wrong with one ("": nothing).
-
-    Raises UserError: "FILE:LINE: what is wrong; what to do".
-    """
-    hint = "pass a JSON Lines file, one JSON object per line"
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text; {hint}") from error
-    rows = []
-    lines = text.split("\n")  # not splitlines: a JSON text may hold U+2028
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)
-            raise UserError(f"{path}:{number}: not JSON ({reason}); {hint}") from error
-        fault = fault_of(rows[-1])
-        if fault:
-            raise UserError(f"{path}:{number}: {fault}")
-    if not rows:
-        raise UserError(f"{path}: empty; {hint}")
-    return rows
-
-
-# ---- the form of a line: these functions return "what is wrong; what to do", or "" -------------
-
-TYPES = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number"}
-TYPES |= {bool: "true or false", type(None): "null"}
-
-
-def shape_fault(row, shape: dict) -> str:
-    """Is it an object that holds `shape` = {key: type}, and two personas under "personas"?"""
-    if type(row) is not dict:
-        return f"{TYPES[type(row)]} instead of an object; write {{...}} with {', '.join(shape)}"
-    for key, kind in shape.items():
-        if key not in row:
-            return f'no "{key}"; needed are {", ".join(shape)}'
-        value = row[key]
-        if type(value) not in ((int, float) if kind is float else (kind,)):
-            return f'"{key}" is {TYPES[type(value)]} instead of {TYPES[kind]}; correct it'
-        if kind is str and not is_text(value):
-            return f'"{key}" is empty, or holds half a character; correct it or take the line out'
-    return personas_fault(row["personas"]) if "personas" in shape else ""
-
-
-def is_text(value):
-    """Is it a text with something in it, and no lone surrogate, which no file can hold?"""
-    return type(value) is str and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
-
-
-def personas_fault(personas):
-    """Are they two, with different names?"""
-    if len(personas) != 2:
-        count = len(personas)
-        return f'"personas" holds {count} instead of two; give two objects with a name and a creed'
-    for number, persona in enumerate(personas, 1):
-        fault = shape_fault(persona, {"name": str, "creed": str})
-        if fault:
-            return f"persona {number}: {fault}"
-    if personas[0]["name"] == personas[1]["name"]:
-        return "both personas have the same name; change one"
-    return ""
-
-
-def turns_fault(row):
-    """Are the turns two texts or more?"""
-    turns = row["turns"]
-    if len(turns) < 2:
-        return f'"turns" holds {len(turns)}; a negotiation has at least two'
-    for turn in turns:
-        if not is_text(turn):
-            return f'"turns" holds {json.dumps(turn)[:40]}; write each turn as a text'
-    return ""
-
-
-# ---- scenarios and demonstrations -------------------------------------------------------------
-
-
-def shuffled(items, rng):
-    """A random order that is the same on every Python: only `random()` itself is sure to stay."""
-    return sorted(items, key=lambda _: rng.random())
-
-
-def spread(items: list, n: int) -> list:
-    """`n` of the items, evenly spaced, so that each part of an ordered file has its share; 0: all.
-
-    Multiples of the golden ratio, modulo 1, fill the unit interval evenly: so the items whose
-    multiple is small lie evenly too, and a larger `n` only adds some.
-    """
-    chosen = sorted(range(len(items)), key=lambda i: i * 0.6180339887498949 % 1)[: n or None]
-    return [items[i] for i in sorted(chosen)]
-
-
-def load_scenarios(path=None, seed=0, personas=None) -> list[Scenario]:
-    """The scenarios of a JSON Lines file (None: the shipped dilemmas), in the file's order.
-
-    Lines {id, tier, dilemma, personas} are used as they are. Lines without personas get a pair of
-    the file `personas` (None: the shipped one), dealt by seed. Raises UserError as `load_jsonl`.
-    """
-    shape = {"id": str, "tier": str, "dilemma": str}
-    ids = set()
-
-    def fault_of(row):
-        if not ids and type(row) is dict and "personas" in row:
-            shape["personas"] = list  # the first line decides for all
-        fault = shape_fault(row, shape)
-        if fault:
-            return fault
-        if row["id"] in ids:
-            return f'id "{row["id"]}" occurs twice; give every line an id of its own'
-        if "personas" in row and "personas" not in shape:
-            return "personas, but the lines above have none; give them to all lines or to none"
-        ids.add(row["id"])
-        return ""
-
-    rows = load_jsonl(path or DATA / "dilemmas.jsonl", fault_of)
-    if "personas" not in shape:
-        deal_personas(rows, personas or DATA / "personas.jsonl", seed)
-    scenarios = []
-    for row in rows:
-        pair = tuple({"name": p["name"], "creed": p["creed"]} for p in row["personas"])
-        scenarios.append(Scenario(row["id"], row["tier"], row["dilemma"], pair))
-    return scenarios
-
-
-def deal_personas(rows, path, seed):
-    """Give each row a pair of a file, in seeded rounds; who speaks first changes by round."""
-    shape = {"personas": list}
-    pairs = [row["personas"] for row in load_jsonl(path, lambda row: shape_fault(row, shape))]
-    rng = random.Random(seed)
-    swapped = [rng.random() < 0.5 for _ in pairs]
-    order = []
-    for row in rows:
-        order = order or shuffled(range(len(pairs)), rng)
-        k = order.pop(0)
-        row["personas"] = pairs[k][::-1] if swapped[k] else pairs[k]
-        swapped[k] = not swapped[k]
-
-
-def load_demonstrations(path=None, scenarios=None) -> list[Demonstration]:
-    """The negotiations of a JSON Lines file (None: the shipped one), each line a DEMONSTRATION.
-
-    The dilemma of a line is that of its scenario_id in the file `scenarios` (None: the shipped
-    dilemmas). Raises UserError as `load_jsonl` does.
-    """
-    known = {scenario.id: scenario for scenario in load_scenarios(scenarios)}
-
-    def fault_of(row):
-        fault = shape_fault(row, DEMONSTRATION)
-        if fault:
-            return fault
-        if row["scenario_id"] not in known:
-            file = scenarios or "data/dilemmas.jsonl"
-            hint = "correct it, or name its file with --scenarios"
-            return f'scenario_id "{row["scenario_id"]}" is not in {file}; {hint}'
-        return turns_fault(row)
-
-    demonstrations = []
-    for row in load_jsonl(path or DATA / "demonstrations.jsonl", fault_of):
-        scenario = dataclasses.replace(known[row["scenario_id"]], personas=tuple(row["personas"]))
-        turns = tuple(turn.strip() for turn in row["turns"])
-        demonstrations.append(Demonstration(scenario, turns, row["agreed"], row["final"].strip()))
-    return demonstrations
 
 
 # ---- likeness ---------------------------------------------------------------------------------
@@ -306,14 +117,21 @@ class Memory:
         for number, row in enumerate(rows, 1):
             self.add(f"{file}:{number}", row)
 
+    def nearest(self, text):
+        """(likeness, place) of the text that is most like this one; (0.0, "") if none is."""
+        own = grams(text)
+        nearest = (0.0, "")
+        for gram in own & self.holders.keys():
+            for place, other in self.holders[gram]:
+                nearest = max(nearest, (jaccard(own, other), place))
+        return nearest
+
     def fault(self, row):
         """Is `row` new: its texts, its id and the names of its personas?"""
         for _, text in texts_of(row):
-            own = grams(text)
-            for gram in own & self.holders.keys():
-                for place, other in self.holders[gram]:
-                    if jaccard(own, other) >= NEAR:
-                        return f"near-duplicate ({place}); write it anew"
+            likeness, place = self.nearest(text)
+            if likeness >= NEAR:
+                return f"near-duplicate ({place}); write it anew"
         taken = ", ".join(sorted(names_of(row) & self.names))
         return f"name or id already taken ({taken}); choose another" if taken else ""
 
@@ -363,15 +181,6 @@ def rating_fault(row):
     if all(rating in half_points for rating in [row["score"], *row["endorse"]]):
         return ""
     return "a rating that is no half point from 0 to 5; correct it"
-
-
-def answer_fault(row: dict) -> str:
-    """Does a line of the general set hold what its answer is checked by?"""
-    if row["kind"] == "exact":
-        return shape_fault(row, {"answers": list})
-    if row["kind"] == "choice":
-        return shape_fault(row, {"choices": list, "answer": int})
-    return f'no kind "{row["kind"]}"; use choice or exact'
 
 
 LINE_CHECKS = (  # (what a line holds, what may be wrong with such a line)
@@ -551,24 +360,40 @@ def generate(command, settings, client):
         memory.add_file(file, load_jsonl(DATA / file))
     memory.add_file(settings.out, written)
     ids = {row["id"] for row in written}
-    wishes = draw_wishes(shipped, settings.n, settings.seed)
-    wishes = [(start, setting) for start, setting in wishes if start["id"] not in ids]
-    prompts = [write_prompt(command, *wish, shipped + written) for wish in wishes]
-    asked = {}  # future -> start of the line
-    for (start, _), prompt in zip(wishes, prompts):
-        asked[client.submit(ask, client, settings, prompt)] = start
-    collect(asked, settings, shape, written, memory)
+    shown = shipped + written
+    prompts = []
+    for start, setting in draw_wishes(shipped, settings.n, settings.seed):
+        if start["id"] not in ids:
+            prompts.append((start, write_prompt(command, start, setting, shown)))
+    collect(prompts, settings, client, shape, written, memory)
     print(f"{settings.out}: {len(written)} lines, {len(written) - len(ids)} of them new")
-    return 1 if asked and len(written) == len(ids) else 0
+    return 1 if prompts and len(written) == len(ids) else 0
 
 
-def collect(asked, settings, shape, written, memory):
+def replies(prompts, settings, client):
+    """(start of a line, Future of the reply) as they come, with `concurrency` asked for at a time.
+
+    What is not taken is not asked for: a dead server sees few requests before the run stops.
+    """
+    waiting = iter(prompts)
+    asked = {}  # Future -> start of the line
+    while True:
+        for start, prompt in itertools.islice(waiting, settings.concurrency - len(asked)):
+            asked[client.submit(ask, client, settings, prompt)] = start
+        if not asked:
+            return
+        done, _ = concurrent.futures.wait(asked, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in done:
+            yield asked.pop(future), future
+
+
+def collect(prompts, settings, client, shape, written, memory):
     """Write the lines that are sound and new, as they come; say what is wrong with the others."""
     failed = 0  # requests in a row
-    done = concurrent.futures.as_completed(asked)
-    for future in tqdm(done, settings.out, len(asked), unit=" replies"):
+    coming = replies(prompts, settings, client)
+    for start, future in tqdm(coming, settings.out, len(prompts), unit=" replies"):
         try:
-            row, fault = read_reply(future.result(), asked[future], shape)
+            row, fault = read_reply(future.result(), start, shape)
             fault = fault or memory.fault(row)
             failed = 0
         except Missing as miss:
@@ -578,7 +403,7 @@ def collect(asked, settings, shape, written, memory):
             why = f"{failed} requests in a row failed ({fault})"
             raise UserError(f"--url {settings.url}: {why}; see to it and start again")
         if fault:
-            tqdm.write(f"{asked[future]['id']} not written: {fault}")
+            tqdm.write(f"{start['id']} not written: {fault}")
             continue
         append_line(settings.out, row)
         written.append(row)

@@ -31,14 +31,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data_gen
+import dataset
 import model as lm
 import report
 import reward
+import rubric
 import selfplay
 from cli import UserError, command_line, option, run_cli
 from client import BudgetSpent
-from data_gen import DATA
+from dataset import DATA
 from judge_server import spearman
 from report import cells, diversity, figure, text_measures, words
 
@@ -131,8 +132,8 @@ def identity(settings):
         stamps.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
     shipped = [*DATA.glob("eval_*.jsonl"), *DATA.glob("judge_*.jsonl")]
     files = [settings.data] if settings.data else sorted(shipped)
-    data = [data_gen.load_jsonl(file) for file in files]
-    facts = [facts, stamps, data, reward.load_rubric(settings.rubric)]
+    data = [dataset.load_jsonl(file) for file in files]
+    facts = [facts, stamps, data, rubric.load_rubric(settings.rubric)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
@@ -441,17 +442,17 @@ def rows_of(settings, file, shape):
     """{id: line} of a shipped set, or of --data."""
 
     def fault_of(row):
-        fault = data_gen.shape_fault(row, {"id": str, **shape})
-        return fault or (data_gen.answer_fault(row) if "prompt" in shape else "")
+        fault = dataset.shape_fault(row, {"id": str, **shape})
+        return fault or (dataset.answer_fault(row) if "prompt" in shape else "")
 
-    rows = data_gen.load_jsonl(settings.data or DATA / file, fault_of)
-    return {row["id"]: row for row in data_gen.spread(rows, settings.limit)}
+    rows = dataset.load_jsonl(settings.data or DATA / file, fault_of)
+    return {row["id"]: row for row in dataset.spread(rows, settings.limit)}
 
 
 def scenarios_of(settings):
     """{id: Scenario} of the sealed set, or of --data."""
-    scenarios = data_gen.load_scenarios(settings.data or DATA / "eval_conflict.jsonl")
-    return {scenario.id: scenario for scenario in data_gen.spread(scenarios, settings.limit)}
+    scenarios = dataset.load_scenarios(settings.data or DATA / "eval_conflict.jsonl")
+    return {scenario.id: scenario for scenario in dataset.spread(scenarios, settings.limit)}
 
 
 # ---- the commands --------------------------------------------------------------------------------
@@ -590,13 +591,13 @@ def labelled(settings):
     """The test part of the labels, or all of --data, each row with its dilemma."""
     shape = {"id": str, "scenario_id": str, "personas": list, "solution": str, "score": float}
     file = settings.data or DATA / "judge_labels.jsonl"
-    rows = data_gen.load_jsonl(file, lambda row: data_gen.shape_fault(row, shape))
+    rows = dataset.load_jsonl(file, lambda row: dataset.shape_fault(row, shape))
     if not settings.data:
         rows = [row for row in rows if row["split"] == "test"]
-    dilemmas = {scenario.id: scenario.dilemma for scenario in data_gen.load_scenarios()}
+    dilemmas = {scenario.id: scenario.dilemma for scenario in dataset.load_scenarios()}
     for row in rows:
         row["dilemma"] = dilemmas.get(row["scenario_id"], row["scenario_id"])
-    return data_gen.spread(rows, settings.limit)
+    return dataset.spread(rows, settings.limit)
 
 
 def scored(name, rows, side, items, judge):

@@ -32,11 +32,12 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-import data_gen
+import dataset
 from cli import UserError, command_line, option, run_cli
-from data_gen import DATA
+from dataset import DATA
 from model import compute_dtype, default_model_folder, packed
-from reward import EMBEDDED, Case, case_of, clean, for_reward_model, spoken
+from reward import EMBEDDED
+from rubric import Case, case_of, clean, for_reward_model, spoken
 from selfplay import Turn
 
 HEADS = DATA / "judge_heads.safetensors"
@@ -113,7 +114,7 @@ class Example:
 
 def examples():
     """{head: [Example]} of the shipped labels."""
-    dilemmas = {scenario.id: scenario.dilemma for scenario in data_gen.load_scenarios()}
+    dilemmas = {scenario.id: scenario.dilemma for scenario in dataset.load_scenarios()}
     found = {head: [] for head in READS}
 
     def add(head, row, personas, texts, value):
@@ -123,12 +124,12 @@ def examples():
         test = row["split"] == "test"
         found[head].append(Example(row["scenario_id"], test, by_policy, before, judged, value))
 
-    for number, row in enumerate(data_gen.load_jsonl(DATA / "judge_labels.jsonl")):
+    for number, row in enumerate(dataset.load_jsonl(DATA / "judge_labels.jsonl")):
         texts = {"solution": clean(row["solution"])}
         add("score", row, row["personas"], texts, row["score"])
         seat = number % 2  # one party of each: enough, and half the time
         add("endorse", row, [row["personas"][seat]], texts, row["endorse"][seat])
-    for row in data_gen.load_jsonl(DATA / "agreement_labels.jsonl"):
+    for row in dataset.load_jsonl(DATA / "agreement_labels.jsonl"):
         turns = [Turn(i % 2, text, False) for i, text in enumerate(row["turns"])]
         texts = {"dialogue": spoken(row["personas"], turns)}
         add("agreed", row, row["personas"], texts, float(row["agreed"]))

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
-import data_gen
+import dataset
 import selfplay
 from model import Tree, add_lora, capacity_for, find, inner, prepare
 
@@ -28,7 +28,7 @@ def show_plan(settings):
     _, config, tokenizer = find(settings.model)
     dtype = torch.float32 if settings.dtype == "fp32" else torch.bfloat16
     prompts = []
-    for scenario in data_gen.load_scenarios(settings.scenarios or None, settings.seed):
+    for scenario in dataset.load_scenarios(settings.scenarios or None, settings.seed):
         creed = max((persona["creed"] for persona in scenario.personas), key=len)
         prompts.append(selfplay.SYSTEM + selfplay.CASE + scenario.dilemma + creed)
     prompt = max(len(ids) for ids in tokenizer(prompts)["input_ids"])

@@ -28,7 +28,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from cli import UserError, command_line, option
-from data_gen import DATA
+from dataset import DATA
 
 # ---- the run folder ------------------------------------------------------------------------------
 

@@ -27,11 +27,11 @@ import jinja2
 import numpy as np
 import torch
 
-import data_gen
+import dataset
 import reward
 from cli import UserError, command_line, option, run_cli
 from model import WARM_MODEL, RaggedCache, context_limit, load, own_device, packed
-from reward import fill
+from rubric import fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +151,11 @@ class Dialogue:
     """One negotiation: scenario number `group` of the step, dialogue number `member` of its group.
 
     stop: "agreed", "max_turns" or "context"; "written" where nobody played it. streams: the
-    Samples of each agent. verdict: the judge's answer, a Future of reward.Verdict. reward: None
+    Samples of each agent. verdict: the judge's answer, a Future of rubric.Verdict. reward: None
     where it is missing.
     """
 
-    scenario: data_gen.Scenario
+    scenario: dataset.Scenario
     step: int
     group: int
     member: int
@@ -379,7 +379,7 @@ def streams_of(view, turns, context_turns):
 
 
 def imitate(demonstration, chat, settings):
-    """A data_gen.Demonstration as the Dialogue of two agents who said just this.
+    """A dataset.Demonstration as the Dialogue of two agents who said just this.
 
     Nobody sampled its tokens, so each log-prob is NaN; with the advantage of 1 the learner then
     takes the gradient of plain likelihood.
@@ -822,7 +822,7 @@ class WatchSettings(PlaySettings, reward.JudgeSettings):
 
 def watched_scenario(settings):
     """The scenario that the flags describe. Raises UserError for a persona without a name."""
-    scenarios = data_gen.load_scenarios(seed=settings.seed)
+    scenarios = dataset.load_scenarios(seed=settings.seed)
     scenario = scenarios[settings.seed % len(scenarios)]
     personas = list(scenario.personas)
     for i, side in enumerate("ab"):

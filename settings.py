@@ -13,9 +13,10 @@ import math
 import os
 from pathlib import Path
 
-import data_gen
+import dataset
 import judge_server
 import reward
+import rubric
 import selfplay
 from cli import UserError, command_line, option
 from model import WARM_MODEL
@@ -47,7 +48,7 @@ RECIPES = {
     # plain likelihood on written negotiations: what made the default model out of smollm2-135m
     "warm-start": {
         "model": "smollm2-135m",
-        "demonstrations": str(data_gen.DATA / "demonstrations.jsonl"),
+        "demonstrations": str(dataset.DATA / "demonstrations.jsonl"),
         "train_tokens": "both",
         "temperature": 1.0,
         "final_temperature": 1.0,
@@ -208,13 +209,13 @@ def validate(settings):
 def contents(settings):
     """{what: digest} of what the mathematics takes from files, whatever their paths."""
     file = settings.scenarios or None
-    scenarios = data_gen.load_scenarios(file, settings.seed)
+    scenarios = dataset.load_scenarios(file, settings.seed)
     found = {
         "scenarios": [dataclasses.asdict(scenario) for scenario in scenarios],
-        "rubric": reward.load_rubric(settings.rubric),
+        "rubric": rubric.load_rubric(settings.rubric),
     }
     if settings.demonstrations:
-        written = data_gen.load_demonstrations(settings.demonstrations, file)
+        written = dataset.load_demonstrations(settings.demonstrations, file)
         found["demonstrations"] = [dataclasses.asdict(negotiation) for negotiation in written]
     elif not settings.judge_url:
         found["embedded judge"] = judge_server.heads_digest()

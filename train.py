@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import data_gen
+import dataset
 import grpo
 import model as lm
 import plan
@@ -49,6 +49,7 @@ from eval import heldout, heldout_row
 from policy import World, build, start_world
 from progress import peak_memory_gb
 from report import best_step, whole_lines
+from rubric import Verdict
 from settings import RECIPES, Settings, check_contents, read_settings
 
 __all__ = ["RECIPES", "Settings", "World", "main"]  # for whoever imports train
@@ -61,14 +62,14 @@ def divide(settings):
 
     Raises UserError when none would be left to train on.
     """
-    scenarios = data_gen.load_scenarios(settings.scenarios or None, settings.seed)
+    scenarios = dataset.load_scenarios(settings.scenarios or None, settings.seed)
     n = settings.eval_scenarios if settings.eval_every else 0
     if n >= len(scenarios):
         raise UserError(
             f"--eval-scenarios {n}: there are only {len(scenarios)} scenarios; "
             "keep some for training"
         )
-    held_out = data_gen.spread(scenarios, n) if n else []
+    held_out = dataset.spread(scenarios, n) if n else []
     train_on = [scenario for scenario in scenarios if scenario not in held_out]
     if settings.epoch_steps:
         order = np.random.default_rng([settings.seed, 77]).permutation(len(train_on))
@@ -108,7 +109,7 @@ def settle(group, settings):
     for dialogue in group:
         if dialogue.verdict is not None:
             spent = isinstance(dialogue.verdict.exception(), BudgetSpent)
-            missing = reward.Verdict(None, "budget spent")
+            missing = Verdict(None, "budget spent")
             verdict = missing if spent else dialogue.verdict.result()
             failures = [verdict.reason] if verdict.reason else []
             dialogue.reward = verdict.value
@@ -474,9 +475,9 @@ def imitation_sets(settings, policy):
     Raises UserError for a bad --demonstrations file.
     """
     file, chat = settings.demonstrations, selfplay.ChatFormat(policy.tokenizer, policy.model)
-    written = data_gen.load_demonstrations(file, settings.scenarios or None)
+    written = dataset.load_demonstrations(file, settings.scenarios or None)
     names = list(dict.fromkeys(negotiation.scenario.id for negotiation in written))
-    held = set(data_gen.spread(names, max(1, len(names) // 10)))
+    held = set(dataset.spread(names, max(1, len(names) // 10)))
     train_on, held_out, limit = [], [], lm.context_limit(policy.model)
     for negotiation in written:
         dialogue = selfplay.imitate(negotiation, chat, settings)

@@ -20,10 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data_gen  # noqa: E402
+import dataset  # noqa: E402
 import grpo  # noqa: E402
 import model as lm  # noqa: E402
-import reward  # noqa: E402
+import rubric  # noqa: E402
 import selfplay  # noqa: E402
 import train  # noqa: E402
 from cli import command_line, option, run_cli  # noqa: E402
@@ -76,7 +76,7 @@ class SlowJudge:
 
         def answer():
             time.sleep(self.latency)
-            return reward.Verdict(float(len(final) % 6))
+            return rubric.Verdict(float(len(final) % 6))
 
         return self.pool.submit(answer)
 
@@ -144,7 +144,7 @@ def main(argv=None):
     voice.chat.ends = set()  # nothing ends a turn but its limit
     learner = grpo.Learner(model, optimizer, settings, reference)
     scenarios = [
-        data_gen.Scenario(f"bench-{s}", "", PLACES[s % 4] + DILEMMA, PERSONAS)
+        dataset.Scenario(f"bench-{s}", "", PLACES[s % 4] + DILEMMA, PERSONAS)
         for s in range(b.scenarios)
     ]
 

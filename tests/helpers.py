@@ -21,7 +21,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data_gen
+import dataset
 import model as lm
 import selfplay
 
@@ -135,7 +135,7 @@ PERSONAS = (
 
 def scenario(name="s0", dilemma="One reservoir is left. Who gets the water?"):
     """A short scenario."""
-    return data_gen.Scenario(name, "everyday", dilemma, PERSONAS)
+    return dataset.Scenario(name, "everyday", dilemma, PERSONAS)
 
 
 def dialogues(scenarios=1, members=2, step=1):

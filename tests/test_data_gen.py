@@ -19,8 +19,10 @@ import pytest
 
 import client
 import data_gen
+import dataset
 from cli import UserError
-from data_gen import DATA, Memory, load_jsonl, load_scenarios
+from data_gen import Memory
+from dataset import DATA, load_jsonl, load_scenarios
 
 ROOT = Path(data_gen.__file__).parent
 PERSONAS = [{"name": "Ann", "creed": "You want this."}, {"name": "Bob", "creed": "You want that."}]
@@ -61,7 +63,7 @@ def test_shipped_scenarios_deal_every_pair_and_order_evenly():
 def test_the_seed_decides_and_nothing_else():
     assert load_scenarios(seed=3) == load_scenarios(seed=3) != load_scenarios(seed=4)
     # another process with another hash seed: another rank
-    code = "import data_gen; print(repr(data_gen.load_scenarios(seed=3)))"
+    code = "import dataset; print(repr(dataset.load_scenarios(seed=3)))"
     env = {**os.environ, "PYTHONHASHSEED": "7"}
     other = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
@@ -75,8 +77,8 @@ def test_a_file_with_personas_is_used_as_it_is(tmp_path):
     path = write(tmp_path / "own.jsonl", *lines)
     assert load_scenarios(path, seed=1) == load_scenarios(path, seed=2)
     assert load_scenarios(path) == [
-        data_gen.Scenario("d1", "everyday", "Dilemma 1?", tuple(PERSONAS)),
-        data_gen.Scenario("d2", "everyday", "Dilemma 2?", tuple(swapped)),
+        dataset.Scenario("d1", "everyday", "Dilemma 1?", tuple(PERSONAS)),
+        dataset.Scenario("d2", "everyday", "Dilemma 2?", tuple(swapped)),
     ]
 
 
@@ -171,11 +173,11 @@ def test_other_ways_to_write_lines(tmp_path):
 
 
 def test_what_is_left_of_spread_is_even():
-    assert data_gen.spread(list(range(10)), 0) == list(range(10))
-    few = data_gen.spread(list(range(300)), 10)
+    assert dataset.spread(list(range(10)), 0) == list(range(10))
+    few = dataset.spread(list(range(300)), 10)
     assert len(few) == 10 and few == sorted(few)
     assert max(b - a for a, b in zip(few, few[1:])) < 60
-    assert set(few) <= set(data_gen.spread(list(range(300)), 20))
+    assert set(few) <= set(dataset.spread(list(range(300)), 20))
 
 
 # ---- likeness and check -----------------------------------------------------------------------
@@ -199,20 +201,28 @@ def test_memory_refuses_what_is_near():
     assert memory.fault(taken) == "name or id already taken (2, ann); choose another"
 
 
-def test_memory_equals_comparing_all_pairs():
+def test_the_nearest_text_is_that_of_comparing_all_pairs():
     """Only texts that share a 5-gram are compared, and nothing is missed."""
-    rows = load_jsonl(DATA / "dilemmas.jsonl")[:60]
+    rows = load_jsonl(DATA / "dilemmas.jsonl")
+    known, others = rows[:-20], rows[-20:]
     memory = Memory()
-    for r in rows[:30]:
-        memory.add(r["id"], r)
-    known = [data_gen.grams(r["dilemma"]) for r in rows[:30]]
-    for n, r in enumerate(rows):
-        words = r["dilemma"].split()
-        for kept in range(0, len(words), 7):
-            text = " ".join(words[:kept] + [f"w{i}" for i in range(len(words) - kept)])
-            nearest = max(data_gen.jaccard(data_gen.grams(text), other) for other in known)
-            fault = memory.fault({"id": "new", "dilemma": text})
-            assert bool(fault) == (nearest >= data_gen.NEAR), (n, kept)
+    memory.add_file("known", known)
+    places = {f"known:{n}": data_gen.grams(r["dilemma"]) for n, r in enumerate(known, 1)}
+
+    def brute(text):
+        own = data_gen.grams(text)
+        pairs = [(data_gen.jaccard(own, other), place) for place, other in places.items()]
+        likeness, place = max(pairs)
+        return (likeness, place if likeness else "")
+
+    found = set()
+    for one, other in zip(known, others):
+        words, tail = one["dilemma"].split(), other["dilemma"].split()
+        for kept in range(0, len(words), 7):  # from another dilemma to this very one
+            text = " ".join(words[:kept] + tail[kept:])
+            assert memory.nearest(text) == brute(text), (one["id"], kept)
+            found.add(brute(text)[0] >= data_gen.NEAR)
+    assert found == {False, True}
 
 
 def test_the_shipped_data_is_sound(capsys):
@@ -631,7 +641,7 @@ def test_a_dead_server_and_a_refused_key_end_the_run(serve, run, tmp_path, monke
     says = refusal(run, *args(out, llm, "--n", 500, "--concurrency", 2))
     assert says.startswith(f"--url {llm.url}: 5 requests in a row failed (http 401 ")
     assert "no such key" in says and says.endswith("; see to it and start again")
-    assert 5 <= len(llm.prompts) < 50 and out.read_bytes() == b""
+    assert 5 <= len(llm.prompts) <= 6 and out.read_bytes() == b""
     llm.close()
     assert "requests in a row failed (connection " in refusal(run, *args(out, llm, "--n", 500))
 

@@ -11,7 +11,7 @@ from helpers import plain_logprobs, scenario, tiny, tokenizer, voice
 from servers import JudgeServer
 from test_report import record
 
-import data_gen
+import dataset
 import eval as evaluation
 import report
 import reward
@@ -88,8 +88,8 @@ def test_each_persona_endorses_on_its_own(run):
         run("conflict", server, "--limit", "4", baseline=False)
         endorsing = [q for q in questions(server) if "How satisfied" in q]
     creeds = []
-    scenarios = data_gen.load_scenarios(data_gen.DATA / "eval_conflict.jsonl")
-    for chosen in data_gen.spread(scenarios, 4):
+    scenarios = dataset.load_scenarios(dataset.DATA / "eval_conflict.jsonl")
+    for chosen in dataset.spread(scenarios, 4):
         creeds += [persona["creed"][:30] for persona in chosen.personas]
     assert 2 <= len(endorsing) <= 8  # an empty final needs no question
     for question in endorsing:
@@ -361,7 +361,7 @@ def test_open(run):
     assert rows["ca_score", "A"]["n"] == rows["win_rate_ca", "A against B"]["pairs"] == 5
     assert ("agreed", "A") not in rows
     assert ("win_rate_conflict", "A against B") not in rows
-    question = data_gen.load_jsonl(data_gen.DATA / "eval_open.jsonl")[0]["question"]
+    question = dataset.load_jsonl(dataset.DATA / "eval_open.jsonl")[0]["question"]
     assert sum(f"Dilemma: {question}" in q for q in asked) == 2 + 2
 
 
@@ -398,7 +398,7 @@ def test_general_needs_no_judge(run):
     _, rows = run("general", nobody, baseline=False)
     assert (rows["choice", "A"]["n"], rows["exact", "A"]["n"]) == (35, 25)
     assert rows["exact", "A"]["value"] < 0.5  # a random model's babble
-    text = (data_gen.DATA / "public_domain.txt").read_text(encoding="utf-8")
+    text = (dataset.DATA / "public_domain.txt").read_text(encoding="utf-8")
     assert rows["token_loss", "A"]["n"] == len(text.split()) // 192
     assert 4 < rows["token_loss", "A"]["value"] < 12  # near log(400) = 6, or worse
 
@@ -485,7 +485,7 @@ def test_audit_of_the_shipped_labels_takes_their_test_part(run):
     assert rows["exact", "judge, judge again"]["n"] == 30
     assert rows["pairs_right", "judge"]["value"] in (0.5, None)
     dilemmas = {"test": set(), "fit": set()}
-    for row in data_gen.load_jsonl(data_gen.DATA / "judge_labels.jsonl"):
+    for row in dataset.load_jsonl(dataset.DATA / "judge_labels.jsonl"):
         dilemmas[row["split"]].add(row["scenario_id"])
     assert not dilemmas["test"] & dilemmas["fit"]
 
@@ -525,7 +525,7 @@ def test_measures_of_one_dialogue():
 def test_an_exact_answer_is_whole_words_of_the_first_line():
     assert not evaluation.says_one("The answer is 15.", ["5", "five"])
     assert evaluation.says_one("**Five**", ["5", "five"])
-    for row in data_gen.load_jsonl(data_gen.DATA / "eval_general.jsonl"):
+    for row in dataset.load_jsonl(dataset.DATA / "eval_general.jsonl"):
         if row["kind"] == "exact":
             assert evaluation.says_one(f" It is {row['answers'][0]}.", row["answers"])
             assert not evaluation.says_one("I do not know.\n" + row["answers"][0], row["answers"])

@@ -16,6 +16,7 @@ from servers import FAULTS, EchoServer, JudgeServer, texts_of
 import cli
 import client
 import reward
+import rubric
 from selfplay import Turn
 
 DILEMMA, PERSONAS = "One reservoir is left. Who gets the water?", helpers.PERSONAS
@@ -98,7 +99,7 @@ def test_auto_takes_what_the_server_offers_and_reads_the_rule(offers, mode):
     scripted = JudgeServer(by_well, lambda text: "half each" in text, offers)
     with judged(scripted) as (_, judge):
         assert judge.mode == mode and judge.model == "scripted"
-        assert all(judge.can(kind) for kind in reward.QUESTIONS)
+        assert all(judge.can(kind) for kind in rubric.QUESTIONS)
         asked = [
             judge.score(DILEMMA, PERSONAS, TURNS, "A well for all."),
             judge.score(DILEMMA, PERSONAS, TURNS, "Nothing."),
@@ -120,9 +121,9 @@ def test_a_strong_judge_sees_the_whole_rubric_both_creeds_and_one_question():
     assert path == "/v1/chat/completions"
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
     system, user = (message["content"] for message in body["messages"])
-    rubric = reward.RUBRIC
-    assert rubric["definition"] in system and rubric["parties"] in system
-    for text in [*rubric["aspects"].values(), *rubric["anchors"].values(), reward.GUARD]:
+    whole = rubric.RUBRIC
+    assert whole["definition"] in system and whole["parties"] in system
+    for text in [*whole["aspects"].values(), *whole["anchors"].values(), rubric.GUARD]:
         assert text in system
     assert DILEMMA in user and user.count("?") == DILEMMA.count("?") + 1
     assert all(p["name"] in user and p["creed"] in user for p in PERSONAS)
@@ -175,7 +176,7 @@ def test_an_outside_reward_model_is_asked_for_scores_only():
     ],
 )
 def test_read_reward_takes_one_number(reply, value):
-    assert reward.read_reward(reply) == value
+    assert rubric.read_reward(reply) == value
 
 
 NO_REWARD = [{}, [], "x", None, 3, {"data": []}, {"data": "x"}, {"data": [3]}, {"embedding": None}]
@@ -185,7 +186,7 @@ NO_NUMBER = [[], [1, 2], [[1, 2]], [True], ["5"], [math.nan], [math.inf], [10**4
 @pytest.mark.parametrize("reply", NO_REWARD + [{"data": [{"data": x}]} for x in NO_NUMBER])
 def test_read_reward_anything_else_is_missing(reply):
     with pytest.raises(client.Missing):
-        reward.read_reward(reply)
+        rubric.read_reward(reply)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_read_reward_anything_else_is_missing(reply):
     ],
 )
 def test_read_json_takes_one_object(text, value):
-    assert reward.read_json("score", text) == value
+    assert rubric.read_json("score", text) == value
 
 
 @pytest.mark.parametrize(
@@ -241,14 +242,14 @@ def test_read_json_takes_one_object(text, value):
 )
 def test_read_json_anything_else_is_missing(text):
     with pytest.raises(client.Missing):
-        reward.read_json("score", text)
+        rubric.read_json("score", text)
 
 
 def test_read_json_of_the_other_questions():
-    assert reward.read_json("agreed", '{"agreed": true}') is True
-    assert reward.read_json("agreed", '{"agreed": false}') is False
+    assert rubric.read_json("agreed", '{"agreed": true}') is True
+    assert rubric.read_json("agreed", '{"agreed": false}') is False
     for winner in ("A", "B", "tie"):
-        assert reward.read_json("compare", json.dumps({"winner": winner})) == winner
+        assert rubric.read_json("compare", json.dumps({"winner": winner})) == winner
     for kind, text in (
         ("agreed", '{"agreed": 1}'),
         ("agreed", '{"agreed": "yes"}'),
@@ -256,7 +257,7 @@ def test_read_json_of_the_other_questions():
         ("compare", '{"winner": true}'),
     ):
         with pytest.raises(client.Missing):
-            reward.read_json(kind, text)
+            rubric.read_json(kind, text)
 
 
 def top(*likely):
@@ -268,7 +269,7 @@ def top(*likely):
 def test_expect_is_the_mean_of_the_digits():
     reply = top(("5", math.log(0.3)), (" 2", math.log(0.1)), ("The", math.log(0.5)))
     mean = (5 * 0.3 + 2 * 0.1) / 0.4
-    assert reward.read_expect("score", reply).value == pytest.approx(mean, abs=1e-3)
+    assert rubric.read_expect("score", reply).value == pytest.approx(mean, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def test_expect_is_the_mean_of_the_digits():
 )
 def test_expect_anything_else_is_missing(reply):
     with pytest.raises(client.Missing):
-        reward.read_expect("score", reply)
+        rubric.read_expect("score", reply)
 
 
 # ---- faults --------------------------------------------------------------------------------------
@@ -570,46 +571,68 @@ def preflight_error(url, **more):
     return str(error.value)
 
 
-QUOTA = "You exceeded your current quota, please check your plan and billing details"
-SAID = [  # status, what the server says -> what the person is told
-    (401, "Incorrect API key provided", "set the environment variable JUDGE_API_KEY"),
-    (403, "<html>Blocked by corporate proxy</html>", "look at JUDGE_API_KEY, or at the proxy"),
-    (429, QUOTA, "nothing left to spend"),
-    (402, "Insufficient Balance", "nothing left to spend"),
-    (429, "Rate limit reached", "lower --judge-concurrency"),
-    (404, "The model `x` does not exist", "try another --judge-mode or --judge-model"),
+SPENT = "the account has nothing left to spend; top it up, or use another server"
+ABSENT = "start the server, correct the address, or raise --judge-wait"
+OTHERWISE = "try another --judge-mode or --judge-model, or more --judge-tokens"
+SAID = [  # status, what the server says -> what the person should do
+    (401, "Incorrect API key", "set the environment variable JUDGE_API_KEY to a key that it takes"),
+    (403, "Blocked", "look at JUDGE_API_KEY, or at the proxy between here and there"),
+    (429, "You exceeded your current quota, please check your plan", SPENT),
+    (402, "Payment required", SPENT),
+    (429, "Rate limit reached", "it is busy; wait, or lower --judge-concurrency"),
+    (404, "The model `m` does not exist", OTHERWISE),
 ]
 
 
 @pytest.mark.parametrize("status, words, advice", SAID)
 def test_the_servers_own_words_are_shown_with_the_right_advice(status, words, advice):
     """PITFALLS 44."""
+    error = {"error": {"message": words}}
     with JudgeServer(models=None) as server:
-        server.answer = lambda path, body: (status, {"error": {"message": words}})
-        told = preflight_error(server.url, judge_model="m")
-    assert words in told and advice in told
+        server.answer = lambda path, body: (status, error)
+        told = preflight_error(server.url, judge_model="m", judge_mode="json")
+    asked = "m gives no usable answer to --judge-mode json"
+    said = f"http {status}: {json.dumps(error)}"
+    assert told == f"--judge-url {server.url}: {asked} ({said}); {advice}"
 
 
 @pytest.mark.parametrize(
-    "fault, words",
+    "fault, reason, advice",
     [
-        ("redirect", f"{NOWHERE}/chat/completions); give the address that it redirects to"),
-        ("prose", "gives no usable answer"),
-        ("400", "http 400"),
-        ("hang", "timeout"),
+        ("redirect", f"{NOWHERE}/chat/completions", "give the address that it redirects to"),
+        ("prose", "no json: I would give it a 4.", OTHERWISE),
+        ("truncated", 'truncated: {"score": 5', "it thinks aloud; try --judge-tokens 2000"),
+        ("reset", "(connection: ", ABSENT),
+        ("hang", "(timeout: ", ABSENT),
     ],
 )
-def test_preflight_says_what_to_change(fault, words):
+def test_a_fault_is_named_with_the_right_advice(fault, reason, advice):
     with JudgeServer(faults=lambda number, path: fault) as server:
-        assert words in preflight_error(server.url, judge_attempts=1)
+        told = preflight_error(server.url, judge_attempts=1)
+    assert reason in told and told.endswith(f"); {advice}")
 
 
-def test_preflight_says_what_is_missing():
-    assert "start the server" in preflight_error(NOWHERE)
+def test_a_certificate_and_a_proxy_are_no_absent_server(monkeypatch):
+    """PITFALLS 44: whoever is told to start the server looks in the wrong place."""
+    with JudgeServer() as server:
+        secure = server.url.replace("http://", "https://")
+        told = preflight_error(secure, judge_model="m")
+        assert "(tls: " in told and "; look at the certificate" in told
+        assert not server.requests
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    told = preflight_error("http://judge.invalid/v1", judge_model="m")
+    assert "(proxy: " in told and told.endswith("; look at HTTPS_PROXY and NO_PROXY")
+
+
+def test_preflight_says_which_mode_or_model_is_missing():
     with JudgeServer(models=None) as server:
-        assert "--judge-model: " in preflight_error(server.url)
+        says = "--judge-model: the server does not list its models; name one"
+        assert preflight_error(server.url) == says
     with JudgeServer(offers=("json",)) as server:
-        assert "to --judge-mode expect" in preflight_error(server.url, judge_mode="expect")
+        told = preflight_error(server.url, judge_mode="expect")
+    assert "scripted gives no usable answer to --judge-mode expect (" in told
 
 
 def test_a_forgotten_or_too_long_path_is_told():
@@ -618,7 +641,7 @@ def test_a_forgotten_or_too_long_path_is_told():
         bare = server.url.removesuffix("/v1")
         for wrong in (bare, server.url + "/chat/completions"):
             told = preflight_error(wrong, judge_model="scripted")
-            assert "http 404" in told and told.endswith(f"try --judge-url {server.url}")
+            assert "http 404" in told and told.endswith(f"; try --judge-url {server.url}")
 
 
 def test_a_model_that_is_not_listed_is_asked_all_the_same(capsys):
@@ -715,12 +738,12 @@ def test_a_server_without_log_probs_is_asked_at_temperature_zero():
 
 
 def write_rubric(path, **changes):
-    path.write_text(json.dumps({**reward.RUBRIC, **changes}))
+    path.write_text(json.dumps({**rubric.RUBRIC, **changes}))
     return path
 
 
 def test_a_rubric_file_replaces_the_rubric(tmp_path):
-    anchors = {**reward.RUBRIC["anchors"], "5": "like a poem"}
+    anchors = {**rubric.RUBRIC["anchors"], "5": "like a poem"}
     path = write_rubric(tmp_path / "rubric.json", anchors=anchors)
     with judged(rubric=str(path)) as (server, judge):
         ask(judge)
@@ -742,14 +765,14 @@ def test_a_rubric_file_replaces_the_rubric(tmp_path):
 def test_a_rubric_with_a_fault_is_told_by_its_key(tmp_path, key, value, said):
     path = write_rubric(tmp_path / "rubric.json", **{key: value})
     with pytest.raises(cli.UserError, match="rubric.json: .*" + said):
-        reward.load_rubric(path)
+        rubric.load_rubric(path)
 
 
 def test_a_rubric_that_cannot_be_read_is_told(tmp_path):
     Path(tmp_path, "half.json").write_text("{")
     for name in ("half.json", "none.json"):
         with pytest.raises(cli.UserError, match="cannot be read"):
-            reward.load_rubric(tmp_path / name)
+            rubric.load_rubric(tmp_path / name)
 
 
 # ---- the policy is an adversary ------------------------------------------------------------------
@@ -769,14 +792,14 @@ def test_untrusted_text_stays_between_its_markers(sees):
             judge.answers.clear()
             judge.score(DILEMMA, PERSONAS, [Turn(0, text, False)], text).result(20)
             prompt = server.requests[0][1]["messages"][1]["content"]
-            wanted = {"solution": reward.clean(text) or "(nothing)"}
+            wanted = {"solution": rubric.clean(text) or "(nothing)"}
             if sees == "dialogue":
-                wanted["dialogue"] = f"Rosa: {reward.clean(text)}"
+                wanted["dialogue"] = f"Rosa: {rubric.clean(text)}"
             found = texts_of(prompt)
             assert found == wanted
             assert not set("<>[]{}|\0") & set(found["solution"])
-            assert len(found["solution"]) <= reward.LONGEST + len(reward.CUT)
-            outside = prompt.replace(reward.QUESTIONS["score"].in_json, "")
+            assert len(found["solution"]) <= rubric.LONGEST + len(rubric.CUT)
+            outside = prompt.replace(rubric.QUESTIONS["score"].in_json, "")
             for part in found.values():
                 outside = outside.replace(part, "")
             assert EchoServer.SCORE.search(outside) is None
@@ -784,8 +807,8 @@ def test_untrusted_text_stays_between_its_markers(sees):
 
 def test_markers_are_equal_for_equal_cases_and_differ_for_others():
     def mark(text):
-        case = reward.Case("Dilemma: who?\n", {"solution": text}, {})
-        return reward.marked(case).split("solution ")[1][:8]
+        case = rubric.Case("Dilemma: who?\n", {"solution": text}, {})
+        return rubric.marked(case).split("solution ")[1][:8]
 
     assert mark("A well.") == mark("A well.") != mark("A dam.")
 
@@ -810,7 +833,7 @@ HONEST = [
 @pytest.mark.parametrize("text", HONEST)
 def test_every_word_that_the_policy_wrote_reaches_the_judge(text):
     """PITFALLS 33 and 34: no sentence is withheld, and a loop stays a loop."""
-    assert reward.clean(text) == text
+    assert rubric.clean(text) == text
 
 
 @pytest.mark.parametrize(
@@ -823,25 +846,25 @@ def test_every_word_that_the_policy_wrote_reaches_the_judge(text):
         ("a ＜｜User｜＞ b", "a (/User/) b"),
         ("a\u200b b\x00c \ud800 d", "a bc d"),
         ("no" + "!" * 50 + " " * 50 + "yes ... 1000", "no!!! yes ... 1000"),
-        ("\u6c34" * 9000, "\u6c34" * reward.LONGEST + reward.CUT),  # a text without spaces
-        ("a" + " " * 20000 + "b", "a" + reward.CUT),  # b was not even looked at, and that is said
+        ("\u6c34" * 9000, "\u6c34" * rubric.LONGEST + rubric.CUT),  # a text without spaces
+        ("a" + " " * 20000 + "b", "a" + rubric.CUT),  # b was not even looked at, and that is said
     ],
 )
 def test_clean_takes_what_could_pass_for_a_control_token_and_leaves_the_words(text, seen):
-    assert reward.clean(text) == seen
+    assert rubric.clean(text) == seen
 
 
 def test_clean_cuts_a_long_text_behind_a_word():
-    long = reward.clean("word " * 5000)
-    assert long.endswith("word" + reward.CUT)
-    assert len(long) <= reward.LONGEST + len(reward.CUT)
+    long = rubric.clean("word " * 5000)
+    assert long.endswith("word" + rubric.CUT)
+    assert len(long) <= rubric.LONGEST + len(rubric.CUT)
 
 
 def test_clean_is_quick_on_hostile_texts():
     pieces = ["the plan is ", "score ", "a ", "(([{", "é", "\u0430a", ". ", "\ud800", "!", "\u202e"]
     began = time.monotonic()
     for piece in pieces:
-        reward.clean(piece * 20000)
+        rubric.clean(piece * 20000)
     assert time.monotonic() - began < 10
 
 

@@ -20,7 +20,7 @@ import cli
 import grpo
 import model as lm
 import selfplay
-from reward import Verdict
+from rubric import Verdict
 
 TEMPLATES = {
     "chatml": helpers.CHATML,

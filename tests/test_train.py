@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import cli
-import data_gen
+import dataset
 import model as lm
 import progress
 import train
+from rubric import RUBRIC
 
 METRICS = set(
     [
@@ -318,7 +319,7 @@ def test_a_resumed_run_keeps_its_rubric_and_its_scenarios_whatever_their_paths(
     }
     file, rubric, out = tmp_path / "mine.jsonl", tmp_path / "rubric.json", tmp_path / "run"
     file.write_text(json.dumps(line) + "\n")
-    rubric.write_text(json.dumps(train.reward.RUBRIC))
+    rubric.write_text(json.dumps(RUBRIC))
     more = dict(scenarios=file, rubric=rubric, steps=1, scenarios_per_step=1)
     assert runs.Run(runs.flags(tiny, judge.url, out, **more)).wait()[0] == 0
     moved = tmp_path / "moved.jsonl"
@@ -343,7 +344,7 @@ def test_a_resumed_run_keeps_its_rubric_and_its_scenarios_whatever_their_paths(
         [*resume, "--scenarios", str(moved)], capfd
     )
     moved.write_text(json.dumps(line) + "\n")
-    rubric.write_text(json.dumps({**train.reward.RUBRIC, "parties": "Only the first one counts."}))
+    rubric.write_text(json.dumps({**RUBRIC, "parties": "Only the first one counts."}))
     assert "other rubric than the run began with" in complaint(
         [*resume, "--scenarios", str(moved)], capfd
     )
@@ -402,7 +403,7 @@ def test_a_folder_has_one_writer(tmp_path):
 def test_held_out_scenarios_are_of_all_kinds_and_never_trained_on():
     scenarios, held = train.divide(train.Settings(epoch_steps=0, eval_every=1, eval_scenarios=8))
     topics = {
-        row["id"]: row["topic"] for row in data_gen.load_jsonl(data_gen.DATA / "dilemmas.jsonl")
+        row["id"]: row["topic"] for row in dataset.load_jsonl(dataset.DATA / "dilemmas.jsonl")
     }
     assert len(held) == 8 == len({topics[s.id] for s in held}) and len({s.tier for s in held}) == 3
     assert len(scenarios) == 312 and not {s.id for s in scenarios} & {s.id for s in held}
@@ -474,7 +475,7 @@ def test_an_epoch_has_room_for_every_rank_and_never_cuts_what_somebody_brings(mo
     def count(*flags):
         return len(train.divide(train.read_settings(list(flags)))[0])
 
-    mine = str(data_gen.DATA / "dilemmas.jsonl")
+    mine = str(dataset.DATA / "dilemmas.jsonl")
     assert count("--recipe", "paper") == 320
     assert count("--epoch-steps", "0") == count("--scenarios", mine) == 320
     assert count() == count("--recipe", "single") == 10 and count("--epoch-steps", "3") == 6

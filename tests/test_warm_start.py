@@ -15,7 +15,7 @@ from test_train import complaint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cli
-import data_gen
+import dataset
 import grpo
 import model as lm
 import report
@@ -32,7 +32,7 @@ SAID = [
 def demonstrations():
     """Three negotiations of different lengths on different dilemmas."""
     return [
-        data_gen.Demonstration(
+        dataset.Demonstration(
             helpers.scenario(
                 f"s{i}", "One reservoir is left." + " It is dry." * i + " Who gets the water?"
             ),
@@ -111,7 +111,7 @@ def test_it_is_the_stream_of_a_dialogue_that_was_played():
         turn.truncated = turn.ids[-1] != speaker.chat.end
     texts = [speaker.chat.text(t.ids) for t in played.turns]
     again = selfplay.imitate(
-        data_gen.Demonstration(
+        dataset.Demonstration(
             played.scenario,
             tuple(texts),
             False,

@@ -1,0 +1,223 @@
+"""The data: JSON Lines in, scenarios and demonstrations out; every error names its line.
+
+    dilemmas.jsonl + personas.jsonl, combined by seed    ->  Scenarios       load_scenarios()
+    a FILE whose lines have personas, used as it is      ->  Scenarios       load_scenarios(FILE)
+    demonstrations.jsonl, negotiations that were written ->  Demonstrations  load_demonstrations()
+
+Only the form of a line is checked here, of our files and of anybody's. Left out: whether a shipped
+line is good enough, and how more are written; data_gen.py knows that.
+"""
+
+import dataclasses
+import json
+import random
+import re
+from pathlib import Path
+
+from cli import UserError
+
+DATA = Path(__file__).resolve().parent / "data"
+DEMONSTRATION = {"scenario_id": str, "personas": list, "turns": list, "agreed": bool, "final": str}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """What is negotiated: a dilemma, and two personas {name, creed} in speaking order."""
+
+    id: str
+    tier: str
+    dilemma: str
+    personas: tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstration:
+    """A written negotiation, to be imitated; scenario.personas[0] says the first of the turns."""
+
+    scenario: Scenario
+    turns: tuple  # of texts
+    agreed: bool
+    final: str
+
+
+# ---- JSON Lines: every error names its line --------------------------------------------------
+
+
+def load_jsonl(path, fault_of=lambda row: "") -> list:
+    """The values of a JSON Lines file; `fault_of(row)` says what is wrong with one ("": nothing).
+
+    Raises UserError: "FILE:LINE: what is wrong; what to do".
+    """
+    hint = "pass a JSON Lines file, one JSON object per line"
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text; {hint}") from error
+    rows = []
+    lines = text.split("\n")  # not splitlines: a JSON text may hold U+2028
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise UserError(f"{path}:{number}: not JSON ({reason}); {hint}") from error
+        fault = fault_of(rows[-1])
+        if fault:
+            raise UserError(f"{path}:{number}: {fault}")
+    if not rows:
+        raise UserError(f"{path}: empty; {hint}")
+    return rows
+
+
+# ---- the form of a line: these functions return "what is wrong; what to do", or "" -------------
+
+TYPES = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number"}
+TYPES |= {bool: "true or false", type(None): "null"}
+
+
+def shape_fault(row, shape: dict) -> str:
+    """Is it an object that holds `shape` = {key: type}, and two personas under "personas"?"""
+    if type(row) is not dict:
+        return f"{TYPES[type(row)]} instead of an object; write {{...}} with {', '.join(shape)}"
+    for key, kind in shape.items():
+        if key not in row:
+            return f'no "{key}"; needed are {", ".join(shape)}'
+        value = row[key]
+        if type(value) not in ((int, float) if kind is float else (kind,)):
+            return f'"{key}" is {TYPES[type(value)]} instead of {TYPES[kind]}; correct it'
+        if kind is str and not is_text(value):
+            return f'"{key}" is empty, or holds half a character; correct it or take the line out'
+    return personas_fault(row["personas"]) if "personas" in shape else ""
+
+
+def is_text(value):
+    """Is it a text with something in it, and no lone surrogate, which no file can hold?"""
+    return type(value) is str and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
+
+
+def personas_fault(personas):
+    """Are they two, with different names?"""
+    if len(personas) != 2:
+        count = len(personas)
+        return f'"personas" holds {count} instead of two; give two objects with a name and a creed'
+    for number, persona in enumerate(personas, 1):
+        fault = shape_fault(persona, {"name": str, "creed": str})
+        if fault:
+            return f"persona {number}: {fault}"
+    if personas[0]["name"] == personas[1]["name"]:
+        return "both personas have the same name; change one"
+    return ""
+
+
+def turns_fault(row):
+    """Are the turns two texts or more?"""
+    turns = row["turns"]
+    if len(turns) < 2:
+        return f'"turns" holds {len(turns)}; a negotiation has at least two'
+    for turn in turns:
+        if not is_text(turn):
+            return f'"turns" holds {json.dumps(turn)[:40]}; write each turn as a text'
+    return ""
+
+
+def answer_fault(row: dict) -> str:
+    """Does a line of the general set hold what its answer is checked by?"""
+    if row["kind"] == "exact":
+        return shape_fault(row, {"answers": list})
+    if row["kind"] == "choice":
+        return shape_fault(row, {"choices": list, "answer": int})
+    return f'no kind "{row["kind"]}"; use choice or exact'
+
+
+# ---- scenarios and demonstrations -------------------------------------------------------------
+
+
+def shuffled(items, rng):
+    """A random order that is the same on every Python: only `random()` itself is sure to stay."""
+    return sorted(items, key=lambda _: rng.random())
+
+
+def spread(items: list, n: int) -> list:
+    """`n` of the items, evenly spaced, so that each part of an ordered file has its share; 0: all.
+
+    Multiples of the golden ratio, modulo 1, fill the unit interval evenly: so the items whose
+    multiple is small lie evenly too, and a larger `n` only adds some.
+    """
+    chosen = sorted(range(len(items)), key=lambda i: i * 0.6180339887498949 % 1)[: n or None]
+    return [items[i] for i in sorted(chosen)]
+
+
+def load_scenarios(path=None, seed=0, personas=None) -> list[Scenario]:
+    """The scenarios of a JSON Lines file (None: the shipped dilemmas), in the file's order.
+
+    Lines {id, tier, dilemma, personas} are used as they are. Lines without personas get a pair of
+    the file `personas` (None: the shipped one), dealt by seed. Raises UserError as `load_jsonl`.
+    """
+    shape = {"id": str, "tier": str, "dilemma": str}
+    ids = set()
+
+    def fault_of(row):
+        if not ids and type(row) is dict and "personas" in row:
+            shape["personas"] = list  # the first line decides for all
+        fault = shape_fault(row, shape)
+        if fault:
+            return fault
+        if row["id"] in ids:
+            return f'id "{row["id"]}" occurs twice; give every line an id of its own'
+        if "personas" in row and "personas" not in shape:
+            return "personas, but the lines above have none; give them to all lines or to none"
+        ids.add(row["id"])
+        return ""
+
+    rows = load_jsonl(path or DATA / "dilemmas.jsonl", fault_of)
+    if "personas" not in shape:
+        deal_personas(rows, personas or DATA / "personas.jsonl", seed)
+    scenarios = []
+    for row in rows:
+        pair = tuple({"name": p["name"], "creed": p["creed"]} for p in row["personas"])
+        scenarios.append(Scenario(row["id"], row["tier"], row["dilemma"], pair))
+    return scenarios
+
+
+def deal_personas(rows, path, seed):
+    """Give each row a pair of a file, in seeded rounds; who speaks first changes by round."""
+    shape = {"personas": list}
+    pairs = [row["personas"] for row in load_jsonl(path, lambda row: shape_fault(row, shape))]
+    rng = random.Random(seed)
+    swapped = [rng.random() < 0.5 for _ in pairs]
+    order = []
+    for row in rows:
+        order = order or shuffled(range(len(pairs)), rng)
+        k = order.pop(0)
+        row["personas"] = pairs[k][::-1] if swapped[k] else pairs[k]
+        swapped[k] = not swapped[k]
+
+
+def load_demonstrations(path=None, scenarios=None) -> list[Demonstration]:
+    """The negotiations of a JSON Lines file (None: the shipped one), each line a DEMONSTRATION.
+
+    The dilemma of a line is that of its scenario_id in the file `scenarios` (None: the shipped
+    dilemmas). Raises UserError as `load_jsonl` does.
+    """
+    known = {scenario.id: scenario for scenario in load_scenarios(scenarios)}
+
+    def fault_of(row):
+        fault = shape_fault(row, DEMONSTRATION)
+        if fault:
+            return fault
+        if row["scenario_id"] not in known:
+            file = scenarios or "data/dilemmas.jsonl"
+            hint = "correct it, or name its file with --scenarios"
+            return f'scenario_id "{row["scenario_id"]}" is not in {file}; {hint}'
+        return turns_fault(row)
+
+    demonstrations = []
+    for row in load_jsonl(path or DATA / "demonstrations.jsonl", fault_of):
+        scenario = dataclasses.replace(known[row["scenario_id"]], personas=tuple(row["personas"]))
+        turns = tuple(turn.strip() for turn in row["turns"])
+        demonstrations.append(Demonstration(scenario, turns, row["agreed"], row["final"].strip()))
+    return demonstrations
