@@ -40,7 +40,7 @@ from cli import UserError, command_line, option, run_cli
 from client import BudgetSpent
 from data_gen import DATA
 from judge_server import spearman
-from report import cells, diversity, figure, text_measures, words
+from measure import cells, diversity, figure, text_measures, words
 
 # ---- settings ------------------------------------------------------------------------------------
 

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from helpers import plain_logprobs, scenario, tiny, tokenizer, voice
 from servers import JudgeServer
-from test_report import record
+from test_measure import record
 
 import data_gen
 import eval as evaluation
+import measure
 import report
 import reward
 import selfplay
 from cli import UserError
-from report import figure
+from measure import figure
 
 SHORT = "--max-turns 3 --turn-tokens 6 --final-tokens 8 --answer-tokens 6 --dtype fp32 --batch 4"
 
@@ -516,7 +517,7 @@ def test_measures_of_one_dialogue():
         "agreed": 1.0,
         "turns_to_agreement": 3,
         "truncated": 0.0,
-        **report.text_measures(ours),
+        **measure.text_measures(ours),
     }
     known = {key: value for key, value in column["none", 0].items() if value is not None}
     assert known == {"endorse_second": 4.0, "truncated": 0.0}
@@ -618,7 +619,7 @@ def test_heldout_is_the_same_every_time_and_on_any_number_of_ranks():
     assert (metrics["n"], metrics["missing"], metrics["scenarios"]) == (6, 0, 3)
     assert metrics["reward"] == pytest.approx(sum(r["reward"] for r in records) / 6, abs=1e-5)
     assert metrics["reward_low"] <= metrics["reward"] <= metrics["reward_high"]
-    assert {"agreed_rate", "turns_mean", *report.diversity(records)} <= set(metrics)
+    assert {"agreed_rate", "turns_mean", *measure.diversity(records)} <= set(metrics)
 
 
 def test_a_judge_who_is_away_costs_the_held_out_rewards_and_not_the_run():
