@@ -150,15 +150,9 @@ class Row:
     inconsistent: int = None
 
 
-def cells(row):
-    """A Row that was written, a dict, as texts: figure, of what, value, interval, counts."""
-    value = "none" if row["value"] is None else f"{row['value']:.3f}"
-    interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
-    counts = [f"n {row['n']} in {row['scenarios']}"]
-    for name in ("pairs", "wins", "losses", "ties", "inconsistent", "missing"):
-        if row.get(name):
-            counts.append(f"{row[name]} {name}")
-    return [row["figure"], row["of"], value, interval, ", ".join(counts)]
+def minus(one, other):
+    """A difference, None where one side is missing."""
+    return None if None in (one, other) else one - other
 
 
 def finite(number):

@@ -1,18 +1,16 @@
-"""The numbers of a run, how sure they are, and one HTML page that shows them.
+"""A run as one HTML page.
 
-    texts of a dialogue -> overlap, repetition, grounding ... -> figure: a Row with its 95% interval
     metrics.jsonl, dialogues.jsonl, heldout.jsonl, eval/*.json, a checkpoint's tokenizer
         -> curves, results, transcripts with the trained tokens coloured -> report.html
 
 The page is data/report.html.j2 and needs no network. What a model wrote is untrusted: the template
 escapes it, transcripts travel as JSON without any "<", and the page's policy forbids every script
-but its own and every request. Left out: embeddings, perplexity under a third model, p-values.
+but its own and every request.
 
-    python eval.py report RUN [--baseline RUN2]
+    python eval.py report RUN
 """
 
 import base64
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -29,7 +27,6 @@ from transformers import AutoTokenizer
 
 from cli import UserError, command_line, option
 from data_gen import DATA
-from measure import cells, figure
 
 # ---- the run folder ------------------------------------------------------------------------------
 
@@ -121,14 +118,13 @@ class Run:
     steps: list  # metrics, one dict per step
     held: list  # held-out metrics, one per evaluation
     kept: dict  # {scenario id: {(step, source): records}}: its first and last step per source
-    scores: dict  # {(step, scenario id): mean reward in training}
 
 
 def read_run(folder):
     """Read a run folder line by line, however long it is. Raises UserError where it is none."""
     if not Path(folder, "metrics.jsonl").exists():
         raise UserError(f"{folder}: there is no metrics.jsonl in it; name the folder of a run")
-    run = Run(Path(folder).resolve().name, config_of(folder), [], [], {}, {})
+    run = Run(Path(folder).resolve().name, config_of(folder), [], [], {})
     if run.config.get("demonstrations"):
         raise UserError(
             f"{folder}: no dialogue was played in it; what a warm start learnt stands in its "
@@ -142,10 +138,6 @@ def read_run(folder):
     for file, source in (("heldout.jsonl", "held out"), ("dialogues.jsonl", "training")):
         for record in whole_lines(Path(folder, file)):
             keep(run.kept.setdefault(record["scenario_id"], {}), source, record)
-            if source == "training" and record["reward"] is not None:
-                at = record["step"], record["scenario_id"]
-                run.scores.setdefault(at, []).append(record["reward"])
-    run.scores = {at: float(np.mean(rewards)) for at, rewards in run.scores.items()}
     return run
 
 
@@ -154,25 +146,6 @@ def keep(slot, source, record):
     slot.setdefault((record["step"], source), []).append(record)
     for middle in sorted(key for key in slot if key[1] == source)[1:-1]:
         del slot[middle]
-
-
-def gains(run, baseline):
-    """([{step, gain}], Row of the last third): reward above the baseline's on the same scenarios.
-
-    Only what both played at the same step counts. The steps of a run play different scenarios,
-    which differ by more than a few steps teach: beside an untrained model (train.py --lr 0, the
-    same seed) that is gone.
-    """
-    both = collections.defaultdict(list)
-    for (step, scenario), reward in sorted(run.scores.items()):
-        if (step, scenario) in baseline.scores:
-            both[step].append((scenario, reward - baseline.scores[step, scenario]))
-    rows = [
-        {"step": step, "gain": float(np.mean([gain for _, gain in pairs]))}
-        for step, pairs in both.items()
-    ]
-    late = itertools.chain.from_iterable(list(both.values())[len(both) * 2 // 3 :])
-    return rows, figure("training reward", "A - B", list(late))
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -202,7 +175,6 @@ class Line:
     rows: list
     key: str
     band: tuple = ()
-    colour: str = None  # the style's next one
 
     def column(self, key):
         """Numbers of the rows; None becomes NaN, which is a gap."""
@@ -211,7 +183,7 @@ class Line:
 
 def chart(title, lines, stacked=False, from_zero=True):
     """A picture for the template: {title, source}, the source an SVG as a data URI."""
-    # Here, because train.py imports this file too and draws nothing.
+    # Here, because eval.py and train.py import this file too and draw nothing.
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -226,7 +198,7 @@ def chart(title, lines, stacked=False, from_zero=True):
                 axes.bar(steps, values, 0.8, floor, label=line.label)
                 floor = floor + values
                 continue
-            (drawn,) = axes.plot(steps, values, "o-", label=line.label, color=line.colour)
+            (drawn,) = axes.plot(steps, values, "o-", label=line.label)
             if len(steps) >= 40:
                 drawn.set_marker("")
             if line.band:
@@ -244,7 +216,7 @@ def chart(title, lines, stacked=False, from_zero=True):
     return {"title": title, "source": "data:image/svg+xml;base64," + data}
 
 
-def rewards(run, suffix="", colour=None, held_colour=None):
+def reward_lines(run):
     """The Lines of a run's rewards, in training and held out.
 
     The band in training is mean +- 1.96 standard errors over a step's dialogues (as if those of
@@ -257,22 +229,15 @@ def rewards(run, suffix="", colour=None, held_colour=None):
         if mean is not None:
             error = 1.96 * (row["reward_std"] or 0.0) / (played - row["missing_rewards"]) ** 0.5
             rows.append({**row, "low": mean - error, "high": mean + error})
-    lines = [Line("training" + suffix, rows, "reward_mean", ("low", "high"), colour)]
+    lines = [Line("training", rows, "reward_mean", ("low", "high"))]
     if run.held:
-        band = ("reward_low", "reward_high")
-        lines.append(Line("held out" + suffix, run.held, "reward", band, held_colour))
+        lines.append(Line("held out", run.held, "reward", ("reward_low", "reward_high")))
     return lines
 
 
-def curves(run, baseline, gain):
-    """All pictures of a run, the rewards of a baseline in grey, and what it earns above them."""
-    earned = rewards(run)
-    if baseline:
-        earned += rewards(baseline, f", {baseline.name}", "#9aa0a6", "#80868e")
-    pictures = [chart("Reward, with 95% bands", earned, from_zero=False)]
-    if baseline:
-        title = f"Reward above {baseline.name}, same scenarios"
-        pictures.append(chart(title, [Line("difference", gain, "gain")], from_zero=False))
+def curves(run):
+    """All pictures of a run."""
+    pictures = [chart("Reward, with 95% bands", reward_lines(run), from_zero=False)]
     for title, keys in itertools.groupby(CURVES, key=lambda curve: curve[0]):
         lines = [Line(label, run.steps, key) for _, label, key in keys]
         pictures.append(chart(title, lines, stacked=title == "Seconds of a step"))
@@ -345,6 +310,17 @@ def transcripts(run, limit, decode):
 # ---- the page ------------------------------------------------------------------------------------
 
 
+def cells(row):
+    """A Row that was written, a dict, as texts: figure, of what, value, interval, counts."""
+    value = "none" if row["value"] is None else f"{row['value']:.3f}"
+    interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+    counts = [f"n {row['n']} in {row['scenarios']}"]
+    for name in ("pairs", "wins", "losses", "ties", "inconsistent", "missing"):
+        if row.get(name):
+            counts.append(f"{row[name]} {name}")
+    return [row["figure"], row["of"], value, interval, ", ".join(counts)]
+
+
 def decoder(folder):
     """`decode` of a run's tokenizer, or None, with a warning, where it has none."""
     try:
@@ -359,9 +335,6 @@ def decoder(folder):
 class ReportSettings:
     """What the report shows."""
 
-    baseline: str = option(
-        "", "a second run folder: its rewards in grey, and the difference on scenarios of both"
-    )
     scenarios: int = option(24, "scenarios whose transcripts can be read", low=0)
     out: str = option("", "the page (empty: RUN/report.html)")
 
@@ -377,8 +350,6 @@ def main(argv):
     folder = argv[0]
     settings = command_line(ReportSettings, argv[1:], "eval.py report RUN")
     run = read_run(folder)
-    baseline = read_run(settings.baseline) if settings.baseline else None
-    gain, late = gains(run, baseline) if baseline else ([], None)
     files = sorted(Path(folder, "eval").glob("*.json"))
     source = (DATA / "report.html.j2").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", source, re.DOTALL)[1]
@@ -387,9 +358,7 @@ def main(argv):
         run=run,
         config=json.dumps(run.config, indent=1),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        baseline=baseline,
-        late=late,
-        curves=curves(run, baseline, gain),
+        curves=curves(run),
         results={file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files},
         cells=cells,
         transcripts=transcripts(run, settings.scenarios, decoder(folder)),

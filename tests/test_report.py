@@ -107,7 +107,7 @@ def data_of(page):
 
 
 def test_no_text_becomes_part_of_the_page(run):
-    page = make(run, "--baseline", str(run))
+    page = make(run)
     # Ours: the data, and the reader.
     assert page.count("<script") == page.count("</script>") == 2
     assert "<!--" not in page
@@ -117,7 +117,7 @@ def test_no_text_becomes_part_of_the_page(run):
     (case,) = data_of(page)  # and yet nothing is lost
     assert case["dialogues"][0]["final"] == case["dilemma"] == EVIL
     assert "default-src 'none'" in page
-    assert page.count("data:image/svg+xml") == 7
+    assert page.count("data:image/svg+xml") == 6
     # What the page loads comes from within.
     shell = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     places = re.findall(r"""\b(?:src|href|url)\b\s*[=(]\s*["']?(.{5})""", shell)
@@ -138,34 +138,6 @@ def test_results_and_facts_are_shown(run):
         assert f">{text}<" in page
     assert "<b>0.2</b><span>minutes</span>" in page
     assert "judged by\nthe embedded small judge" in page
-
-
-def test_gains_compare_what_both_runs_played(run):
-    def scored(scores):
-        return dataclasses.replace(report.read_run(run), scores=scores)
-
-    pairs = itertools.product(range(1, 7), "ab")
-    mine = {(step, name): float(step) for step, name in pairs}
-    mine[6, "b"] = 9.0
-    theirs = {(step, "a"): 0.5 for step in range(2, 9)}
-    rows, row = report.gains(scored(mine), scored(theirs))
-    # Step 1 and scenario b are in one run only.
-    assert rows == [{"step": step, "gain": step - 0.5} for step in range(2, 7)]
-    # Steps 5 and 6 of 2 to 6.
-    assert (row.value, row.n, row.scenarios, row.low) == (5.0, 2, 1, None)
-    nothing = dataclasses.replace(row, value=None, n=0, scenarios=0)
-    assert report.gains(scored(mine), scored({})) == ([], nothing)
-    mine[5, "b"], theirs[5, "b"] = 1.5, 1.0
-    assert report.gains(scored(mine), scored(theirs))[1].value == 3.5
-
-
-def test_a_baseline_stands_beside_the_run(run):
-    # A missing reward is missing.
-    assert report.read_run(run).scores == {(1, "evil"): 3.5, (2, "evil"): 3.5}
-    page = make(run, "--baseline", str(run))
-    assert "<b>+0.00</b>" in page
-    assert "last third of the steps (no interval)" in page
-    assert "same scenarios" not in make(run)
 
 
 def test_the_reader_shows_what_was_trained(run):
