@@ -15,6 +15,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -127,9 +128,9 @@ def write_sheet(path, found):
         key.append({"id": str(number), **of})
         if record["final"] is not None:  # else its score is missing
             lines.append({"id": str(number), **case, "solution": record["final"], "score": None})
-    report.write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     about = {"settings": found["settings"], "items": key}
     report.write(Path(f"{path}.key"), json.dumps(about, indent=1))
+    report.write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     print(f'{path}: fill in each "score", then: python eval.py blind --read {path}')
     return 0
 
@@ -137,7 +138,7 @@ def write_sheet(path, found):
 def score_fault(row):
     """What is wrong with a line of a sheet that was filled in; "" if nothing is."""
     score = row.get("score")
-    if score is None or type(score) in (int, float):
+    if score is None or (type(score) in (int, float) and math.isfinite(score)):
         return data_gen.shape_fault(row, {"id": str})
     return f'"score" is no number: {score!r}; write a number, or null where there is none'
 
@@ -150,9 +151,9 @@ def read_sheet(path):
     scores = {row["id"]: row.get("score") for row in data_gen.load_jsonl(path, score_fault)}
     try:
         about = json.loads(Path(f"{path}.key").read_text(encoding="utf-8"))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{path}.key: cannot be read ({error.strerror}); lay it beside the sheet again"
+            f"{path}.key: cannot be read ({error}); lay it beside the sheet again"
         ) from error
     given = collections.defaultdict(dict)  # {(scenario, member): {side: score}}
     for item in about["items"]:

@@ -517,6 +517,7 @@ def test_blind(models, tmp_path):
     "line, says",
     [
         ('{"id": "0", "score": "good"}', """sheet.jsonl:1: "score" is no number: 'good'"""),
+        ('{"id": "0", "score": NaN}', '"score" is no number: nan'),
         ('{"id": "0", "score": 3}', "sheet.jsonl.key: cannot be read"),
     ],
 )
