@@ -48,7 +48,7 @@ FILES = {  # shipped file: (how many lines, what a line holds)
     "personas.jsonl": (25, PAIR),
     "eval_conflict.jsonl": (100, DILEMMA | {"personas": list}),
     "eval_open.jsonl": (100, {"id": str, "topic": str, "question": str}),
-    "eval_general.jsonl": (60, {"id": str, "kind": str, "prompt": str}),
+    "eval_general.jsonl": (35, {"id": str, "kind": str, "prompt": str}),
     "demonstrations.jsonl": (640, DEMONSTRATION),
     "judge_labels.jsonl": (1212, LABEL | {"solution": str, "score": float, "endorse": list}),
     "agreement_labels.jsonl": (890, LABEL | {"turns": list, "agreed": bool}),

@@ -1,10 +1,11 @@
-"""Evaluation: does A negotiate better than B, and how far can the judge that says so be trusted?
+"""Evaluation: does A negotiate better than B?
 
     conflict   A (and B) negotiate on sealed scenarios: scores, agreement, texts, A against B
     open       A (and B) answer open questions alone, and the same pairs
-    general    multiple choices, exact answers, the token loss on a fixed text: no judge
+    general    multiple choices, and the token loss on a fixed text: no judge
     cross      partners swapped: A with B, B with A, and A with scripted partners who never give way
-    audit      the judge itself: asked twice, against labels, length and a second judge
+    audit      the judge itself: asked twice, against labels, length and a second judge (audit.py)
+    blind      a sheet of both sides' solutions, shuffled, for people to rate (audit.py)
     report     a run as one HTML page (report.py)
 
     python eval.py conflict --model runs/debug-0 --baseline negotiator-135m --seeds 2
@@ -15,15 +16,11 @@ A and B get the same scenarios with the same seeds. A run that was killed goes o
 start it again. Left out: downloads (IFEval, AIME, GPQA: the README has the command), Elo.
 """
 
-import collections
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
-import os
-import re
 import sys
 from pathlib import Path
 
@@ -31,219 +28,67 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import audit
 import dataset
 import model as lm
 import report
 import reward
-import rubric
 import selfplay
-from cli import UserError, command_line, option, run_cli
+from cli import UserError, run_cli
 from client import BudgetSpent
 from dataset import DATA
-from judge_server import spearman
-from report import cells, diversity, figure, text_measures, words
+from measure import diversity, figure, minus, text_measures
+from sides import Items, Side, picked, read_settings, refuse_lost, verdicts
 
-# ---- settings ------------------------------------------------------------------------------------
+# ---- negotiations and answers --------------------------------------------------------------------
 
-
-@dataclasses.dataclass(frozen=True)
-class Settings(selfplay.PlaySettings, reward.JudgeSettings):
-    """What is evaluated. A model of a run folder plays as it was trained, unless flags differ."""
-
-    model: str = option(lm.WARM_MODEL, "A: a model, or a run folder (its best checkpoint)")
-    baseline: str = option("", "B, on the same scenarios with the same seeds (empty: A alone)")
-    baseline_temperature: float = option(
-        0.0, "temperature of all that B says: the control for mere sharpening (0: as it is)", low=0
-    )
-    greedy: bool = option(False, "always the likeliest token (B: unless it has a temperature)")
-    data: str = option("", "a JSON Lines file in place of the shipped set of this command")
-    limit: int = option(0, "items of the set, evenly spaced (0: all)", low=0)
-    seeds: int = option(1, "dialogues, or answers, per scenario", low=1)
-    seed: int = option(0, "of everything random", low=0)
-    answer_tokens: int = option(160, "tokens of an answer in open and general", low=2)
-    batch: int = option(16, "dialogues or questions at a time; as many are lost by a kill", low=1)
-    dtype: str = option("auto", "of the computation", choices=("auto", "fp32", "bf16"))
-    judge2_url: str = option("", "audit: a second judge to compare with")
-    judge2_model: str = option("", "audit: the second judge's model")
-    out: str = option("", "results, FILE.json (empty: in eval/ of the run folder, or of runs/)")
-
-
-FREE = {  # settings that change no single item
-    *("baseline", "baseline_temperature", "limit", "seeds", "batch", "out"),
-    *("judge2_url", "judge2_model", "judge_concurrency", "judge_timeout", "judge_deadline"),
-    *("judge_wait", "judge_attempts", "judge_budget", "judge_cache"),
-}
-# Taken from a run's config.json: how it played, and the judge that trained it. Not its end without
-# agreement: the protocol's evaluation writes a final completion all the same.
-PLAY = {field.name for field in dataclasses.fields(selfplay.PlaySettings)} - {"on_impasse"}
-JUDGE = {"judge_url", "judge_model", "judge_mode", "judge_sees", "judge_noise", "rubric"}
-
-
-def read_settings(command, argv):
-    """({"A": Settings, "B": Settings}, path of the results); no "B" without --baseline.
-
-    The `model` of each is what to load. A side plays as its run was trained; one without a run, as
-    the other does.
-    """
-    given = {}
-
-    def note(flags):
-        given.update(flags)
-        return {}
-
-    settings = command_line(Settings, argv, f"eval.py {command}", base=note)
-    found = {"A": report.locate(settings.model)}
-    if settings.baseline:
-        found["B"] = report.locate(settings.baseline)
-    trained = {side: report.config_of(run) for side, (_, run) in found.items() if run}
-    lent = next(iter(trained.values())) if len(trained) == 1 else {}
-    if lent.get("max_turns") == 0:  # beside a run that answers alone, the other side negotiates
-        lent = picked(lent, lent.keys() - {"max_turns", "agreement"})
-    judge = {} if "judge_url" in given else picked(trained.get("A", {}), JUDGE - given.keys())
-    name = command
-    sides = {}
-    for side, (folder, run) in found.items():
-        play = picked(trained.get(side, lent), PLAY - given.keys())
-        heat = settings.baseline_temperature if side == "B" else 0.0
-        if settings.greedy or heat:
-            play.update(temperature=heat, final_temperature=heat)
-        sides[side] = dataclasses.replace(settings, model=folder, **judge, **play)
-        name += (f"-{run.name}" if run else "") + f"-{Path(folder).name}"
-        name += f"-T{heat:g}" if heat else ""
-    name += "-greedy" if settings.greedy else ""
-    others = given.keys() - FREE - {"model", "greedy"}  # other settings, another file
-    more = "".join(f"-{key}_{value}" for key, value in given.items() if key in others)
-    name += more if len(more) < 80 else "-" + hashlib.sha256(more.encode()).hexdigest()[:8]
-    home = found["A"][1] or Path("runs")
-    out = settings.out or home / "eval" / (re.sub(r"[^\w.-]+", "_", name) + ".json")
-    return sides, Path(out)
-
-
-def picked(saved, keys):
-    """The part of a dict that has these keys."""
-    return {key: saved[key] for key in saved if key in keys}
-
-
-def identity(settings):
-    """12 hex digits of all that a side's items depend on: settings, rubric, data, its weights."""
-    facts = {key: value for key, value in dataclasses.asdict(settings).items() if key not in FREE}
-    stamps = [lm.WARM_START_SHA256] if settings.model == lm.WARM_MODEL else []
-    for file in sorted(Path(settings.model).glob("*.safetensors")):
-        stamps.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
-    shipped = [*DATA.glob("eval_*.jsonl"), *DATA.glob("judge_*.jsonl")]
-    files = [settings.data] if settings.data else sorted(shipped)
-    data = [dataset.load_jsonl(file) for file in files]
-    facts = [facts, stamps, data, rubric.load_rubric(settings.rubric)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-
-
-class Side:
-    """A or B: its settings, and the model that plays, loaded when it first has to speak."""
-
-    def __init__(self, settings):
-        self.settings = settings
-        self.id = identity(settings)
-
-    @functools.cached_property
-    def voice(self):
-        """The model with its chat format."""
-        settings = self.settings
-        return selfplay.voice(*lm.load(settings.model, settings.dtype, lm.own_device()))
-
-
-# ---- finished items, and the judge's answers -----------------------------------------------------
-
-
-class Items:
-    """What is finished: lines {"key": [...], "value": ...} of a file that is only appended to.
-
-    Keys end with `judge`, so that another judge's answers are never taken for this one's.
-    """
-
-    def __init__(self, path, batch):
-        self.done = {tuple(item["key"]): item["value"] for item in report.whole_lines(path)}
-        self.path = path
-        self.batch = batch
-        self.judge = ""
-        with open(path, "ab") as file:
-            if file.tell():
-                file.write(b"\n")  # ends the half line that a kill may have left
-
-    def finish(self, title, todo, work):
-        """The values of `todo` {key: argument}, in its order.
-
-        What is not finished comes from work([argument, ...]) -> [value, ...], a batch at a time.
-        """
-        todo = {(*key, self.judge): argument for key, argument in todo.items()}
-        left = [key for key in todo if key not in self.done]
-        starts = range(0, len(left), self.batch)
-        with tqdm(starts, desc=title, leave=False, disable=not left) as bar:
-            for start in bar:
-                keys = left[start : start + self.batch]
-                values = work([todo[key] for key in keys])
-                with open(self.path, "ab") as file:
-                    for key, value in zip(keys, values, strict=True):
-                        self.done[key] = value
-                        file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-        return [self.done[key] for key in todo]
-
-
-def verdicts(futures):
-    """The judge's Verdicts. Raises UserError where most are missing, so that none is recorded."""
-    got = [future.result() for future in futures]
-    lost = collections.Counter(verdict.reason for verdict in got if verdict.value is None)
-    if len(got) >= 4 and 2 * lost.total() > len(got):
-        raise UserError(
-            f"--judge-url: {lost.total()} of {len(got)} questions have no answer "
-            f"({lost.most_common(1)[0][0]}); look after the judge, then start again: what is "
-            "finished is kept"
-        )
-    return got
+TOKENS = {"streams", "final_ids", "final_sample", "advantage", "step", "group"}  # of a record
 
 
 def judged(record, verdict):
     """A record with its reward, None where the verdict is missing."""
-    failures = [verdict.reason] if verdict.reason else []
-    said = {"raw": verdict.raw, "failures": failures}
+    said = {"raw": verdict.raw, "failures": [verdict.reason] if verdict.reason else []}
     return {**record, "reward": verdict.value, "judge": said}
 
 
-# ---- negotiations and answers --------------------------------------------------------------------
-
-
 def played(voices, pairs, settings, judge, seed, partner=None, quiet=False):
-    """Play (scenario, seed number) pairs in one batch; the Dialogues, their verdicts awaited."""
+    """Play (scenario, seed number) pairs in one batch: records as in dialogues.jsonl, judged."""
     dialogues = [selfplay.Dialogue(scenario, 0, i, k) for i, (scenario, k) in enumerate(pairs)]
     judge.start_batch()
     with tqdm(total=len(dialogues), desc="dialogues", leave=False, disable=quiet) as bar:
         watch = {"on_done": lambda dialogue: bar.update()}
         selfplay.play(voices, dialogues, settings, judge, seed, partner, **watch)
-    return dialogues
-
-
-def negotiations(first, second, settings, judge, partner, pairs):
-    """Two Sides play, the judge judges: records as in dialogues.jsonl, endorsements, no tokens."""
-    voices = first.voice, second.voice
-    dialogues = played(voices, pairs, settings, judge, settings.seed, partner)
-    finished = [dialogue for dialogue in dialogues if dialogue.verdict is not None]
-    asked = []
-    for dialogue in finished if judge.can("endorse") else []:
-        for persona in dialogue.scenario.personas:
-            asked.append(judge.endorse(dialogue.scenario.dilemma, persona, dialogue.final))
-    scores = iter(verdicts([dialogue.verdict for dialogue in finished]))
-    endorsed = iter(verdicts(asked))
-    tokens = {"streams", "final_ids", "final_sample", "advantage", "step", "group"}
     records = []
     for dialogue in dialogues:
-        record = {**dialogue.record(), "endorse": [None, None]}
+        record = dialogue.record()
         if dialogue.verdict is not None:
-            record = judged(record, next(scores))
-            if asked:
-                record["endorse"] = [next(endorsed).value, next(endorsed).value]
-        records.append(picked(record, record.keys() - tokens))
+            record = judged(record, dialogue.verdict.result())
+        records.append(record)
     return records
+
+
+def negotiations(pair, settings, judge, partner, pairs):
+    """A pair of Sides plays: records with endorsements, and without tokens."""
+    voices = pair[0].voice, pair[1].voice
+    records = played(voices, pairs, settings, judge, settings.seed, partner)
+    records = [picked(record, record.keys() - TOKENS) for record in records]
+    finished = [record for record in records if record["final"] is not None]
+    refuse_lost(["".join(record["judge"]["failures"]) for record in finished])
+    endorse(finished, judge)
+    return records
+
+
+def endorse(records, judge):
+    """Add to each record how satisfied each persona on its own is with the final: two numbers."""
+    if not judge.can("endorse"):
+        return
+    asked = []
+    for record in records:
+        for persona in record["personas"]:
+            asked.append(judge.endorse(record["dilemma"], persona, record["final"]))
+    said = verdicts(asked)
+    for record, first, second in zip(records, said[::2], said[1::2]):
+        record["endorse"] = [first.value, second.value]
 
 
 def heldout(voice, scenarios, settings, judge, samples=2, seed=0, share=slice(None)):
@@ -252,17 +97,9 @@ def heldout(voice, scenarios, settings, judge, samples=2, seed=0, share=slice(No
     share: which of them this rank plays. A judge who is away costs rewards (None), never the run.
     """
     pairs = list(itertools.product(scenarios, range(samples)))[share]
-    if not pairs:
-        return []
     settings = dataclasses.replace(settings, on_impasse="complete")
     quiet = bool(share.start)  # one progress bar for all ranks
-    records = []
-    for dialogue in played((voice, voice), pairs, settings, judge, seed, quiet=quiet):
-        record = {**dialogue.record(), "endorse": [None, None]}
-        if dialogue.verdict is not None:
-            record = judged(record, dialogue.verdict.result())
-        records.append(record)
-    return records
+    return played((voice, voice), pairs, settings, judge, seed, quiet=quiet)
 
 
 def heldout_row(records):
@@ -329,17 +166,28 @@ QUESTIONS = {
     "conflict": "Which solution resolves the conflict between the two parties better: fair to "
     "both, concrete, something both can carry out?",
 }
-JUDGED = ("ca_score", "endorse_min", "endorse_mean", "endorse_first", "endorse_second")
+JUDGED = ("ca_score", "endorse_min", "endorse_first")  # figures that a judge was asked for
 
 
-def each_side(sides, items, kind, rows, work, seeds=None):
-    """{side: values of work(side, [(row, seed number), ...])} for rows {id: row}."""
+def each_side(sides, items, judge, kind, rows, work, seeds=None):
+    """{side: values of work(side, judge, [(row, seed number), ...])} for rows {id: row}."""
     values = {}
     for name, side in sides.items():
-        pairs = itertools.product(rows.items(), range(seeds or side.settings.seeds))
+        tries = side.settings.best_of
+        pairs = itertools.product(rows.items(), range((seeds or side.settings.seeds) * tries))
         todo = {(side.id, kind, row_id, k): (row, k) for (row_id, row), k in pairs}
-        values[name] = items.finish(f"{kind}, {name}", todo, functools.partial(work, side))
+        found = items.finish(f"{kind}, {name}", todo, functools.partial(work, side, judge))
+        values[name] = best_of(tries, found) if tries > 1 else found
     return values
+
+
+def best_of(tries, records):
+    """The best by the judge of each `tries` records in a row, numbered as the other side's."""
+    chosen = []
+    for start in range(0, len(records), tries):
+        best = max(records[start : start + tries], key=report.rank_of)
+        chosen.append({**best, "member": best["member"] // tries})
+    return chosen
 
 
 def measured(records):
@@ -348,14 +196,11 @@ def measured(records):
     for record in records:
         turns = record["turns"]
         endorsed = record.get("endorse") or [None, None]
-        known = None not in endorsed
         cut = [turn["truncated"] for turn in turns] + [record["final_truncated"]]
         column[record["scenario_id"], record["member"]] = {
             "ca_score": record["reward"],
-            "endorse_min": min(endorsed) if known else None,
-            "endorse_mean": sum(endorsed) / 2 if known else None,
+            "endorse_min": None if None in endorsed else min(endorsed),
             "endorse_first": endorsed[0],
-            "endorse_second": endorsed[1],
             "agreed": float(record["agreed"]) if turns else None,
             "turns_to_agreement": len(turns) if record["agreed"] else None,
             "truncated": sum(cut) / len(cut),
@@ -377,15 +222,9 @@ def table(columns, differences=(("A", "B"),)):
                 given[f"{one} - {other}"] = [(s, minus(a, b)) for (s, a), (_, b) in pairs]
         if any(number is not None for _, number in itertools.chain(*given.values())):
             for of, pairs in given.items():
-                # Only what a judge was asked for can be missing.
                 kept = [pair for pair in pairs if name in JUDGED or pair[1] is not None]
                 rows.append(figure(name, of, kept))
     return rows
-
-
-def minus(one, other):
-    """A difference, None where one side is missing."""
-    return None if None in (one, other) else one - other
 
 
 def outcome(first, second):
@@ -411,21 +250,22 @@ def against(name, pairs, sides, items, judge):
         judge.start_batch()
         asked = []
         for a, b in cases:
-            for one, other in ((a["final"], b["final"]), (b["final"], a["final"])):
-                case = (a["dilemma"], a["personas"], one, other, QUESTIONS[name])
-                asked.append(judge.compare(*case))
+            case = a["dilemma"], a["personas"]
+            asked.append(judge.compare(*case, a["final"], b["final"], QUESTIONS[name]))
+            asked.append(judge.compare(*case, b["final"], a["final"], QUESTIONS[name]))
         said = [verdict.value for verdict in verdicts(asked)]
         return list(zip(said[::2], said[1::2]))
 
+    both = sides["A"].id, sides["B"].id, sides["B"].settings.best_of
     todo = {}
     outcomes = []
     for a, b in pairs:
         if None in (a["final"], b["final"]):
             outcomes.append((a["scenario_id"], "missing"))
         else:
-            todo[sides["A"].id, sides["B"].id, name, a["scenario_id"], a["member"]] = (a, b)
+            todo[(*both, name, a["scenario_id"], a["member"])] = (a, b)
     said = items.finish(f"A against B, {name}", todo, work)
-    outcomes += [(key[3], outcome(*both)) for key, both in zip(todo, said, strict=True)]
+    outcomes += [(key[4], outcome(*answer)) for key, answer in zip(todo, said, strict=True)]
     return win_rate(f"win_rate_{name}", outcomes)
 
 
@@ -440,12 +280,9 @@ def compared(records, sides, items, judge, questions):
 
 def rows_of(settings, file, shape):
     """{id: line} of a shipped set, or of --data."""
-
-    def fault_of(row):
-        fault = dataset.shape_fault(row, {"id": str, **shape})
-        return fault or (dataset.answer_fault(row) if "prompt" in shape else "")
-
-    rows = dataset.load_jsonl(settings.data or DATA / file, fault_of)
+    shape = {"id": str, **shape}
+    path = settings.data or DATA / file
+    rows = dataset.load_jsonl(path, lambda row: dataset.shape_fault(row, shape))
     return {row["id"]: row for row in dataset.spread(rows, settings.limit)}
 
 
@@ -458,40 +295,48 @@ def scenarios_of(settings):
 # ---- the commands --------------------------------------------------------------------------------
 
 
+def with_itself(side, judge, pairs):
+    """A Side plays both personas of (scenario, seed number) pairs."""
+    return negotiations((side, side), side.settings, judge, None, pairs)
+
+
+def negotiated(sides, items, judge):
+    """{side: records} on the sealed scenarios."""
+    scenarios = scenarios_of(sides["A"].settings)
+    return each_side(sides, items, judge, "conflict", scenarios, with_itself)
+
+
 def conflict(sides, items, judge):
     """A, and B, negotiate with themselves."""
-
-    def work(side, pairs):
-        return negotiations(side, side, side.settings, judge, None, pairs)
-
-    records = each_side(sides, items, "conflict", scenarios_of(sides["A"].settings), work)
+    records = negotiated(sides, items, judge)
     return compared(records, sides, items, judge, ("ca", "conflict"))
 
 
 def open_questions(sides, items, judge):
     """A, and B, answer open questions alone."""
-
-    def work(side, pairs):
-        settings = side.settings
-        prompts = [row["question"] for row, _ in pairs]
-        seeds = [
-            [settings.seed, *hashlib.sha256(row["id"].encode()).digest()[:8], k] for row, k in pairs
-        ]
-        sampling = settings.answer_tokens, settings.final_temperature, settings.final_top_p
-        turns = answers(side.voice, prompts, *sampling, seeds)
-        judge.start_batch()
-        asked = [judge.score(q, [], [], turn.text) for q, turn in zip(prompts, turns)]
-        records = []
-        for (row, k), turn, verdict in zip(pairs, turns, verdicts(asked), strict=True):
-            alone = {"personas": [], "turns": [], "agreed": False}
-            said = {"final": turn.text, "final_truncated": turn.truncated}
-            case = {"scenario_id": row["id"], "member": k, "dilemma": row["question"]}
-            records.append(judged({**case, **alone, **said}, verdict))
-        return records
-
     questions = rows_of(sides["A"].settings, "eval_open.jsonl", {"question": str})
-    records = each_side(sides, items, "open", questions, work)
+    records = each_side(sides, items, judge, "open", questions, answered)
     return compared(records, sides, items, judge, ("ca",))
+
+
+def answered(side, judge, pairs):
+    """Records of (question, seed number) pairs, as of dialogues without a turn."""
+    settings = side.settings
+    seeds = []
+    for row, k in pairs:
+        seeds.append([settings.seed, *hashlib.sha256(row["id"].encode()).digest()[:8], k])
+    prompts = [row["question"] for row, _ in pairs]
+    sampling = settings.answer_tokens, settings.final_temperature, settings.final_top_p
+    turns = answers(side.voice, prompts, *sampling, seeds)
+    judge.start_batch()
+    asked = [judge.score(q, [], [], turn.text) for q, turn in zip(prompts, turns)]
+    records = []
+    for (row, k), turn, verdict in zip(pairs, turns, verdicts(asked), strict=True):
+        case = {"scenario_id": row["id"], "member": k, "dilemma": row["question"], "personas": []}
+        said = {"turns": [], "agreed": False, "final": turn.text}
+        record = {**case, **said, "final_truncated": turn.truncated}
+        records.append(judged(record, verdict))
+    return records
 
 
 # What scripted partners say, turn by turn, then from the beginning again.
@@ -517,11 +362,11 @@ def cross(sides, items, judge):
     pairings += [("A", "A", script) for script in PARTNERS]
     for first, second, script in pairings:
         title = f"{first} with {script or second}"
-        one, other = sides[first], sides[second]
+        pair = sides[first], sides[second]
         todo = {}
         for name, k in itertools.product(scenarios, range(settings.seeds)):
-            todo[one.id, other.id, "cross", script, name, k] = (scenarios[name], k)
-        work = functools.partial(negotiations, one, other, settings, judge, scripted(script))
+            todo[sides[first].id, sides[second].id, "cross", script, name, k] = (scenarios[name], k)
+        work = functools.partial(negotiations, pair, settings, judge, scripted(script))
         columns[title] = measured(items.finish(title, todo, work))
     return table(columns, [(name, "A with A") for name in columns if name != "A with A"])
 
@@ -532,134 +377,39 @@ def passages(width=192):
     Cut by words, so that models with different tokenizers read the same ones.
     """
     said = (DATA / "public_domain.txt").read_text(encoding="utf-8").split()
-    starts = range(0, len(said) - width + 1, width)
-    texts = [" ".join(said[start : start + width]) for start in starts]
-    return {f"passage {i}": {"kind": "token_loss", "text": text} for i, text in enumerate(texts)}
+    texts = [" ".join(said[i * width : (i + 1) * width]) for i in range(len(said) // width)]
+    return {f"passage {i}": {"text": text} for i, text in enumerate(texts)}
 
 
-def general_items(side, pairs):
-    """{"value": number, ...} of each row: 1 for a right answer, 0 for a wrong one; a token loss."""
+def general_items(side, judge, pairs):
+    """{figure: number} of each row: 1 for the right choice, 0 for a wrong one, or a token loss.
+
+    The choice with the highest mean log-prob per token is the model's.
+    """
     voice = side.voice
-    exact = [row for row, _ in pairs if row["kind"] == "exact"]
-    greedy = {"temperature": 0.0, "top_p": 1.0, "seeds": [0] * len(exact)}
-    prompts = [row["prompt"] for row in exact]
-    turns = iter(answers(voice, prompts, side.settings.answer_tokens, **greedy))
     found = []
     for row, _ in pairs:
-        if row["kind"] == "exact":
-            text = next(turns).text
-            found.append({"value": float(says_one(text, row["answers"])), "text": text})
-        elif row["kind"] == "choice":
+        if "text" in row:
+            ids = voice.chat.plain(row["text"])
+            loss = -mean_logprobs(voice, ids[:1], [ids[1:]])[0]
+            found.append({"choice": None, "token_loss": loss})
+        else:
             choices = [voice.chat.plain(choice) for choice in row["choices"]]
             means = mean_logprobs(voice, asked_alone(voice, row["prompt"]), choices)
             right = int(np.argmax(means)) == row["answer"]
-            found.append({"value": float(right), "logprobs": means})
-        else:
-            ids = voice.chat.plain(row["text"])
-            found.append({"value": -mean_logprobs(voice, ids[:1], [ids[1:]])[0]})
+            found.append({"choice": float(right), "token_loss": None})
     return found
-
-
-def says_one(text, answers):
-    """Does the first line have one of the answers, as whole words in any case?"""
-    line = text.strip().split("\n")[0]
-    wanted = "|".join(map(re.escape, answers))
-    return re.search(rf"(?<!\w)({wanted})(?!\w)", line, re.IGNORECASE) is not None
 
 
 def general(sides, items, judge):
     """Is general ability kept? No judge is asked."""
-    rows = rows_of(sides["A"].settings, "eval_general.jsonl", {"kind": str, "prompt": str})
-    rows.update(passages())
-    given = each_side(sides, items, "general", rows, general_items, seeds=1)
-    found = []
-    for kind in ("choice", "exact", "token_loss"):
-        columns = {}
-        for side, values in given.items():
-            numbers = {(name, 0): {kind: v["value"]} for name, v in zip(rows, values, strict=True)}
-            columns[side] = picked(
-                numbers, [key for key in numbers if rows[key[0]]["kind"] == kind]
-            )
-        found += table(columns)
-    return found
-
-
-# ---- the judge itself ----------------------------------------------------------------------------
-
-
-def labelled(settings):
-    """The test part of the labels, or all of --data, each row with its dilemma."""
-    shape = {"id": str, "scenario_id": str, "personas": list, "solution": str, "score": float}
-    file = settings.data or DATA / "judge_labels.jsonl"
-    rows = dataset.load_jsonl(file, lambda row: dataset.shape_fault(row, shape))
-    if not settings.data:
-        rows = [row for row in rows if row["split"] == "test"]
-    dilemmas = {scenario.id: scenario.dilemma for scenario in dataset.load_scenarios()}
-    for row in rows:
-        row["dilemma"] = dilemmas.get(row["scenario_id"], row["scenario_id"])
-    return dataset.spread(rows, settings.limit)
-
-
-def scored(name, rows, side, items, judge):
-    """{row id: score or None} of solutions by a judge."""
-
-    def work(rows):
-        judge.start_batch()
-        asked = [judge.score(r["dilemma"], r["personas"], [], r["solution"]) for r in rows]
-        return [verdict.value for verdict in verdicts(asked)]
-
-    todo = {(side.id, judge.model, judge.mode, name, row["id"]): row for row in rows}
-    return dict(zip([row["id"] for row in rows], items.finish(name, todo, work), strict=True))
-
-
-def same_points(one, other):
-    """Share of numbers that are the same in whole points."""
-    return np.mean(one.round() == other.round())
-
-
-def against_labels(name, scores, rows):
-    """How well a scorer ranks labelled solutions: over all, and in pairs on one dilemma.
-
-    The labels of a pair differ by half a point or more; a tie is half right.
-    """
-    ranked = [(row["dilemma"], scores[row["id"]], float(row["score"])) for row in rows]
-    pairs = []
-    for one, other in itertools.combinations(ranked, 2):
-        gap = minus(one[1], other[1])
-        apart = one[2] - other[2]
-        if one[0] == other[0] and abs(apart) >= 0.5:
-            right = None if gap is None else (1 + np.sign(gap * apart)) / 2
-            pairs.append((one[0], right))
-    return [figure("spearman", name, ranked, spearman), figure("pairs_right", name, pairs)]
-
-
-def audit(sides, items, judge):
-    """Labelled solutions, scored twice and by a second judge; how far each ranks them rightly."""
-    side = sides["A"]
-    settings = side.settings
-    rows = labelled(settings)
-    scores = {"judge": scored("judge", rows, side, items, judge)}
-    found = {"judge_url": judge.client.url, "judge_model": judge.model, "judge_mode": judge.mode}
-    uncached = dataclasses.replace(settings, **found, judge_cache="off")
-    with reward.open_judge(uncached) as same:  # and in another order
-        scores["judge again"] = scored("judge again", rows[::-1], side, items, same)
-    if settings.judge2_url:
-        found = {"judge_url": settings.judge2_url, "judge_model": settings.judge2_model}
-        other = dataclasses.replace(settings, **found, judge_mode="auto")
-        with reward.open_judge(other, key="JUDGE2_API_KEY") as second:
-            scores["second judge"] = scored("second judge", rows, side, items, second)
-    scores["length alone"] = {row["id"]: float(len(words(row["solution"]))) for row in rows}
-    results = []
-    for name, given in scores.items():
-        both = [(row["dilemma"], scores["judge"][row["id"]], given[row["id"]]) for row in rows]
-        if name == "length alone":
-            results.append(figure("score_length_spearman", "judge", both, spearman))
-        elif name != "judge":
-            results.append(figure("exact", f"judge, {name}", both, same_points))
-            results.append(figure("spearman", f"judge, {name}", both, spearman))
-        if name != "judge again":
-            results += against_labels(name, given, rows)
-    return results
+    shape = {"prompt": str, "choices": list, "answer": int}
+    rows = {**rows_of(sides["A"].settings, "eval_general.jsonl", shape), **passages()}
+    found = each_side(sides, items, judge, "general", rows, general_items, seeds=1)
+    columns = {}
+    for side, values in found.items():
+        columns[side] = {(name, 0): value for name, value in zip(rows, values, strict=True)}
+    return table(columns)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -669,7 +419,8 @@ COMMANDS = {
     "open": open_questions,
     "general": general,
     "cross": cross,
-    "audit": audit,
+    "audit": audit.audit,
+    "blind": negotiated,
 }
 
 
@@ -684,31 +435,44 @@ def main(argv=None):
         raise UserError(
             f"say what: python eval.py {'|'.join(COMMANDS)}|report ...; each has a --help"
         )
-    sides, out = read_settings(command, flags)
-    if command != "audit":  # which loads no model
-        for settings in sides.values():
-            lm.find(settings.model)  # before a judge starts and a file is made
-    found = {"command": command, "judge": "no judge", "judge_counts": {}}
-    found["settings"] = {name: dataclasses.asdict(settings) for name, settings in sides.items()}
-    with report.writing(out):
-        items = Items(out.with_suffix(".items.jsonl"), sides["A"].batch)
-    judging = contextlib.nullcontext() if command == "general" else reward.open_judge(sides["A"])
-    try:
-        with judging as judge:
-            if judge:
-                found["judge"] = items.judge = f"{judge.model}, read by {judge.mode}"
-            sides = {name: Side(settings) for name, settings in sides.items()}
-            rows = COMMANDS[command](sides, items, judge)
-            if judge:
-                found["judge_counts"] = judge.take_stats()  # of this start alone
-    except BudgetSpent as spent:
-        raise UserError(f"{spent}; start again with more: what is finished is kept") from spent
-    found["rows"] = [dataclasses.asdict(row) for row in rows]
+    settings, out = read_settings(command, flags)
+    sheet = settings["A"].read
+    if command != "blind":
+        found = evaluate(command, settings, out)
+    elif sheet:
+        out = Path(f"{sheet}.json")
+        found = audit.read_sheet(sheet)
+    else:
+        audit.refuse_filled(out)
+        return audit.write_sheet(out, evaluate(command, settings, out))
+    found["rows"] = [dataclasses.asdict(row) for row in found["rows"]]
     report.write(out, json.dumps(found, indent=1))
     for row in found["rows"]:
-        print("{:24} {:28} {:>9}  {:22} {}".format(*cells(row)))
-    print(f"{out}: these rows; {items.path}: every finished item")
+        print("{:24} {:28} {:>9}  {:22} {}".format(*report.cells(row)))
+    print(f"{out}: these rows")
     return 0
+
+
+def evaluate(command, settings, out):
+    """What a command finds, as `rows`, beside its settings and its judge; items lie next to out."""
+    if command != "audit":  # which loads no model
+        for side in settings.values():
+            lm.find(side.model)  # before a judge starts and a file is made
+    found = {"command": command, "judge": "no judge", "judge_counts": {}}
+    found["settings"] = {name: dataclasses.asdict(side) for name, side in settings.items()}
+    with report.writing(out):
+        items = Items(out.with_suffix(".items.jsonl"), settings["A"].batch)
+    sides = {name: Side(side) for name, side in settings.items()}
+    if command == "general":
+        return {**found, "rows": general(sides, items, None)}
+    try:
+        with reward.open_judge(settings["A"]) as judge:
+            found["judge"] = items.judge = f"{judge.model}, read by {judge.mode}"
+            found["rows"] = COMMANDS[command](sides, items, judge)
+            found["judge_counts"] = judge.take_stats()  # of this start alone
+    except BudgetSpent as spent:
+        raise UserError(f"{spent}; start again with more: what is finished is kept") from spent
+    return found
 
 
 if __name__ == "__main__":

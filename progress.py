@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import selfplay
-from report import collapse, diversity
+from measure import collapse, diversity
 
 
 def summary(records):

@@ -1,18 +1,16 @@
-"""The numbers of a run, how sure they are, and one HTML page that shows them.
+"""A run as one HTML page.
 
-    texts of a dialogue -> overlap, repetition, grounding ... -> figure: a Row with its 95% interval
     metrics.jsonl, dialogues.jsonl, heldout.jsonl, eval/*.json, a checkpoint's tokenizer
         -> curves, results, transcripts with the trained tokens coloured -> report.html
 
 The page is data/report.html.j2 and needs no network. What a model wrote is untrusted: the template
 escapes it, transcripts travel as JSON without any "<", and the page's policy forbids every script
-but its own and every request. Left out: embeddings, perplexity under a third model, p-values.
+but its own and every request.
 
-    python eval.py report RUN [--baseline RUN2]
+    python eval.py report RUN
 """
 
 import base64
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -108,195 +106,6 @@ def write(path, text):
         part.replace(path)
 
 
-# ---- numbers of texts ----------------------------------------------------------------------------
-
-COMMON = set((DATA / "common_words.txt").read_text(encoding="utf-8").split())
-
-
-def words(text):
-    """Lower-case words; an apostrophe inside belongs to the word."""
-    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
-
-
-def ngrams(texts, n):
-    """All word n-grams of a list of texts, in order; none spans two texts."""
-    grams = []
-    for text in texts:
-        said = words(text)
-        grams += [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
-    return grams
-
-
-def overlap(one, other, n=3):
-    """Share of the distinct n-grams of the side with fewer that the other says too, or None."""
-    ours = set(ngrams(one, n))
-    theirs = set(ngrams(other, n))
-    fewer = min(len(ours), len(theirs))
-    return len(ours & theirs) / fewer if fewer else None
-
-
-def distinct(texts, n=2):
-    """Distinct n-grams over all n-grams (Li et al., arXiv 1510.03055); None without any."""
-    grams = ngrams(texts, n)
-    return len(set(grams)) / len(grams) if grams else None
-
-
-def repetition(texts, n=4):
-    """Share of n-grams that stood in the same text before; None without any."""
-    total = len(ngrams(texts, n))
-    fresh = sum(len(set(ngrams([text], n))) for text in texts)
-    return (total - fresh) / total if total else None
-
-
-def stems(text):
-    """The first five letters of each content word: of four letters or more, and not common."""
-    return [word[:5] for word in words(text) if len(word) >= 4 and word not in COMMON]
-
-
-def grounding(final, sources):
-    """Share of the final's content words whose stems occur in the sources; None without any."""
-    known = set(stems("\n".join(sources)))
-    used = stems(final)
-    return sum(stem in known for stem in used) / len(used) if used else None
-
-
-def texts_of(record):
-    """All that was written in a dialogue, a line of dialogues.jsonl."""
-    return [turn["text"] for turn in record["turns"]] + [record["final"] or ""]
-
-
-def text_measures(record):
-    """{figure: number} of the texts of one dialogue; None where it has no such figure."""
-    turns, final = record["turns"], record["final"]
-    first = [turn["text"] for turn in turns if turn["speaker"] == 0]
-    second = [turn["text"] for turn in turns if turn["speaker"] == 1]
-    told = [f"{persona['name']} {persona['creed']}" for persona in record["personas"]]
-    return {
-        "agreed_at_once": float(record["agreed"] and len(turns) <= 2) if turns else None,
-        "final_words": None if final is None else len(words(final)),
-        "overlap": overlap(first, second),
-        "distinct_2": distinct(texts_of(record)),
-        "repetition": repetition(texts_of(record)),
-        "grounding": grounding(final or "", [record["dilemma"], *told]),
-    }
-
-
-def diversity(records):
-    """What a batch of dialogues is like: means of their figures, and two over all their texts."""
-    measured = [text_measures(record) for record in records]
-    found = {}
-    for name in ("overlap", "repetition", "grounding", "final_words", "agreed_at_once"):
-        known = [row[name] for row in measured if row[name] is not None]
-        found[name] = float(np.mean(known)) if known else None
-    texts = []
-    for record in records:
-        texts += texts_of(record)
-    openings = [tuple(words(r["final"])[:4]) for r in records if r["final"]]
-    found["distinct_2"] = distinct(texts)
-    found["distinct_openings"] = len(set(openings)) / len(openings) if openings else None
-    return found
-
-
-RISEN = {  # above this, and not so in the first step: a sign of collapse
-    "overlap": (0.5, "the agents say the same"),
-    "repetition": (0.3, "texts repeat themselves"),
-    "agreed_at_once": (0.9, "they agree at once"),
-}
-HALVED = {
-    "distinct_2": "few different word pairs",
-    "distinct_openings": "finals begin alike",
-    "grounding": "finals leave the dilemma",
-    "final_words": "finals shrink",
-}
-
-
-def collapse(now, first):
-    """What in `now` looks like collapse beside `first`, both of `diversity`; "" if nothing does."""
-    signs = []
-    for name, (limit, sign) in RISEN.items():
-        if now[name] is not None and now[name] > limit >= (first[name] or 0.0):
-            signs.append(f"{sign} ({name})")
-    for name, sign in HALVED.items():
-        if None not in (now[name], first[name]) and now[name] < first[name] / 2:
-            signs.append(f"{sign} ({name})")
-    return ", ".join(signs)
-
-
-# ---- how sure a number is ------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Row:
-    """A row of results: a figure of A, of B or of their difference, with interval and counts."""
-
-    figure: str
-    of: str
-    value: float = None
-    low: float = None  # the 95% interval
-    high: float = None
-    n: int = 0  # items that are in the value
-    scenarios: int = 0  # that these items lie in
-    missing: int = 0  # items without a verdict
-    pairs: int = None  # of A against B: how many there were, and how they ended
-    wins: int = None
-    losses: int = None
-    ties: int = None
-    inconsistent: int = None
-
-
-def cells(row):
-    """A Row that was written, a dict, as texts: figure, of what, value, interval, counts."""
-    value = "none" if row["value"] is None else f"{row['value']:.3f}"
-    interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
-    counts = [f"n {row['n']} in {row['scenarios']}"]
-    for name in ("pairs", "wins", "losses", "ties", "inconsistent", "missing"):
-        if row.get(name):
-            counts.append(f"{row[name]} {name}")
-    return [row["figure"], row["of"], value, interval, ", ".join(counts)]
-
-
-def finite(number):
-    """A number for JSON; None for NaN and infinities."""
-    return round(float(number), 6) if np.isfinite(number) else None
-
-
-def bootstrap(columns, scenarios, statistic, rounds=1000):
-    """The 95% interval of statistic(*columns), columns (k, n), from a bootstrap (Efron 1979).
-
-    It draws whole scenarios, for dialogues on one scenario are not independent. scenarios: for
-    each, the indices of its items. Seeded. (None, None) where the statistic is never finite.
-    """
-    rng = np.random.default_rng(0)
-    values = []
-    for _ in range(rounds):
-        drawn = rng.integers(0, len(scenarios), len(scenarios))
-        values.append(statistic(*columns[:, np.concatenate([scenarios[i] for i in drawn])]))
-    if not np.isfinite(values).any():
-        return None, None
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return finite(low), finite(high)
-
-
-def figure(name, of, items, statistic=np.mean, **counts):
-    """The Row of statistic(*columns) of items (scenario, number, ...).
-
-    An item with a None is left out and counted as missing. No interval with under two scenarios.
-    """
-    whole = [item for item in items if None not in item]
-    columns = np.array([item[1:] for item in whole], dtype=float).T  # (numbers of an item, items)
-    members = collections.defaultdict(list)
-    for i, (scenario, *_) in enumerate(whole):
-        members[scenario].append(i)
-    counts = {"missing": len(items) - len(whole), **counts}
-    row = Row(name, of, n=len(whole), scenarios=len(members), **counts)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        if whole:
-            row.value = finite(statistic(*columns))
-        if len(members) > 1:
-            row.low, row.high = bootstrap(columns, list(members.values()), statistic)
-    return row
-
-
 # ---- what the page shows of a run ----------------------------------------------------------------
 
 
@@ -309,14 +118,13 @@ class Run:
     steps: list  # metrics, one dict per step
     held: list  # held-out metrics, one per evaluation
     kept: dict  # {scenario id: {(step, source): records}}: its first and last step per source
-    scores: dict  # {(step, scenario id): mean reward in training}
 
 
 def read_run(folder):
     """Read a run folder line by line, however long it is. Raises UserError where it is none."""
     if not Path(folder, "metrics.jsonl").exists():
         raise UserError(f"{folder}: there is no metrics.jsonl in it; name the folder of a run")
-    run = Run(Path(folder).resolve().name, config_of(folder), [], [], {}, {})
+    run = Run(Path(folder).resolve().name, config_of(folder), [], [], {})
     if run.config.get("demonstrations"):
         raise UserError(
             f"{folder}: no dialogue was played in it; what a warm start learnt stands in its "
@@ -330,10 +138,6 @@ def read_run(folder):
     for file, source in (("heldout.jsonl", "held out"), ("dialogues.jsonl", "training")):
         for record in whole_lines(Path(folder, file)):
             keep(run.kept.setdefault(record["scenario_id"], {}), source, record)
-            if source == "training" and record["reward"] is not None:
-                at = record["step"], record["scenario_id"]
-                run.scores.setdefault(at, []).append(record["reward"])
-    run.scores = {at: float(np.mean(rewards)) for at, rewards in run.scores.items()}
     return run
 
 
@@ -342,25 +146,6 @@ def keep(slot, source, record):
     slot.setdefault((record["step"], source), []).append(record)
     for middle in sorted(key for key in slot if key[1] == source)[1:-1]:
         del slot[middle]
-
-
-def gains(run, baseline):
-    """([{step, gain}], Row of the last third): reward above the baseline's on the same scenarios.
-
-    Only what both played at the same step counts. The steps of a run play different scenarios,
-    which differ by more than a few steps teach: beside an untrained model (train.py --lr 0, the
-    same seed) that is gone.
-    """
-    both = collections.defaultdict(list)
-    for (step, scenario), reward in sorted(run.scores.items()):
-        if (step, scenario) in baseline.scores:
-            both[step].append((scenario, reward - baseline.scores[step, scenario]))
-    rows = [
-        {"step": step, "gain": float(np.mean([gain for _, gain in pairs]))}
-        for step, pairs in both.items()
-    ]
-    late = itertools.chain.from_iterable(list(both.values())[len(both) * 2 // 3 :])
-    return rows, figure("training reward", "A - B", list(late))
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -390,7 +175,6 @@ class Line:
     rows: list
     key: str
     band: tuple = ()
-    colour: str = None  # the style's next one
 
     def column(self, key):
         """Numbers of the rows; None becomes NaN, which is a gap."""
@@ -399,7 +183,7 @@ class Line:
 
 def chart(title, lines, stacked=False, from_zero=True):
     """A picture for the template: {title, source}, the source an SVG as a data URI."""
-    # Here, because train.py imports this file too and draws nothing.
+    # Here, because eval.py and train.py import this file too and draw nothing.
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -414,7 +198,7 @@ def chart(title, lines, stacked=False, from_zero=True):
                 axes.bar(steps, values, 0.8, floor, label=line.label)
                 floor = floor + values
                 continue
-            (drawn,) = axes.plot(steps, values, "o-", label=line.label, color=line.colour)
+            (drawn,) = axes.plot(steps, values, "o-", label=line.label)
             if len(steps) >= 40:
                 drawn.set_marker("")
             if line.band:
@@ -432,7 +216,7 @@ def chart(title, lines, stacked=False, from_zero=True):
     return {"title": title, "source": "data:image/svg+xml;base64," + data}
 
 
-def rewards(run, suffix="", colour=None, held_colour=None):
+def reward_lines(run):
     """The Lines of a run's rewards, in training and held out.
 
     The band in training is mean +- 1.96 standard errors over a step's dialogues (as if those of
@@ -445,22 +229,15 @@ def rewards(run, suffix="", colour=None, held_colour=None):
         if mean is not None:
             error = 1.96 * (row["reward_std"] or 0.0) / (played - row["missing_rewards"]) ** 0.5
             rows.append({**row, "low": mean - error, "high": mean + error})
-    lines = [Line("training" + suffix, rows, "reward_mean", ("low", "high"), colour)]
+    lines = [Line("training", rows, "reward_mean", ("low", "high"))]
     if run.held:
-        band = ("reward_low", "reward_high")
-        lines.append(Line("held out" + suffix, run.held, "reward", band, held_colour))
+        lines.append(Line("held out", run.held, "reward", ("reward_low", "reward_high")))
     return lines
 
 
-def curves(run, baseline, gain):
-    """All pictures of a run, the rewards of a baseline in grey, and what it earns above them."""
-    earned = rewards(run)
-    if baseline:
-        earned += rewards(baseline, f", {baseline.name}", "#9aa0a6", "#80868e")
-    pictures = [chart("Reward, with 95% bands", earned, from_zero=False)]
-    if baseline:
-        title = f"Reward above {baseline.name}, same scenarios"
-        pictures.append(chart(title, [Line("difference", gain, "gain")], from_zero=False))
+def curves(run):
+    """All pictures of a run."""
+    pictures = [chart("Reward, with 95% bands", reward_lines(run), from_zero=False)]
     for title, keys in itertools.groupby(CURVES, key=lambda curve: curve[0]):
         lines = [Line(label, run.steps, key) for _, label, key in keys]
         pictures.append(chart(title, lines, stacked=title == "Seconds of a step"))
@@ -533,6 +310,17 @@ def transcripts(run, limit, decode):
 # ---- the page ------------------------------------------------------------------------------------
 
 
+def cells(row):
+    """A Row that was written, a dict, as texts: figure, of what, value, interval, counts."""
+    value = "none" if row["value"] is None else f"{row['value']:.3f}"
+    interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+    counts = [f"n {row['n']} in {row['scenarios']}"]
+    for name in ("pairs", "wins", "losses", "ties", "inconsistent", "missing"):
+        if row.get(name):
+            counts.append(f"{row[name]} {name}")
+    return [row["figure"], row["of"], value, interval, ", ".join(counts)]
+
+
 def decoder(folder):
     """`decode` of a run's tokenizer, or None, with a warning, where it has none."""
     try:
@@ -547,9 +335,6 @@ def decoder(folder):
 class ReportSettings:
     """What the report shows."""
 
-    baseline: str = option(
-        "", "a second run folder: its rewards in grey, and the difference on scenarios of both"
-    )
     scenarios: int = option(24, "scenarios whose transcripts can be read", low=0)
     out: str = option("", "the page (empty: RUN/report.html)")
 
@@ -565,8 +350,6 @@ def main(argv):
     folder = argv[0]
     settings = command_line(ReportSettings, argv[1:], "eval.py report RUN")
     run = read_run(folder)
-    baseline = read_run(settings.baseline) if settings.baseline else None
-    gain, late = gains(run, baseline) if baseline else ([], None)
     files = sorted(Path(folder, "eval").glob("*.json"))
     source = (DATA / "report.html.j2").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", source, re.DOTALL)[1]
@@ -575,9 +358,7 @@ def main(argv):
         run=run,
         config=json.dumps(run.config, indent=1),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        baseline=baseline,
-        late=late,
-        curves=curves(run, baseline, gain),
+        curves=curves(run),
         results={file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files},
         cells=cells,
         transcripts=transcripts(run, settings.scenarios, decoder(folder)),

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 from helpers import plain_logprobs, scenario, tiny, tokenizer, voice
 from servers import JudgeServer
-from test_report import record
+from test_measure import record
 
+import audit
 import dataset
 import eval as evaluation
+import measure
 import report
 import reward
 import selfplay
+import sides
 from cli import UserError
-from report import figure
+from measure import figure
 
 SHORT = "--max-turns 3 --turn-tokens 6 --final-tokens 8 --answer-tokens 6 --dtype fp32 --batch 4"
 
@@ -42,10 +45,10 @@ def run(tmp_path, models):
 
     def call(command, server, *flags, baseline=True):
         out = tmp_path / f"{command}.json"
-        sides = ["--model", models[0]] + ["--baseline", models[1]] * baseline
+        pair = ["--model", models[0]] + ["--baseline", models[1]] * baseline
         judged = ["--judge-url", server.url, "--judge-mode", "json", "--judge-cache", "off"]
         settings = [*judged, "--out", str(out), *SHORT.split()]
-        assert evaluation.main([command, *sides, *settings, *flags]) == 0
+        assert evaluation.main([command, *pair, *settings, *flags]) == 0
         found = json.loads(out.read_text())
         return found, {(row["figure"], row["of"]): row for row in found["rows"]}
 
@@ -55,6 +58,11 @@ def run(tmp_path, models):
 def questions(server):
     """What was asked: the last message of each request."""
     return [body["messages"][-1]["content"] for _, body, _, _ in server.requests]
+
+
+def negotiated_items(path):
+    """The negotiations among the finished items."""
+    return [item for item in report.whole_lines(path) if item["key"][1] == "conflict"]
 
 
 # ---- conflict ------------------------------------------------------------------------------------
@@ -145,6 +153,33 @@ def test_missing_verdicts_are_counted_not_zero(run, tmp_path):
     assert row["value"] == pytest.approx(sum(known) / 4, abs=1e-5)
 
 
+def test_the_best_of_n_by_the_same_judge_stands_for_the_baseline(run, models, tmp_path):
+    """A model beside its own best of three: its first dialogue is among them."""
+    with JudgeServer(lambda text: len(text) % 6, offers=("json",)) as server:
+        flags = ("--limit", "3", "--baseline", models[0], "--seeds", "2", "--best-of", "3")
+        found, rows = run("conflict", server, *flags, baseline=False)
+    assert [found["settings"][side]["best_of"] for side in "AB"] == [1, 3]
+    scores = {}
+    for item in negotiated_items(tmp_path / "conflict.items.jsonl"):
+        record = item["value"]
+        scores.setdefault((record["scenario_id"], record["member"] // 3), []).append(
+            record["reward"]
+        )
+    assert [len(three) for three in scores.values()] == [3] * 6
+    best = np.mean([max(three) for three in scores.values()])
+    assert rows["ca_score", "B"]["value"] == pytest.approx(best, abs=1e-5)
+    assert rows["ca_score", "A"]["n"] == rows["win_rate_ca", "A against B"]["pairs"] == 6
+
+
+def test_a_missing_reward_is_never_the_best():
+    records = [{"member": i, "reward": reward} for i, reward in enumerate((None, 0.0, 1.0, 3.0))]
+    assert evaluation.best_of(2, records) == [
+        {"member": 0, "reward": 0.0},
+        {"member": 1, "reward": 3.0},
+    ]
+    assert evaluation.best_of(2, [{"member": 4, "reward": None}]) == [{"member": 2, "reward": None}]
+
+
 # ---- killed and started again --------------------------------------------------------------------
 
 
@@ -194,13 +229,13 @@ def test_a_spent_budget_is_one_line(run):
 def test_items_depend_on_settings_and_weights(models, tmp_path):
     def identity(model, flags=""):
         argv = ["--model", str(model), *flags.split()]
-        return evaluation.identity(evaluation.read_settings("conflict", argv)[0]["A"])
+        return sides.identity(sides.read_settings("conflict", argv)[0]["A"])
 
     base = identity(models[0])
     free = f"--limit 3 --seeds 4 --out x.json --baseline {models[1]} --judge-timeout 5"
     assert base == identity(models[0], free)
     others = [identity(models[1])]
-    for flags in ("--greedy", "--max-turns 5", "--judge-url http://127.0.0.1:9/v1"):
+    for flags in ("--temperature 0.3", "--max-turns 5", "--judge-url http://127.0.0.1:9/v1"):
         others.append(identity(models[0], flags))
     assert len({base, *others}) == 5
     copy = tmp_path / "copy"
@@ -236,9 +271,9 @@ def test_a_run_plays_as_it_was_trained(tmp_path, models):
     step = make_run(single, models[0], {"model": "x", "seed": 7, **ALONE, **JUDGE})
     shutil.copytree(models[0], single / "checkpoints" / "step_000009")  # not complete
     argv = ["--model", str(single), "--baseline", models[1]]
-    sides, out = evaluation.read_settings("conflict", argv)
+    found, out = sides.read_settings("conflict", argv)
     assert out == single / "eval" / "conflict-single-0-step_000004-tiny-1.json"
-    a, b = sides["A"], sides["B"]
+    a, b = found["A"], found["B"]
     assert (a.model, a.max_turns, a.agreement, a.temperature) == (str(step), 0, "none", 0.8)
     assert (a.on_impasse, a.seed) == ("complete", 0)
     # Beside a single answer the other side negotiates.
@@ -248,22 +283,23 @@ def test_a_run_plays_as_it_was_trained(tmp_path, models):
         assert (side.judge_url, side.judge_model) == ("http://judge:8000/v1", "strong")
         assert (side.judge_mode, side.judge_attempts) == ("expect", 4)
     other = [*argv, "--judge-url", "http://other:1/v1"]
-    a = evaluation.read_settings("conflict", other)[0]["A"]
+    a = sides.read_settings("conflict", other)[0]["A"]
     assert (a.judge_url, a.judge_model, a.judge_mode) == ("http://other:1/v1", "", "auto")
 
 
 def test_flags_overrule_the_run_and_name_the_results(tmp_path, models):
     step = make_run(tmp_path / "single-0", models[0], ALONE)
-    flags = "--max-turns 2 --greedy --baseline-temperature 0.5"
+    flags = "--max-turns 2 --baseline-temperature 0.5 --best-of 4"
     argv = ["--model", models[1], "--baseline", str(step), *flags.split()]
-    sides, out = evaluation.read_settings("open", argv)
-    assert str(out) == "runs/eval/open-tiny-1-single-0-step_000004-T0.5-greedy-max_turns_2.json"
-    a, b = sides["A"], sides["B"]
-    assert (b.max_turns, b.temperature, b.final_temperature) == (2, 0.5, 0.5)
-    assert a.temperature == 0
+    found, out = sides.read_settings("open", argv)
+    name = "open-tiny-1-single-0-step_000004-max_turns_2-baseline_temperature_0.5-best_of_4.json"
+    assert str(out) == f"runs/eval/{name}"
+    a, b = found["A"], found["B"]
+    assert (b.max_turns, b.temperature, b.final_temperature, b.best_of) == (2, 0.5, 0.5, 4)
+    assert (a.max_turns, a.temperature, a.best_of) == (2, 0.8, 1)  # as its baseline was trained
 
     def name(*flags):
-        return evaluation.read_settings("open", ["--model", models[1], *flags])[1].name
+        return sides.read_settings("open", ["--model", models[1], *flags])[1].name
 
     # What changes no item changes no name.
     assert name() == name("--limit", "3", "--judge-attempts", "9") == "open-tiny-1.json"
@@ -277,19 +313,19 @@ def test_a_model_without_a_run_plays_as_the_other_side_was_trained(tmp_path, mod
     make_run(paper, models[0], {**play, "temperature": 0.7, "context_turns": 2})
     make_run(single, models[0], {"max_turns": 0, "agreement": "none", "final_tokens": 99})
 
-    def sides(model, baseline):
+    def compared(model, baseline):
         argv = ["--model", str(model), "--baseline", str(baseline)]
-        found = evaluation.read_settings("conflict", argv)[0]
+        found = sides.read_settings("conflict", argv)[0]
         return found["A"], found["B"]
 
-    for plain, run in (sides(paper, models[1])[::-1], sides(models[1], paper)):
+    for plain, run in (compared(paper, models[1])[::-1], compared(models[1], paper)):
         assert dataclasses.replace(run, model="") == dataclasses.replace(plain, model="")
         assert (plain.max_turns, plain.turn_tokens, plain.top_p) == (7, 256, 0.95)
         assert plain.on_impasse == "complete"
     default = selfplay.PlaySettings
-    a, b = sides(single, paper)  # two runs: each as it was trained
+    a, b = compared(single, paper)  # two runs: each as it was trained
     assert (a.max_turns, b.max_turns, b.final_tokens) == (0, 7, default.final_tokens)
-    _, b = sides(single, models[1])  # beside a single answer it negotiates
+    _, b = compared(single, models[1])  # beside a single answer it negotiates
     assert (b.max_turns, b.agreement, b.final_tokens) == (default.max_turns, "judge", 99)
 
 
@@ -308,11 +344,12 @@ def test_a_copy_of_a_checkpoint_is_not_taken_for_one(tmp_path):
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["conflicts"], r"conflict\|open\|general\|cross\|audit\|report"),
+        (["conflicts"], r"conflict\|open\|general\|cross\|audit\|blind\|report"),
         ([], "say what"),
         (["report"], "name the folder of a run"),
         (["report", "nowhere"], "no metrics.jsonl"),
         (["conflict", "--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["conflict", "--best-of", "2"], "--best-of: of a --baseline, in conflict, open or blind"),
     ],
 )
 def test_mistakes_are_told_in_one_line(argv, says):
@@ -335,19 +372,19 @@ def test_a_wrong_model_starts_no_judge_and_makes_no_file(tmp_path, models):
     says = "--model no such model: not negotiator-135m, smollm2-135m, a folder"
     flags = ["--judge-url", "http://127.0.0.1:9/v1", "--out", str(tmp_path / "x.json")]
     for model, baseline in (("no such model", ""), (models[0], "no such model")):
-        sides = ["--model", model, "--baseline", baseline]
+        pair = ["--model", model, "--baseline", baseline]
         with pytest.raises(UserError, match=says):
-            evaluation.main(["conflict", *sides, *flags])
+            evaluation.main(["conflict", *pair, *flags])
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no complete checkpoint"):
-        evaluation.read_settings("conflict", ["--model", str(tmp_path)])
+        sides.read_settings("conflict", ["--model", str(tmp_path)])
 
 
 def test_a_bad_line_of_data_is_named(tmp_path):
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"id": "a", "kind": "riddle", "prompt": "Say."}\n')
-    with pytest.raises(UserError, match='bad.jsonl:1: no kind "riddle"; use choice or exact'):
+    bad.write_text('{"id": "a", "prompt": "Say.", "choices": "both"}\n')
+    with pytest.raises(UserError, match='bad.jsonl:1: "choices" is text instead of a list'):
         evaluation.main(["general", "--data", str(bad), "--out", str(tmp_path / "g.json")])
 
 
@@ -396,8 +433,7 @@ def test_an_answer_depends_on_its_seed_and_not_on_the_batch():
 def test_general_needs_no_judge(run):
     nobody = types.SimpleNamespace(url="http://127.0.0.1:9/v1")
     _, rows = run("general", nobody, baseline=False)
-    assert (rows["choice", "A"]["n"], rows["exact", "A"]["n"]) == (35, 25)
-    assert rows["exact", "A"]["value"] < 0.5  # a random model's babble
+    assert rows["choice", "A"]["n"] == 35
     text = (dataset.DATA / "public_domain.txt").read_text(encoding="utf-8")
     assert rows["token_loss", "A"]["n"] == len(text.split()) // 192
     assert 4 < rows["token_loss", "A"]["value"] < 12  # near log(400) = 6, or worse
@@ -406,17 +442,19 @@ def test_general_needs_no_judge(run):
 def test_choices_by_mean_logprob_per_token():
     """The choice that the model finds likelier per token is chosen, whatever its length."""
     speaker = voice()
-    side = types.SimpleNamespace(voice=speaker, settings=evaluation.Settings())
+    side = types.SimpleNamespace(voice=speaker, settings=sides.Settings())
     choices = ["the farm", "the council of the hospital", "No"]
-    row = {"id": "q", "kind": "choice", "prompt": "Who?", "choices": choices, "answer": 0}
-    (value,) = evaluation.general_items(side, [(row, 0)])
+    row = {"id": "q", "prompt": "Who?", "choices": choices}
     chat = speaker.chat
     prefix = chat.head(evaluation.HELPER) + chat.plain("Who?") + chat.opening
-    for choice, got in zip(choices, value["logprobs"]):
-        ids = chat.plain(choice)
+    continuations = [chat.plain(choice) for choice in choices]
+    means = evaluation.mean_logprobs(speaker, prefix, continuations)
+    for ids, got in zip(continuations, means):
         plain = plain_logprobs(speaker.model, prefix + ids)[-len(ids) :]
         assert got == pytest.approx(plain.mean().item(), abs=1e-4)
-    assert value["value"] == float(np.argmax(value["logprobs"]) == 0)
+    for answer in range(3):
+        (value,) = evaluation.general_items(side, None, [({**row, "answer": answer}, 0)])
+        assert value == {"choice": float(np.argmax(means) == answer), "token_loss": None}
 
 
 def test_cross_swaps_partners(run, tmp_path):
@@ -437,6 +475,56 @@ def test_cross_swaps_partners(run, tmp_path):
             assert said == evaluation.PARTNERS[script][:1]
         else:
             assert said[0] not in lines
+
+
+def test_blind(models, tmp_path):
+    """The sheet knows no sides; with its key the ratings come back as rows."""
+    sheet = tmp_path / "sheet.jsonl"
+    pair = ["--model", models[0], "--baseline", models[1], "--limit", "4", "--seeds", "2"]
+    with JudgeServer(lambda text: 2, offers=("json",)) as server:
+        judged = ["--judge-url", server.url, "--judge-mode", "json", "--judge-cache", "off"]
+        flags = ["blind", *pair, *judged, "--out", str(sheet), *SHORT.split()]
+        assert evaluation.main(flags) == 0
+        with pytest.raises(UserError, match="sheet.jsonl: is there already, perhaps with ratings"):
+            evaluation.main(flags)
+    lines = dataset.load_jsonl(sheet)
+    columns = {"id", "dilemma", "personas", "solution", "score"}
+    assert all(set(line) == columns for line in lines)
+    assert all(line["score"] is None for line in lines)
+    key = json.loads((tmp_path / "sheet.jsonl.key").read_text())["items"]
+    key = {item["id"]: item for item in key}
+    played = {}
+    for item in negotiated_items(tmp_path / "sheet.items.jsonl"):
+        played.setdefault(item["value"]["final"], []).append(item["value"]["scenario_id"])
+    assert len(lines) == len(key) == 2 * 4 * 2
+    order = [key[line["id"]]["side"] for line in lines]
+    assert sorted(order) == ["A"] * 8 + ["B"] * 8 != order  # shuffled
+    for line in lines:
+        assert key[line["id"]]["scenario"] in played[line["solution"]]
+        line["score"] = 4.0 if key[line["id"]]["side"] == "A" else 1.5
+    lines[3]["score"] = None
+    sheet.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert evaluation.main(["blind", "--read", str(sheet)]) == 0
+    found = json.loads((tmp_path / "sheet.jsonl.json").read_text())
+    rows = {row["of"]: row for row in found["rows"]}
+    assert found["settings"]["B"]["model"] == models[1]
+    assert [rows[of]["value"] for of in ("A", "B", "A - B")] == [4.0, 1.5, 2.5]
+    assert rows["A - B"]["low"] == rows["A - B"]["high"] == 2.5
+    assert (rows["A - B"]["n"], rows["A - B"]["missing"], rows["A - B"]["scenarios"]) == (7, 1, 4)
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ('{"id": "0", "score": "good"}', """sheet.jsonl:1: "score" is no number: 'good'"""),
+        ('{"id": "0", "score": NaN}', '"score" is no number: nan'),
+        ('{"id": "0", "score": 3}', "sheet.jsonl.key: cannot be read"),
+    ],
+)
+def test_a_sheet_that_cannot_be_read(tmp_path, line, says):
+    (tmp_path / "sheet.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=says):
+        evaluation.main(["blind", "--read", str(tmp_path / "sheet.jsonl")])
 
 
 def labels(n=40):
@@ -468,7 +556,7 @@ def test_audit(run, tmp_path):
         flags = ("--judge2-url", second.url, "--data", str(own), "--batch", "60")
         _, rows = run("audit", server, *flags, baseline=False)
     values = {key: row["value"] for key, row in rows.items()}
-    assert values["exact", "judge, judge again"] == 1.0
+    assert values["spearman", "judge, judge again"] == pytest.approx(1)
     assert rows["spearman", "judge, judge again"]["n"] == 40
     assert values["spearman", "judge, second judge"] == pytest.approx(-1)
     assert values["spearman", "judge"] == values["pairs_right", "judge"] == 1.0
@@ -482,7 +570,7 @@ def test_audit(run, tmp_path):
 def test_audit_of_the_shipped_labels_takes_their_test_part(run):
     with JudgeServer(lambda text: 3, offers=("json",)) as server:
         _, rows = run("audit", server, "--limit", "30", baseline=False)
-    assert rows["exact", "judge, judge again"]["n"] == 30
+    assert rows["spearman", "judge, judge again"]["n"] == 30
     assert rows["pairs_right", "judge"]["value"] in (0.5, None)
     dilemmas = {"test": set(), "fit": set()}
     for row in dataset.load_jsonl(dataset.DATA / "judge_labels.jsonl"):
@@ -505,40 +593,29 @@ def test_a_judge_that_is_another_one_is_asked_again(run):
 def test_measures_of_one_dialogue():
     said = ["one two three", "one two three", "four"]
     ours = record(turns=said, agreed=True, final="Rosa brings water", endorse=[1.0, 4.0])
-    none = record("none", final=None, reward=None, endorse=[None, 4.0])
+    none = record("none", final=None, reward=None, endorse=[4.0, None])
     column = evaluation.measured([ours, none])
     assert column["s", 0] == {
         "ca_score": 3.0,
         "endorse_min": 1.0,
-        "endorse_mean": 2.5,
         "endorse_first": 1.0,
-        "endorse_second": 4.0,
         "agreed": 1.0,
         "turns_to_agreement": 3,
         "truncated": 0.0,
-        **report.text_measures(ours),
+        **measure.text_measures(ours),
     }
     known = {key: value for key, value in column["none", 0].items() if value is not None}
-    assert known == {"endorse_second": 4.0, "truncated": 0.0}
-
-
-def test_an_exact_answer_is_whole_words_of_the_first_line():
-    assert not evaluation.says_one("The answer is 15.", ["5", "five"])
-    assert evaluation.says_one("**Five**", ["5", "five"])
-    for row in dataset.load_jsonl(dataset.DATA / "eval_general.jsonl"):
-        if row["kind"] == "exact":
-            assert evaluation.says_one(f" It is {row['answers'][0]}.", row["answers"])
-            assert not evaluation.says_one("I do not know.\n" + row["answers"][0], row["answers"])
+    assert known == {"endorse_first": 4.0, "truncated": 0.0}
 
 
 def test_agreement_and_correlations():
     # Without ties it is 1 - 6 sum d^2 / n (n^2 - 1).
-    ranked = evaluation.spearman(np.array([1, 2, 3, 4]), np.array([10, 20, 40, 30]))
+    ranked = audit.spearman(np.array([1, 2, 3, 4]), np.array([10, 20, 40, 30]))
     assert ranked == pytest.approx(1 - 6 * 2 / (4 * 15))
-    assert evaluation.spearman(np.array([1, 2, 3]), np.array([9, 4, 1])) == pytest.approx(-1)
-    tied = evaluation.spearman(np.array([1, 2, 2, 3]), np.array([1, 2, 3, 4]))
+    assert audit.spearman(np.array([1, 2, 3]), np.array([9, 4, 1])) == pytest.approx(-1)
+    tied = audit.spearman(np.array([1, 2, 2, 3]), np.array([1, 2, 3, 4]))
     assert tied == pytest.approx(4.5 / np.sqrt(4.5 * 5))  # equal numbers share their mean rank
-    constant = figure("x", "A", [(i, 1.0, float(i)) for i in range(5)], evaluation.spearman)
+    constant = figure("x", "A", [(i, 1.0, float(i)) for i in range(5)], audit.spearman)
     assert (constant.value, constant.low) == (None, None)
 
 
@@ -550,7 +627,7 @@ def test_pairs_on_one_dilemma_whose_labels_differ():
     ]
     scores = {"a": 1.0, "b": 3.0, "c": 1.0, "d": 0.0, "e": None}
     # a-b is right, a-c a tie; b-c lie too near, d is alone, three pairs with e are missing.
-    row = evaluation.against_labels("judge", scores, rows)[1]
+    row = audit.against_labels("judge", scores, rows)[1]
     assert (row.value, row.n, row.missing) == (0.75, 2, 3)
 
 
@@ -586,7 +663,7 @@ def test_table_pairs_what_belongs_together():
 
 # ---- what train.py calls -------------------------------------------------------------------------
 
-HELD_OUT = evaluation.Settings(
+HELD_OUT = sides.Settings(
     max_turns=2,
     turn_tokens=6,
     final_tokens=8,
@@ -618,7 +695,7 @@ def test_heldout_is_the_same_every_time_and_on_any_number_of_ranks():
     assert (metrics["n"], metrics["missing"], metrics["scenarios"]) == (6, 0, 3)
     assert metrics["reward"] == pytest.approx(sum(r["reward"] for r in records) / 6, abs=1e-5)
     assert metrics["reward_low"] <= metrics["reward"] <= metrics["reward_high"]
-    assert {"agreed_rate", "turns_mean", *report.diversity(records)} <= set(metrics)
+    assert {"agreed_rate", "turns_mean", *measure.diversity(records)} <= set(metrics)
 
 
 def test_a_judge_who_is_away_costs_the_held_out_rewards_and_not_the_run():
