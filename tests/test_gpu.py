@@ -24,7 +24,6 @@ CFG = Settings(
     temperature=1.0,
     final_temperature=1.0,
     dtype="fp32",
-    grad_clip=0.0,
 )
 
 

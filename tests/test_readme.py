@@ -4,7 +4,6 @@ Tables of tests, names of functions, flags in commands, the map of the files, th
 """
 
 import ast
-import collections
 import functools
 import graphlib
 import re
@@ -119,10 +118,10 @@ def test_the_map_is_in_reading_order():
 
 def flags_of_the_code():
     """Every flag of every command: the fields that are made by `option`."""
-    flags = collections.Counter()
+    flags = set()
     for path in [*ROOT.glob("*.py"), TESTS / "bench.py"]:
         fields = re.findall(r"^    (\w+): \w+ = option\(", path.read_text("utf-8"), re.MULTILINE)
-        flags.update("--" + name.replace("_", "-") for name in fields)
+        flags |= {"--" + name.replace("_", "-") for name in fields}
     return flags
 
 
@@ -132,7 +131,7 @@ def test_every_flag_that_a_document_names_exists(document):
     others |= {"--model_args", "--tasks"}  # lm_eval
     text = (ROOT / document).read_text(encoding="utf-8")
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - others
-    assert named <= set(flags_of_the_code())
+    assert named <= flags_of_the_code()
 
 
 def test_every_row_that_the_results_explain_exists():
