@@ -196,8 +196,9 @@ def for_reward_model(kind, case):
     """(what stands before it, what is judged): the solution, or for `agreed` the last turn."""
     *before, judged = case.texts.values()
     if kind == "agreed":
-        said, _, judged = judged.rpartition("\n")
-        before = [said]
+        said, _, last = judged.rpartition("\n")
+        name, _, judged = last.partition(": ")
+        before = [said, name + ":"]
     return "\n".join([case.head, *before]).rstrip(), judged
 
 

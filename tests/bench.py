@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""How long one step takes, on a fixed workload: every turn has exactly --turn-tokens tokens, ends of turn are suppressed.
+"""How long one step takes on a fixed workload.
 
-    python tests/bench.py [--scenarios 4] [--group 8] [--turns 4] [--turn-tokens 48] [--final-tokens 64] [--repeats 3]
-    python tests/bench.py --judge-latency 2          # how much a slow judge adds to the step, 8 calls in flight
-    python tests/bench.py --profile                  # where the time goes
+    scenarios x group dialogues, ends of turn suppressed -> selfplay.play -> train.learn -> medians
 
-Prints the medians of --repeats steps after one to warm up. `floor`: the seconds that the step's arithmetic and weight reads
-would take at this machine's own matrix rate and read bandwidth, both measured here; the step's share of it is floor / step.
+    python tests/bench.py [--scenarios 1] [--group 8] [--turns 4] [--turn-tokens 48]
+    python tests/bench.py --judge-latency 2     # how much a slow judge adds, 8 calls in flight
+    python tests/bench.py --profile             # the costliest operations
+
+Every turn has exactly --turn-tokens tokens. Printed are the medians of --repeats steps after one to
+warm up. `floor`: the seconds that the step's arithmetic and weight reads would take at this
+machine's own matrix rate and read bandwidth, both measured here.
 """
 
 import concurrent.futures
@@ -20,23 +23,28 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import dataset  # noqa: E402
-import grpo  # noqa: E402
-import model as lm  # noqa: E402
-import rubric  # noqa: E402
-import selfplay  # noqa: E402
-import train  # noqa: E402
-from cli import command_line, option, run_cli  # noqa: E402
+import data_gen
+import grpo
+import model as lm
+import policy
+import reward
+import selfplay
+import train
+from cli import command_line, option, run_cli
+from progress import peak_memory_gb
+from settings import Settings
 
 PLACES = ["A mid-sized town", "A coastal city", "A mountain village", "A desert district"]
 DILEMMA = (
-    " has one reservoir. A drought has begun. The farming cooperative needs irrigation water or it loses the season; "
-    "the hospital and households need a reserve for the summer. What should the council decide?"
+    " has one reservoir. A drought has begun. The farming cooperative needs irrigation water or it "
+    "loses the season; the hospital and households need a reserve for the summer. What should the "
+    "council decide?"
 )
 PERSONAS = (
     {
         "name": "Rosa",
-        "creed": "You lead the farming cooperative. You value livelihoods, food and the dignity of work.",
+        "creed": "You lead the farming cooperative. You value livelihoods, food and the dignity of "
+        "work.",
     },
     {
         "name": "Dr. Chen",
@@ -58,7 +66,7 @@ class Bench:
     final_tokens: int = option(64, "tokens of the final completion", low=2)
     context_turns: int = option(0, "turns that an agent sees (0: all)", low=0)
     micro_tokens: int = option(
-        train.Settings.micro_tokens, "tokens in one forward and backward pass", low=1
+        Settings.micro_tokens, "tokens in one forward and backward pass", low=1
     )
     repeats: int = option(3, "steps that are timed", low=1)
     judge_latency: float = option(0.0, "seconds that each judge call takes, 8 in flight", low=0)
@@ -69,140 +77,212 @@ class SlowJudge:
     """A judge that answers any score after `latency` seconds, 8 calls at once."""
 
     def __init__(self, latency):
-        self.latency, self.pool = latency, concurrent.futures.ThreadPoolExecutor(8)
+        self.latency = latency
+        self.pool = concurrent.futures.ThreadPoolExecutor(8)
 
     def score(self, dilemma, personas, turns, final):
         """A Future of a verdict."""
+        return self.pool.submit(self.answer, final)
 
-        def answer():
-            time.sleep(self.latency)
-            return rubric.Verdict(float(len(final) % 6))
+    def answer(self, final):
+        """The verdict, in time."""
+        time.sleep(self.latency)
+        return reward.Verdict(float(len(final) % 6))
 
-        return self.pool.submit(answer)
+
+# ---- the workload --------------------------------------------------------------------------------
 
 
-def rates(dtype, device):
-    """The device's matrix rate in FLOP/s in `dtype`, and its read bandwidth in bytes/s."""
+@dataclasses.dataclass
+class Step:
+    """What one step took, in seconds, and what it was about."""
+
+    play: float
+    learn: float
+    waited: float  # for the judge, part of learn
+    trained_tokens: int
+    groups: list  # lists of Dialogues
+
+    @property
+    def whole(self):
+        return self.play + self.learn
+
+
+class Workload:
+    """A policy, its learner and the scenarios, ready to make steps."""
+
+    def __init__(self, bench):
+        self.bench = bench
+        self.settings = settings_of(bench)
+        self.world = policy.start_world()
+        made = policy.build(self.settings, self.world)
+        self.model = made.model
+        self.voice = selfplay.voice(made.player, made.tokenizer)
+        self.voice.chat.ends = set()  # nothing ends a turn but its limit
+        self.learner = grpo.Learner(made.model, made.optimizer, self.settings, made.reference)
+
+    def groups(self, number):
+        """The empty dialogues of step `number`."""
+        groups = []
+        for g in range(self.bench.scenarios):
+            scenario = data_gen.Scenario(f"bench-{g}", "", PLACES[g % 4] + DILEMMA, PERSONAS)
+            members = range(self.bench.group)
+            groups.append([selfplay.Dialogue(scenario, number, g, m) for m in members])
+        return groups
+
+    def step(self, number, judge):
+        """Play and learn once."""
+        groups = self.groups(number)
+        dialogues = sum(groups, [])
+        start = time.perf_counter()
+        selfplay.play((self.voice, self.voice), dialogues, self.settings, judge, seed=0)
+        middle = time.perf_counter()
+        means, waited = train.learn(groups, self.learner, self.settings, self.world)
+        end = time.perf_counter()
+        return Step(middle - start, end - middle, waited, means["trained_tokens"], groups)
+
+    def steps(self, judge):
+        """--repeats steps, after one to warm up."""
+        return [self.step(number, judge) for number in range(self.bench.repeats + 1)][1:]
+
+
+def settings_of(bench):
+    """The train.py settings of a workload."""
+    return Settings(
+        model=bench.model,
+        dtype=bench.dtype,
+        agreement="none",
+        max_turns=bench.turns,
+        turn_tokens=bench.turn_tokens,
+        final_tokens=bench.final_tokens,
+        context_turns=bench.context_turns,
+        temperature=1.0,
+        final_temperature=1.0,
+        group_size=bench.group,
+        scenarios_per_step=bench.scenarios,
+        micro_tokens=bench.micro_tokens,
+        lr=1e-6,
+    )
+
+
+def median(steps, what):
+    """The median of one number of the steps."""
+    return statistics.median(getattr(step, what) for step in steps)
+
+
+# ---- the floor -----------------------------------------------------------------------------------
+
+
+def fastest(work, device, times=6):
+    """The least seconds that work() takes."""
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def matrix_rate(dtype, device):
+    """FLOP/s of a large product in `dtype`."""
     n = 2048 if device.type == "cpu" else 8192
-    a, block = torch.randn(n, n, device=device).to(dtype), torch.randn(1 << 26, device=device)
-
-    def seconds(work):
-        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        times = []
-        for _ in range(6):
-            wait()
-            start = time.perf_counter()
-            work()
-            wait()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return 2 * n**3 / seconds(lambda: a @ a), block.numel() * 4 / seconds(block.sum)
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / fastest(lambda: a @ a, device)
 
 
-def floor_seconds(model, dialogues, packed, flops, bandwidth, size):
-    """(play, learn) seconds that arithmetic and reading the weights, `size` bytes each, once per decoded token would take."""
+def read_bandwidth(device):
+    """Bytes/s of a plain read."""
+    block = torch.randn(1 << 26, device=device)  # 256 MB
+    return block.numel() * block.itemsize / fastest(block.sum, device)
+
+
+def floor_seconds(model, groups, flops, bandwidth):
+    """(play, learn): seconds of the arithmetic, and of reading the weights once a decoded token."""
     head = model.get_output_embeddings().weight
-    body = (
-        sum(p.numel() for p in lm.inner(model).parameters())
-        - lm.inner(model).get_input_embeddings().weight.numel()
+    embeddings = lm.inner(model).get_input_embeddings().weight.numel()
+    body = sum(p.numel() for p in lm.inner(model).parameters()) - embeddings
+    dialogues = sum(groups, [])
+    sampled = sum(sum(d.final_sample.mask) for d in dialogues)
+    for dialogue in dialogues:
+        sampled += sum(len(turn.ids) for turn in dialogue.turns)
+    read = trained = 0
+    for group in groups:
+        for tree, rows in grpo.pack(group, "dialogue", 1 << 40):  # every token once
+            read += tree.tokens
+            trained += sum(len(row.wanted) for row in rows)
+    weights = (body + head.numel()) * head.itemsize  # bytes
+    reading = sampled / len(dialogues) * weights / bandwidth
+    arithmetic = (2 * body * (read + sampled / 3) + 2 * head.numel() * sampled) / flops
+    # the vocabulary is projected once more in the backward pass
+    learn = (6 * body * read + 8 * head.numel() * trained) / flops
+    return max(reading, arithmetic), learn
+
+
+# ---- what is printed -----------------------------------------------------------------------------
+
+
+def show_times(work, steps):
+    """The lines of play, learn and step."""
+    bench = work.bench
+    play, learn = median(steps, "play"), median(steps, "learn")
+    sampled = bench.scenarios * bench.group * (bench.turns * bench.turn_tokens + bench.final_tokens)
+    dtype = next(work.model.parameters()).dtype
+    print(f"play   {play:6.1f} s  {sampled / play:6.1f} sampled tokens/s")
+    print(f"learn  {learn:6.1f} s  {steps[-1].trained_tokens / learn:6.1f} trained tokens/s")
+    print(
+        f"step   {median(steps, 'whole'):6.1f} s  "
+        f"peak memory {peak_memory_gb(work.world.device):.1f} GB   "
+        f"{dtype}, {torch.get_num_threads()} threads, median of {bench.repeats}"
     )
-    sampled = sum(len(t.ids) for d in dialogues for t in d.turns) + sum(
-        sum(d.final_sample.mask) for d in dialogues
+
+
+def show_floor(work, steps):
+    """The line of the floor."""
+    device = work.world.device
+    flops = matrix_rate(next(work.model.parameters()).dtype, device)
+    bandwidth = read_bandwidth(device)
+    play, learn = floor_seconds(work.model, steps[-1].groups, flops, bandwidth)
+    share = (play + learn) / median(steps, "whole")
+    print(
+        f"floor  {play + learn:6.1f} s  (play {play:.1f}, learn {learn:.1f}): {share:.0%} of the "
+        f"step; {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s"
     )
-    trees = [tree for group in packed for tree, _ in group]
-    read = sum(tree.tokens for tree in trees)
-    reads = sampled / len(dialogues) * (body + head.numel()) * size / bandwidth
-    play = max(reads, (2 * body * (read + sampled / 3) + 2 * head.numel() * sampled) / flops)
-    trained = sum(len(row.wanted) for group in packed for _, rows in group for row in rows)
-    return play, (
-        6 * body * read + 8 * head.numel() * trained
-    ) / flops  # the projection is computed once more in backward
+
+
+def show_slow_judge(work, steps):
+    """The line of a step with a slow judge."""
+    latency = work.bench.judge_latency
+    slow = work.steps(SlowJudge(latency))
+    whole, waited = median(slow, "whole"), median(slow, "waited")
+    more = whole / median(steps, "whole") - 1
+    print(
+        f"judge  {whole:6.1f} s  a step with {latency:g} s per call: {more:+.1%}, "
+        f"of which {waited:.1f} s waiting"
+    )
+
+
+def show_profile(work):
+    """A table of the costliest operations of a step."""
+    with torch.profiler.profile() as profile:
+        work.step(99, SlowJudge(0.0))
+    by_time = f"self_{work.world.device.type}_time_total"
+    averages = profile.key_averages()
+    print(averages.table(sort_by=by_time, row_limit=20, max_name_column_width=40))
 
 
 def main(argv=None):
     """Time --repeats steps and print the medians."""
-    b = command_line(Bench, argv, prog="tests/bench.py")
-    settings = train.Settings(
-        model=b.model,
-        dtype=b.dtype,
-        agreement="none",
-        max_turns=b.turns,
-        turn_tokens=b.turn_tokens,
-        final_tokens=b.final_tokens,
-        context_turns=b.context_turns,
-        temperature=1.0,
-        final_temperature=1.0,
-        group_size=b.group,
-        scenarios_per_step=b.scenarios,
-        micro_tokens=b.micro_tokens,
-        lr=1e-6,
-    )
-    world = train.start_world()
-    model, player, tokenizer, optimizer, reference = train.build(settings, world)
-    voice = selfplay.voice(player, tokenizer)
-    voice.chat.ends = set()  # nothing ends a turn but its limit
-    learner = grpo.Learner(model, optimizer, settings, reference)
-    scenarios = [
-        dataset.Scenario(f"bench-{s}", "", PLACES[s % 4] + DILEMMA, PERSONAS)
-        for s in range(b.scenarios)
-    ]
-
-    def step(number, judge):
-        groups = [
-            [selfplay.Dialogue(s, number, g, m) for m in range(b.group)]
-            for g, s in enumerate(scenarios)
-        ]
-        flat = [d for group in groups for d in group]
-        start = time.perf_counter()
-        selfplay.play((voice, voice), flat, settings, judge, seed=0)
-        middle = time.perf_counter()
-        means, waited = train.learn(groups, learner, settings, world)
-        return (
-            middle - start,
-            time.perf_counter() - middle,
-            waited,
-            means["trained_tokens"],
-            flat,
-            groups,
-        )
-
-    def timed(judge):
-        runs = [step(n, judge) for n in range(b.repeats + 1)][1:]
-        play, learn, waited = (statistics.median(r[i] for r in runs) for i in range(3))
-        return play, learn, waited, statistics.median(r[0] + r[1] for r in runs), runs[-1]
-
-    play, learn, _, whole, last = timed(SlowJudge(0.0))
-    sampled = b.scenarios * b.group * (b.turns * b.turn_tokens + b.final_tokens)
-    dtype = next(model.parameters()).dtype
-    print(f"play   {play:6.1f} s  {sampled / play:6.1f} sampled tokens/s")
-    print(f"learn  {learn:6.1f} s  {last[3] / learn:6.1f} trained tokens/s")
-    print(
-        f"step   {whole:6.1f} s  peak memory {train.peak_memory_gb(world.device):.1f} GB   {dtype}, {torch.get_num_threads()} threads, median of {b.repeats}"
-    )
-    flops, bandwidth = rates(dtype, world.device)
-    packed = [
-        grpo.pack(group, "dialogue", 1 << 40) for group in last[5]
-    ]  # every token of every stream, once
-    low = floor_seconds(model, last[4], packed, flops, bandwidth, dtype.itemsize)
-    print(
-        f"floor  {sum(low):6.1f} s  (play {low[0]:.1f}, learn {low[1]:.1f}): {sum(low) / whole:.0%} of the step; {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s"
-    )
-    if b.judge_latency:
-        slow = timed(SlowJudge(b.judge_latency))
-        print(
-            f"judge  {slow[3]:6.1f} s  a step with {b.judge_latency:g} s per call: {slow[3] / whole - 1:+.1%}, of which {slow[2]:.1f} s waiting"
-        )
-    if b.profile:
-        with torch.profiler.profile() as profile:
-            step(99, SlowJudge(0.0))
-        print(
-            profile.key_averages().table(
-                sort_by=f"self_{world.device.type}_time_total",
-                row_limit=20,
-                max_name_column_width=40,
-            )
-        )
+    bench = command_line(Bench, argv, prog="tests/bench.py")
+    work = Workload(bench)
+    steps = work.steps(SlowJudge(0.0))
+    show_times(work, steps)
+    show_floor(work, steps)
+    if bench.judge_latency:
+        show_slow_judge(work, steps)
+    if bench.profile:
+        show_profile(work)
 
 
 if __name__ == "__main__":

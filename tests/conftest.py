@@ -6,19 +6,16 @@ import pytest
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers",
-        "slow: killed processes, the real model in full, a browser; left out unless asked for with -m slow",
-    )
+    """Leave slow tests out, unless -m asks for them."""
+    about = "slow: killed processes, the real model in full, a browser; only with -m slow"
+    config.addinivalue_line("markers", about)
     config.option.markexpr = config.option.markexpr or "not slow"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Two workers, unless -n says otherwise: half of the time goes to starting Python, which takes one core."""
-    if (
-        "PYTEST_XDIST_WORKER" not in os.environ
-        and getattr(config.option, "numprocesses", 0) is None
-    ):  # a worker must not start workers
+    """Two workers unless -n says otherwise: half of the time goes to starting Python."""
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # a worker must not start workers
+    if not is_worker and getattr(config.option, "numprocesses", 0) is None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         config.option.numprocesses = 2
