@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 import grpo
 import model as lm
+from attention import inner
 
 # ---- ranks ---------------------------------------------------------------------------------------
 
@@ -117,7 +118,7 @@ def build(settings, world, weights=None):
 
 def shard(model, dtype):
     """Split weights, gradients and optimizer state over the ranks, block by block (FSDP2)."""
-    body = lm.inner(model)
+    body = inner(model)
     blocks = body.layers if hasattr(body, "layers") else body.h  # GPT-2's name for them
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for part in [*blocks, model]:

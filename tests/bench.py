@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data_gen  # noqa: E402
 import grpo  # noqa: E402
-import model as lm  # noqa: E402
 import reward  # noqa: E402
 import selfplay  # noqa: E402
 import train  # noqa: E402
+from attention import inner  # noqa: E402
 from cli import command_line, option, run_cli  # noqa: E402
 
 PLACES = ["A mid-sized town", "A coastal city", "A mountain village", "A desert district"]
@@ -104,8 +104,8 @@ def floor_seconds(model, dialogues, packed, flops, bandwidth, size):
     """(play, learn) seconds that arithmetic and reading the weights, `size` bytes each, once per decoded token would take."""
     head = model.get_output_embeddings().weight
     body = (
-        sum(p.numel() for p in lm.inner(model).parameters())
-        - lm.inner(model).get_input_embeddings().weight.numel()
+        sum(p.numel() for p in inner(model).parameters())
+        - inner(model).get_input_embeddings().weight.numel()
     )
     sampled = sum(len(t.ids) for d in dialogues for t in d.turns) + sum(
         sum(d.final_sample.mask) for d in dialogues
