@@ -11,21 +11,27 @@ No model is rewritten, so any Hugging Face decoder will do. Two official hooks a
 Left out on purpose: paged caches, encoder models.
 """
 
+import copy
 import itertools
 import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
-
-from cli import UserError
+from transformers.modeling_outputs import BaseModelOutput
 
 
 def inner(model):
     """The decoder without its vocabulary projection (`model.model`, GPT-2: `model.transformer`)."""
-    return getattr(model, model.base_model_prefix)
+    return getattr(model, inner_name(model))
+
+
+def inner_name(model):
+    prefix = model.base_model_prefix
+    return prefix if hasattr(model, prefix) else "model"
 
 
 def context_limit(model):
@@ -41,8 +47,6 @@ def attend(module, query, key, value, attention_mask=None, tree=None, **options)
 
     query (B, Hq, Q, D), key and value (B, Hkv, K, D) -> output (B, Q, Hq, D).
     """
-    if options.get("s_aux") is not None:
-        raise UserError("--model: attention sinks are not supported; use another model")
     if tree is None:
         return attend_to_cache(query, key, value, attention_mask, **options), None
     return attend_to_tree(query, key, value, tree, **options), None
@@ -51,7 +55,7 @@ def attend(module, query, key, value, attention_mask=None, tree=None, **options)
 AttentionInterface.register("negotiate", attend)
 
 
-def attend_to_cache(query, key, value, mask, scaling=None, sliding_window=None, places=None, **_):
+def attend_to_cache(query, key, value, mask, sliding_window=None, places=None, **options):
     """Attention in `RaggedCache.read`, whose mask knows no sliding window; without mask, causal.
 
     places: (B, Q) the place of each query in its row. sliding_window: the layer's own.
@@ -63,10 +67,10 @@ def attend_to_cache(query, key, value, mask, scaling=None, sliding_window=None, 
         out_of_window = places[:, None, :, None] - sliding_window  # (B, 1, Q, 1)
         too_old = torch.arange(keys, device=query.device) <= out_of_window  # (B, 1, Q, K)
         mask = mask.masked_fill(too_old, -math.inf)
-    return grouped_attention(query, key, value, mask, scaling)
+    return grouped_attention(query, key, value, mask, **options)
 
 
-def attend_to_tree(query, key, value, tree, masks, scaling=None, sliding_window=None, **_):
+def attend_to_tree(query, key, value, tree, masks, sliding_window=None, **options):
     """Attention in a row [prefix | c0 | c1 | ...]: each continuation sees the prefix and itself.
 
     masks: a dict in which one layer leaves its masks for the next.
@@ -84,7 +88,7 @@ def attend_to_tree(query, key, value, tree, masks, scaling=None, sliding_window=
         shape = (end - start, k.shape[2], sliding_window)
         if shape not in masks:
             masks[shape] = causal_mask(q, k.shape[2], sliding_window)
-        outputs.append(grouped_attention(q, k, v, masks[shape], scaling))
+        outputs.append(grouped_attention(q, k, v, masks[shape], **options))
     return torch.cat(outputs, dim=1)  # (1, T, Hq, D)
 
 
@@ -102,23 +106,31 @@ def causal_mask(query, keys, sliding_window):
 SMALL = 1 << 23  # attention scores that fit in a CPU's caches
 
 
-def grouped_attention(query, key, value, mask, scaling):
+def grouped_attention(query, key, value, mask, scaling=None, softcap=None, s_aux=None, **_):
     """Attention (B, Q, Hq, D) without repeating the keys of grouped queries.
 
     The G = Hq / Hkv query heads of one KV head count as G times as many positions of that head.
+    softcap: Gemma 2's bound of the scores. s_aux: (Hq,) gpt-oss's sinks, a score of no key.
     """
     batch, heads, queries, dim = query.shape
     kv_heads, keys = key.shape[1:3]
     folded = query.reshape(batch, kv_heads, -1, dim)  # (B, Hkv, G*Q, D)
-    if batch * heads * queries * keys <= SMALL:  # two plain products are then twice as fast
+    small = batch * heads * queries * keys <= SMALL  # two plain products are then twice as fast
+    if small or softcap or s_aux is not None:
         folded = folded * (dim**-0.5 if scaling is None else scaling)
         scores = torch.matmul(folded, key.transpose(2, 3)).view(batch, kv_heads, -1, queries, keys)
-        weights = (scores + mask[:, :, None]).softmax(-1).view(batch, kv_heads, -1, keys)
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores + mask[:, :, None]
+        if s_aux is not None:
+            sinks = s_aux.to(scores).view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        weights = scores.softmax(-1)[..., :keys].reshape(batch, kv_heads, -1, keys)
         out = torch.matmul(weights, value)
     else:
         mask = mask.repeat(1, 1, heads // kv_heads, 1)
         out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, heads, queries, -1).transpose(1, 2)
+    return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous()
 
 
 # ---- sampling: a ragged key-value cache ----------------------------------------------------------
@@ -141,6 +153,13 @@ class Step:
     keys: int  # K, how many places of each slot the attention looks at
 
 
+class NoOtherState(list):
+    """What transformers asks for the state of layers that keep more than keys and values."""
+
+    def __getitem__(self, layer):
+        raise NotImplementedError("layers that keep more than keys and values are not supported")
+
+
 class RaggedCache(Cache):
     """Keys and values of `rows` streams of unequal lengths, preallocated.
 
@@ -150,7 +169,7 @@ class RaggedCache(Cache):
     """
 
     def __init__(self, rows, capacity=256):
-        super().__init__(layers=[])
+        super().__init__(layers=NoOtherState())
         self.lengths = [0] * rows
         self.capacity = capacity
         self.place = list(range(rows))
@@ -304,15 +323,34 @@ def read_tree(model, tree):
     return inner(model)(input_ids=ids, position_ids=positions, **options).last_hidden_state[0]
 
 
+class Given(nn.Module):
+    """Stands in for the decoder and answers with hidden states that are there already."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.hidden = hidden
+
+    @property
+    def decoder(self):  # OPT's is one level deeper
+        return self
+
+    def forward(self, *args, **options):
+        return States(last_hidden_state=self.hidden)
+
+
+class States(BaseModelOutput):
+    """Hidden states and nothing else, whatever a model asks for."""
+
+    def __getattr__(self, name):
+        return None
+
+
 def project(model, hidden):
-    """Hidden states (N, H) to fp32 logits (N, V), with the model's own scale or soft cap."""
-    config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden).float()
-    if getattr(config, "logit_scale", None):
-        logits = logits * config.logit_scale
-    if getattr(config, "logits_scaling", None):
-        logits = logits / config.logits_scaling
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    """Hidden states (N, H) to fp32 logits (N, V), by the model's own forward pass.
+
+    So heads of several matrices, scales and soft caps are as the model's makers meant them.
+    """
+    shell = copy.copy(model)  # the same weights
+    shell._modules = {**model._modules, inner_name(model): Given(hidden[None])}
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    return shell.forward(input_ids=ids, use_cache=False).logits[0].float()

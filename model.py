@@ -8,6 +8,7 @@ Left out on purpose: quantisation, tensor parallelism, custom code.
 To try it: `model, tokenizer = load("smollm2-135m")`.
 """
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -32,6 +33,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import exactness
 from attention import inner, project, read_tree
 from cli import UserError
 
@@ -173,6 +175,8 @@ def reading_model(name):
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        if "trust_remote_code" in str(error):
+            reason = "it brings code of its own, which we do not run"
         raise UserError(
             f"--model {name}: not {WARM_MODEL}, smollm2-135m, a folder with a causal LM, "
             f"or a reachable Hugging Face id ({reason})"
@@ -183,8 +187,10 @@ def find(name):
     """(folder or Hugging Face id, config, tokenizer) of a model's name; errors as in `load`."""
     shipped = {WARM_MODEL: warm_model_folder, "smollm2-135m": default_model_folder}
     folder = str(shipped[name]()) if name in shipped else name
+    own_code = dict(trust_remote_code=False)  # else transformers asks at the keyboard
     with reading_model(name):
-        return folder, AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **own_code)
+        return folder, config, AutoTokenizer.from_pretrained(folder, **own_code)
 
 
 def load(name, dtype="auto", device="cpu"):
@@ -196,11 +202,16 @@ def load(name, dtype="auto", device="cpu"):
     folder, config, tokenizer = find(name)
     options = dict(config=config, dtype=compute_dtype(dtype, device), output_loading_info=True)
     with reading_model(name):
-        model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, **options
+        )
     if report["missing_keys"]:  # transformers would fill them with random numbers
         missing = sorted(report["missing_keys"])[0]
         raise UserError(f"--model {name}: its weights lack {missing}; fetch or save it again")
-    return prepare(model.to(device)), tokenizer
+    model.to(device)
+    plain = exactness.expect(model)
+    exactness.check(prepare(model), plain, token_logprobs)
+    return model, tokenizer
 
 
 def prepare(model):
@@ -217,20 +228,14 @@ def prepare(model):
 
 
 def refuse_unsupported(model):
-    """Raise UserError for a model that would compute something else with `attend`."""
-    config = model.config.get_text_config()
+    """Raise UserError for a model that cannot take our attention or our cache at all."""
     kind = f"--model: {model.config.model_type}"
-    if getattr(config, "attn_logit_softcapping", None):
-        raise UserError(f"{kind} caps its attention scores, we do not; use another model")
     # without this argument it would swallow our cache and read each token alone
     if "cache" not in inspect.signature(inner(model).forward).parameters:
         problem = f"takes no cache in transformers {transformers.__version__}"
         advice = "run python -m pip install -r requirements.txt, or use another model"
         raise UserError(f"{kind} {problem}; {advice}")
-    layers = set(getattr(config, "layer_types", None) or [])
-    odd_layers = layers - {"full_attention", "sliding_attention"}
-    both_ways = any(getattr(module, "is_causal", True) is False for module in model.modules())
-    if odd_layers or both_ways or not model._can_set_attn_implementation():
+    if not model._can_set_attn_implementation():
         raise UserError(f"{kind} has no causal attention to exchange; use another model")
 
 
@@ -347,7 +352,14 @@ class LoRALinear(nn.Module):
         return self.base(x) + (x @ self.A.T) @ self.B.T * self.scale
 
 
-def add_lora(model, rank, targets=r"(q|k|v|o|gate|up|down)_proj", alpha=None):
+# Last names of the linear layers in a block, fused ones (qkv, gate_up) among them.
+LORA_TARGETS = (
+    "(q|k|v|o|out|kv|qkv|gate|up|down|gate_up)_proj|(q|kv)_[ab]_proj|kv_a_proj_with_mqa|"
+    "query_key_value|dense|dense_h_to_4h|dense_4h_to_h|c_(attn|fc|proj)|fc(1|2|_in|_out)|w[123]"
+)
+
+
+def add_lora(model, rank, targets=LORA_TARGETS, alpha=None):
     """Freeze the model, put an adapter on every linear layer whose last name matches `targets`.
 
     alpha is 2 * rank unless given. Raises UserError when nothing matches.
@@ -361,6 +373,23 @@ def add_lora(model, rank, targets=r"(q|k|v|o|gate|up|down)_proj", alpha=None):
     for name in chosen:
         model.set_submodule(name, LoRALinear(layers[name], rank, alpha or 2 * rank))
     return model
+
+
+def lora_share(model):
+    """One line: which share of its blocks' matrices has adapters, and what has none."""
+    covered, left_out = 0, collections.Counter()
+    apart = set(model.get_output_embeddings().parameters())
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            apart.update(module.parameters())
+    for name, p in model.named_parameters():
+        if name.endswith(".base.weight"):
+            covered += p.numel()
+        elif p.ndim > 1 and not name.endswith((".A", ".B")) and p not in apart:
+            left_out[".".join(name.removesuffix(".weight").split(".")[-2:])] += p.numel()
+    share = f"LoRA covers {covered / (covered + left_out.total()):.0%} of the block weights"
+    names = [name for name, _ in left_out.most_common(4)]
+    return f"{share}, not {', '.join(names)}" if names else share
 
 
 @contextlib.contextmanager
