@@ -21,7 +21,7 @@ WINDOW = 6  # every sliding window is this short during the check, and the rows 
 WINDOW_NAMES = ("sliding_window", "attention_chunk_size")
 SHARED = 9  # tokens with which both rows begin
 # Nats that log-probs may differ by, and shares of a gradient's norm that its parts may. An exact
-# model stays under a tenth of each (tests/MEASURED.md).
+# model stays under a tenth of each.
 LOGPROB_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
@@ -79,12 +79,9 @@ def refusing(model):
     except UserError:
         raise
     except Exception as error:
-        kind = model.config.model_type
-        reason = (str(error).strip() or "no message").splitlines()[0][:120]
-        raise UserError(
-            f"--model: {kind} cannot be read as we read models "
-            f"({type(error).__name__}: {reason}); use another model"
-        ) from error
+        problem = f"--model: {model.config.model_type} cannot be read as we read models"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:140]
+        raise UserError(f"{problem} ({reason}); use another model") from error
 
 
 def expect(model):
@@ -149,8 +146,5 @@ def compare(model, doing, pairs, tolerance):
     gaps = [(found - expected).abs().max() for found, expected in pairs]
     gap = torch.stack(gaps).max().item()
     if not gap <= tolerance[model.dtype]:  # NaN as well
-        kind = model.config.model_type
-        raise UserError(
-            f"--model: {kind} differs by {gap:.2g} between {doing} and its own forward pass; "
-            "use another model"
-        )
+        problem = f"--model: {model.config.model_type} differs by {gap:.2g} between {doing}"
+        raise UserError(f"{problem} and its own forward pass; use another model")

@@ -87,6 +87,8 @@ def build(settings, world, weights=None):
     if rank:
         torch.manual_seed(settings.seed)
         lm.add_lora(model, rank)
+        if world.rank == 0:
+            print(lm.lora_share(model))
     if settings.gradient_checkpointing:
         how = {"use_reentrant": False}
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)

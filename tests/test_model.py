@@ -7,7 +7,9 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     GPTNeoXConfig,
+    MixtralConfig,
     OPTConfig,
 )
 
@@ -483,6 +486,20 @@ def test_adapters_need_a_layer_to_sit_on():
         lm.add_lora(helpers.tiny("gpt2"), 4)
 
 
+@pytest.mark.parametrize(
+    "kind, line",
+    [
+        ("llama", "LoRA covers 100% of the block weights"),
+        ("phi3", "LoRA covers 100% of the block weights"),  # qkv and gate_up are fused
+        ("mixtral", "LoRA covers [1-9]?[0-9]% .* not experts.gate_up_proj, experts.down_proj, .*"),
+    ],
+)
+def test_adapters_say_what_they_cover(kind, line):
+    config = MixtralConfig(**SMALL, intermediate_size=64, num_local_experts=4)
+    model = AutoModelForCausalLM.from_config(config) if kind == "mixtral" else helpers.tiny(kind)
+    assert re.fullmatch(line, lm.lora_share(lm.add_lora(model, 4)))
+
+
 @pytest.mark.parametrize("kind", helpers.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_folder_is_a_plain_hugging_face_model(kind, dtype, tmp_path):
@@ -573,6 +590,19 @@ def test_a_folder_that_is_no_model_is_one_clear_error(folder, tmp_path, damage):
     no_model = "not negotiator-135m, smollm2-135m, a folder"
     lacks = "its weights lack model.layers.1.mlp.up_proj"
     with pytest.raises(cli.UserError, match=rf"^--model [^\n]*/m: ({no_model}|{lacks})[^\n]*$"):
+        lm.load(str(copy), "fp32")
+
+
+def test_code_of_its_own_is_refused_without_a_question(folder, tmp_path, monkeypatch):
+    copy = tmp_path / "m"
+    shutil.copytree(folder, copy)
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    config = json.loads((copy / "config.json").read_text())
+    config.update(auto_map=names, model_type="own")
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "own.py").write_text("raise SystemExit('it was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the keyboard"))
+    with pytest.raises(cli.UserError, match="it brings code of its own, which we do not run"):
         lm.load(str(copy), "fp32")
 
 
