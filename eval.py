@@ -34,6 +34,7 @@ import model as lm
 import report
 import reward
 import selfplay
+from attention import RaggedCache, Tree
 from cli import UserError, run_cli
 from client import BudgetSpent
 from dataset import DATA
@@ -132,7 +133,7 @@ def answers(voice, prompts, limit, temperature, top_p, seeds):
     rngs = [np.random.default_rng(seed) for seed in seeds]
     unread = [asked_alone(voice, prompt) for prompt in prompts]
     turns = [selfplay.Turn(0, "", True) for _ in prompts]
-    cache = lm.RaggedCache(len(prompts))
+    cache = RaggedCache(len(prompts))
     live = list(range(len(prompts)))
     while live:
         logits = cache.feed(voice.model, live, [unread[row] for row in live])  # (live, V)
@@ -154,7 +155,7 @@ def mean_logprobs(voice, prefix, continuations):
     """Mean log-prob per token of each continuation of a prefix, both of them ids."""
     wanted = [list(range(len(continuation))) for continuation in continuations]
     with torch.no_grad():
-        found = lm.token_logprobs(voice.model, lm.Tree(prefix, continuations), wanted)
+        found = lm.token_logprobs(voice.model, Tree(prefix, continuations), wanted)
     return [logprobs.mean().item() for logprobs in found]
 
 

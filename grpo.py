@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from model import Tree, adapters_off, cast, token_logprobs
+from attention import Tree
+from model import adapters_off, cast, token_logprobs
 
 # ---- pure functions ------------------------------------------------------------------------------
 

@@ -1,17 +1,14 @@
-"""The language model: load it, read with a key-value cache, score tokens, adapt with LoRA, save it.
+"""The language model: find it, load it, score tokens, adapt it with LoRA, save it.
 
-No model is rewritten, so any Hugging Face decoder will do. Two official hooks are used:
-`AttentionInterface` for the attention (`attend`), `Cache` for keys and values (`RaggedCache`).
+    name -> folder -> model, its attention exchanged (attention.py)         load, prepare
+    log-probs of the trained tokens, the vocabulary projected in chunks     token_logprobs
+    adapters: on, off, merged                                               add_lora, plain_state
 
-    sampling   rows of unequal length in one preallocated cache             RaggedCache
-    learning   a shared prefix, computed once, and its continuations
-               in one row: [prefix | c0 | c1 | ...]                         Tree, read_tree
-    scoring    vocabulary projection at the trained tokens only, in chunks  token_logprobs
-
-Left out on purpose: quantisation, tensor parallelism, paged caches, encoder models.
+Left out on purpose: quantisation, tensor parallelism, custom code.
 To try it: `model, tokenizer = load("smollm2-135m")`.
 """
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -25,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,11 +29,12 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import cross_entropy, pad, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import exactness
+from attention import inner, project, read_tree
 from cli import UserError
 
 transformers.utils.logging.disable_progress_bar()
@@ -178,6 +175,8 @@ def reading_model(name):
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        if "trust_remote_code" in str(error):
+            reason = "it brings code of its own, which we do not run"
         raise UserError(
             f"--model {name}: not {WARM_MODEL}, smollm2-135m, a folder with a causal LM, "
             f"or a reachable Hugging Face id ({reason})"
@@ -188,8 +187,10 @@ def find(name):
     """(folder or Hugging Face id, config, tokenizer) of a model's name; errors as in `load`."""
     shipped = {WARM_MODEL: warm_model_folder, "smollm2-135m": default_model_folder}
     folder = str(shipped[name]()) if name in shipped else name
+    own_code = dict(trust_remote_code=False)  # else transformers asks at the keyboard
     with reading_model(name):
-        return folder, AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **own_code)
+        return folder, config, AutoTokenizer.from_pretrained(folder, **own_code)
 
 
 def load(name, dtype="auto", device="cpu"):
@@ -201,11 +202,16 @@ def load(name, dtype="auto", device="cpu"):
     folder, config, tokenizer = find(name)
     options = dict(config=config, dtype=compute_dtype(dtype, device), output_loading_info=True)
     with reading_model(name):
-        model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, **options
+        )
     if report["missing_keys"]:  # transformers would fill them with random numbers
         missing = sorted(report["missing_keys"])[0]
         raise UserError(f"--model {name}: its weights lack {missing}; fetch or save it again")
-    return prepare(model.to(device)), tokenizer
+    model.to(device)
+    plain = exactness.expect(model)
+    exactness.check(prepare(model), plain, token_logprobs)
+    return model, tokenizer
 
 
 def prepare(model):
@@ -222,20 +228,14 @@ def prepare(model):
 
 
 def refuse_unsupported(model):
-    """Raise UserError for a model that would compute something else with `attend`."""
-    config = model.config.get_text_config()
+    """Raise UserError for a model that cannot take our attention or our cache at all."""
     kind = f"--model: {model.config.model_type}"
-    if getattr(config, "attn_logit_softcapping", None):
-        raise UserError(f"{kind} caps its attention scores, we do not; use another model")
     # without this argument it would swallow our cache and read each token alone
     if "cache" not in inspect.signature(inner(model).forward).parameters:
         problem = f"takes no cache in transformers {transformers.__version__}"
         advice = "run python -m pip install -r requirements.txt, or use another model"
         raise UserError(f"{kind} {problem}; {advice}")
-    layers = set(getattr(config, "layer_types", None) or [])
-    odd_layers = layers - {"full_attention", "sliding_attention"}
-    both_ways = any(getattr(module, "is_causal", True) is False for module in model.modules())
-    if odd_layers or both_ways or not model._can_set_attn_implementation():
+    if not model._can_set_attn_implementation():
         raise UserError(f"{kind} has no causal attention to exchange; use another model")
 
 
@@ -249,16 +249,6 @@ def cast(model, dtype):
 def release_memory():
     """Give free memory back to the system: blocks of ever new sizes leave gaps of gigabytes."""
     glibc("malloc_trim", 0)
-
-
-def inner(model):
-    """The decoder without its vocabulary projection (`model.model`, GPT-2: `model.transformer`)."""
-    return getattr(model, model.base_model_prefix)
-
-
-def context_limit(model):
-    """The longest stream, in tokens, that the model's positions allow."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
 @contextlib.contextmanager
@@ -293,289 +283,7 @@ def _can_reorder(module):
     return onednn
 
 
-# ---- attention -----------------------------------------------------------------------------------
-
-
-def attend(module, query, key, value, attention_mask=None, tree=None, **options):
-    """The attention function of every layer, as transformers' AttentionInterface wants it.
-
-    query (B, Hq, Q, D), key and value (B, Hkv, K, D) -> output (B, Q, Hq, D).
-    """
-    if options.get("s_aux") is not None:
-        raise UserError("--model: attention sinks are not supported; use another model")
-    if tree is None:
-        return attend_to_cache(query, key, value, attention_mask, **options), None
-    return attend_to_tree(query, key, value, tree, **options), None
-
-
-AttentionInterface.register("negotiate", attend)
-
-
-def attend_to_cache(query, key, value, mask, scaling=None, sliding_window=None, places=None, **_):
-    """Attention in `RaggedCache.read`, whose mask knows no sliding window; without mask, causal.
-
-    places: (B, Q) the place of each query in its row. sliding_window: the layer's own.
-    """
-    keys = key.shape[2]
-    if mask is None:
-        mask = causal_mask(query, keys, sliding_window)
-    elif sliding_window is not None and keys > sliding_window:
-        out_of_window = places[:, None, :, None] - sliding_window  # (B, 1, Q, 1)
-        too_old = torch.arange(keys, device=query.device) <= out_of_window  # (B, 1, Q, K)
-        mask = mask.masked_fill(too_old, -math.inf)
-    return grouped_attention(query, key, value, mask, scaling)
-
-
-def attend_to_tree(query, key, value, tree, masks, scaling=None, sliding_window=None, **_):
-    """Attention in a row [prefix | c0 | c1 | ...]: each continuation sees the prefix and itself.
-
-    masks: a dict in which one layer leaves its masks for the next.
-    """
-    first = len(tree.prefix)
-    prefix_key, prefix_value = key[:, :, :first], value[:, :, :first]
-    outputs = []
-    for start, end in [(0, first), *tree.spans]:
-        if start == end:
-            continue
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        if start >= first:  # a continuation
-            k = torch.cat([prefix_key, k], dim=2)
-            v = torch.cat([prefix_value, v], dim=2)
-        shape = (end - start, k.shape[2], sliding_window)
-        if shape not in masks:
-            masks[shape] = causal_mask(q, k.shape[2], sliding_window)
-        outputs.append(grouped_attention(q, k, v, masks[shape], scaling))
-    return torch.cat(outputs, dim=1)  # (1, T, Hq, D)
-
-
-def causal_mask(query, keys, sliding_window):
-    """(1, 1, Q, K) to add to the scores, where the queries are the last Q of K positions."""
-    queries = query.shape[2]
-    before = keys - queries
-    unseen = query.new_full((queries, keys), -math.inf)
-    mask = unseen.triu(before + 1)
-    if sliding_window is not None:
-        mask = mask + unseen.tril(before - sliding_window)
-    return mask[None, None]
-
-
-SMALL = 1 << 23  # attention scores that fit in a CPU's caches
-
-
-def grouped_attention(query, key, value, mask, scaling):
-    """Attention (B, Q, Hq, D) without repeating the keys of grouped queries.
-
-    The G = Hq / Hkv query heads of one KV head count as G times as many positions of that head.
-    """
-    batch, heads, queries, dim = query.shape
-    kv_heads, keys = key.shape[1:3]
-    folded = query.reshape(batch, kv_heads, -1, dim)  # (B, Hkv, G*Q, D)
-    if batch * heads * queries * keys <= SMALL:  # two plain products are then twice as fast
-        folded = folded * (dim**-0.5 if scaling is None else scaling)
-        scores = torch.matmul(folded, key.transpose(2, 3)).view(batch, kv_heads, -1, queries, keys)
-        weights = (scores + mask[:, :, None]).softmax(-1).view(batch, kv_heads, -1, keys)
-        out = torch.matmul(weights, value)
-    else:
-        mask = mask.repeat(1, 1, heads // kv_heads, 1)
-        out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, heads, queries, -1).transpose(1, 2)
-
-
-# ---- sampling: a ragged key-value cache ----------------------------------------------------------
-
-AT_ONCE = 1024  # tokens, pads included, of one forward pass that reads turns
-
-
-def capacity_for(tokens):
-    """The capacity that a cache grows to when its longest row has this many tokens."""
-    return -(-tokens // 64) * 64
-
-
-@dataclass
-class Step:
-    """Where one forward pass writes in the store, and what it sees of it."""
-
-    slots: torch.Tensor  # (b,) slot of each row
-    positions: torch.Tensor  # (b, q) place of each new token in its row
-    seen: slice | torch.Tensor  # the same slots: a slice where they lie side by side, else `slots`
-    keys: int  # K, how many places of each slot the attention looks at
-
-
-class RaggedCache(Cache):
-    """Keys and values of `rows` streams of unequal lengths, preallocated.
-
-    Row r lives in slot `place[r]` and uses its first `lengths[r]` places. A row is cropped by
-    lowering its length; what lies beyond a length is never seen. The rows of a decoding batch are
-    brought side by side (`together`), so that the model reads them as a view, never as a copy.
-    """
-
-    def __init__(self, rows, capacity=256):
-        super().__init__(layers=[])
-        self.lengths = [0] * rows
-        self.capacity = capacity
-        self.place = list(range(rows))
-        self.store = {}  # layer -> (keys, values), each (slots, Hkv, capacity, D)
-        self.step = None  # of the forward pass that is under way
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Called by each layer: write its new (b, Hkv, q, D), return all it sees (b, Hkv, K, D)."""
-        new = (key_states, value_states)
-        if layer_idx not in self.store:
-            sizes = [(len(self.place), x.shape[1], self.capacity, x.shape[3]) for x in new]
-            self.store[layer_idx] = [x.new_zeros(size) for x, size in zip(new, sizes)]
-        step, seen = self.step, []
-        for whole, states in zip(self.store[layer_idx], new):
-            whole[step.slots[:, None], :, step.positions] = states.transpose(1, 2)
-            seen.append(whole[step.seen, :, : step.keys])
-        return seen
-
-    def _grow(self, needed):
-        more = capacity_for(needed) - self.capacity
-        if needed > self.capacity:
-            self.capacity += more
-            for layer, pair in self.store.items():
-                self.store[layer] = [pad(whole, (0, 0, 0, more)) for whole in pair]
-
-    def together(self, rows):
-        """Swap slots until `rows` lie side by side, where most of them are; rows in slot order."""
-        size = len(rows)
-        rows = sorted(rows, key=self.place.__getitem__)
-        if not rows or self.place[rows[-1]] - self.place[rows[0]] == size - 1:
-            return rows
-        wanted = set(rows)
-        owner = sorted(range(len(self.place)), key=self.place.__getitem__)  # the row in each slot
-        there = [row in wanted for row in owner]
-        starts = range(len(owner) - size + 1)
-        start = max(starts, key=lambda at: sum(there[at : at + size]))
-        strangers = [row for row in owner[start : start + size] if row not in wanted]
-        for row in rows:
-            if not start <= self.place[row] < start + size:
-                self._swap(row, strangers.pop())
-        return sorted(rows, key=self.place.__getitem__)
-
-    def _swap(self, row, other):
-        here, there = self.place[row], self.place[other]
-        used = max(self.lengths[row], self.lengths[other])
-        for whole in itertools.chain.from_iterable(self.store.values()):
-            whole[[here, there], :, :used] = whole[[there, here], :, :used]
-        self.place[row], self.place[other] = there, here
-
-    def copy(self, source, targets, n):
-        """Give each target row the first `n` tokens of `source`: a group's prefix is read once."""
-        slots = [self.place[target] for target in targets]
-        for whole in itertools.chain.from_iterable(self.store.values()):
-            # a full row is one block, which torch will not write over itself: hence the clone
-            whole[slots, :, :n] = whole[self.place[source], :, :n].clone()
-        for target in targets:
-            self.lengths[target] = n
-
-    def feed(self, model, rows, tokens):
-        """Read as `read` does; the logits after each row's last token, (b, V) fp32.
-
-        More than AT_ONCE tokens are read in pieces, the longest first, so with little padding.
-        """
-        most = AT_ONCE * 16 if next(model.parameters()).is_cuda else AT_ONCE
-        if len(rows) * max(len(ids) for ids in tokens) <= most:
-            return self._last_logits(model, rows, tokens)
-        left = order = sorted(range(len(rows)), key=lambda i: -len(tokens[i]))
-        logits = []
-        while left:
-            size = max(1, most // len(tokens[left[0]]))
-            piece, left = left[:size], left[size:]
-            some = [rows[i] for i in piece]
-            logits.append(self._last_logits(model, some, [tokens[i] for i in piece]))
-        return torch.cat(logits)[torch.tensor(order).argsort().to(logits[0].device)]
-
-    @torch.no_grad()
-    def _last_logits(self, model, rows, tokens):
-        hidden = self.read(model, rows, tokens)  # (b, q, H)
-        last = torch.tensor([len(ids) - 1 for ids in tokens], device=hidden.device)
-        return project(model, hidden[torch.arange(len(rows), device=hidden.device), last])
-
-    @torch.no_grad()
-    def read(self, model, rows, tokens):
-        """Read the non-empty ids `tokens[i]` into row `rows[i]`, all b rows in one forward pass.
-
-        Returns the hidden state after each token, (b, q, H); beyond the end of a row it is noise.
-        """
-        weight = next(model.parameters())
-        device = weight.device
-        counts = [len(ids) for ids in tokens]
-        lengths = [self.lengths[row] for row in rows]
-        width = max(counts)
-        longest = max(length + count for length, count in zip(lengths, counts))
-        self._grow(max(lengths) + width)
-        self.step = step = self._step(rows, lengths, width, longest, device)
-        unseen = torch.arange(step.keys, device=device) > step.positions[:, :, None]  # (b, q, K)
-        mask = torch.zeros(unseen.shape, dtype=weight.dtype, device=device)
-        mask.masked_fill_(unseen, -math.inf)
-        padded = [ids + [ids[-1]] * (width - len(ids)) for ids in tokens]
-        hidden = inner(model)(
-            input_ids=torch.tensor(padded, device=device),  # (b, q)
-            attention_mask=mask[:, None],
-            # a pad may stand beyond the model's last position, or see no key: any number will do
-            position_ids=step.positions.clamp(max=context_limit(model) - 1),
-            places=step.positions.clamp(max=longest - 1),
-            cache=self,
-            use_cache=True,
-        ).last_hidden_state
-        for row, count in zip(rows, counts):
-            self.lengths[row] += count
-        return hidden
-
-    def _step(self, rows, lengths, width, longest, device):
-        places = [self.place[row] for row in rows]
-        slots = torch.tensor(places, device=device)
-        new = torch.arange(width, device=device)
-        positions = torch.tensor(lengths, device=device)[:, None] + new  # (b, q)
-        first, end = places[0], places[0] + len(rows)
-        if places == list(range(first, end)):
-            # a view of the whole capacity, because a matrix product would copy anything less
-            return Step(slots, positions, slice(first, end), self.capacity)
-        return Step(slots, positions, slots, longest)
-
-
-# ---- learning and scoring: a prefix and its continuations in one row -----------------------------
-
-
-@dataclass
-class Tree:
-    """A shared prefix and its continuations as one row of ids, [prefix | c0 | c1 | ...]."""
-
-    prefix: list
-    continuations: list  # of lists of ids
-
-    def __post_init__(self):
-        self.row = list(self.prefix)
-        self.positions = list(range(len(self.prefix)))  # each continuation's follow the prefix's
-        self.spans = []  # (start, end) of each continuation in the row
-        for ids in self.continuations:
-            self.spans.append((len(self.row), len(self.row) + len(ids)))
-            self.row += ids
-            self.positions += range(len(self.prefix), len(self.prefix) + len(ids))
-        self.tokens = len(self.row)
-
-
-def read_tree(model, tree):
-    """Hidden states of a tree's row, (T, H), with gradients."""
-    device = next(model.parameters()).device
-    ids, positions = torch.tensor([tree.row, tree.positions], device=device)[:, None]  # (1, T)
-    options = dict(use_cache=False, tree=tree, masks={})
-    return inner(model)(input_ids=ids, position_ids=positions, **options).last_hidden_state[0]
-
-
-def project(model, hidden):
-    """Hidden states (N, H) to fp32 logits (N, V), with the model's own scale or soft cap."""
-    config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden).float()
-    if getattr(config, "logit_scale", None):
-        logits = logits * config.logit_scale
-    if getattr(config, "logits_scaling", None):
-        logits = logits / config.logits_scaling
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+# ---- scoring -------------------------------------------------------------------------------------
 
 
 def _chosen_logprobs(model, temperature, hidden, targets, cuts):
@@ -644,7 +352,14 @@ class LoRALinear(nn.Module):
         return self.base(x) + (x @ self.A.T) @ self.B.T * self.scale
 
 
-def add_lora(model, rank, targets=r"(q|k|v|o|gate|up|down)_proj", alpha=None):
+# Last names of the linear layers in a block, fused ones (qkv, gate_up) among them.
+LORA_TARGETS = (
+    "(q|k|v|o|out|kv|qkv|gate|up|down|gate_up)_proj|(q|kv)_[ab]_proj|kv_a_proj_with_mqa|"
+    "query_key_value|dense|dense_h_to_4h|dense_4h_to_h|c_(attn|fc|proj)|fc(1|2|_in|_out)|w[123]"
+)
+
+
+def add_lora(model, rank, targets=LORA_TARGETS, alpha=None):
     """Freeze the model, put an adapter on every linear layer whose last name matches `targets`.
 
     alpha is 2 * rank unless given. Raises UserError when nothing matches.
@@ -658,6 +373,23 @@ def add_lora(model, rank, targets=r"(q|k|v|o|gate|up|down)_proj", alpha=None):
     for name in chosen:
         model.set_submodule(name, LoRALinear(layers[name], rank, alpha or 2 * rank))
     return model
+
+
+def lora_share(model):
+    """One line: which share of its blocks' matrices has adapters, and what has none."""
+    covered, left_out = 0, collections.Counter()
+    apart = set(model.get_output_embeddings().parameters())
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            apart.update(module.parameters())
+    for name, p in model.named_parameters():
+        if name.endswith(".base.weight"):
+            covered += p.numel()
+        elif p.ndim > 1 and not name.endswith((".A", ".B")) and p not in apart:
+            left_out[".".join(name.removesuffix(".weight").split(".")[-2:])] += p.numel()
+    share = f"LoRA covers {covered / (covered + left_out.total()):.0%} of the block weights"
+    names = [name for name, _ in left_out.most_common(4)]
+    return f"{share}, not {', '.join(names)}" if names else share
 
 
 @contextlib.contextmanager

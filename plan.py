@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import dataset
 import selfplay
-from model import Tree, add_lora, capacity_for, find, inner, prepare
+from attention import Tree, capacity_for, inner
+from model import add_lora, find, prepare
 
 TURN_GLUE, FINAL_GLUE = 8, 80  # tokens of template and request around a turn and a final
 ADVICE = {

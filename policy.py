@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 import grpo
 import model as lm
+from attention import inner
 
 # ---- ranks ---------------------------------------------------------------------------------------
 
@@ -86,6 +87,8 @@ def build(settings, world, weights=None):
     if rank:
         torch.manual_seed(settings.seed)
         lm.add_lora(model, rank)
+        if world.rank == 0:
+            print(lm.lora_share(model))
     if settings.gradient_checkpointing:
         how = {"use_reentrant": False}
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
@@ -117,7 +120,7 @@ def build(settings, world, weights=None):
 
 def shard(model, dtype):
     """Split weights, gradients and optimizer state over the ranks, block by block (FSDP2)."""
-    body = lm.inner(model)
+    body = inner(model)
     blocks = body.layers if hasattr(body, "layers") else body.h  # GPT-2's name for them
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for part in [*blocks, model]:

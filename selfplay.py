@@ -29,8 +29,9 @@ import torch
 
 import dataset
 import reward
+from attention import RaggedCache, context_limit
 from cli import UserError, command_line, option, run_cli
-from model import WARM_MODEL, RaggedCache, context_limit, load, own_device, packed
+from model import WARM_MODEL, load, own_device, packed
 from rubric import fill
 
 

@@ -42,6 +42,7 @@ import plan
 import progress
 import reward
 import selfplay
+from attention import context_limit
 from checkpoint import append, begin, claim, load_trainer, open_run, save_checkpoint
 from cli import UserError, run_cli
 from client import BudgetSpent
@@ -244,7 +245,7 @@ class Run:
         settings, world, player = self.settings, self.world, self.policy.player
         self.scenarios, self.held_out = divide(settings)
         self.voice = selfplay.voice(player, self.policy.tokenizer)
-        limit = lm.context_limit(player)
+        limit = context_limit(player)
         if settings.final_tokens + selfplay.room(settings) >= limit:
             raise UserError(
                 f"--turn-tokens, --final-tokens: {settings.model} holds {limit} tokens in all; "
@@ -478,7 +479,7 @@ def imitation_sets(settings, policy):
     written = dataset.load_demonstrations(file, settings.scenarios or None)
     names = list(dict.fromkeys(negotiation.scenario.id for negotiation in written))
     held = set(dataset.spread(names, max(1, len(names) // 10)))
-    train_on, held_out, limit = [], [], lm.context_limit(policy.model)
+    train_on, held_out, limit = [], [], context_limit(policy.model)
     for negotiation in written:
         dialogue = selfplay.imitate(negotiation, chat, settings)
         tokens = len(dialogue.final_sample.ids)

@@ -23,9 +23,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data_gen
+import attention
+import dataset
 import grpo
-import model as lm
 import policy
 import reward
 import selfplay
@@ -125,7 +125,7 @@ class Workload:
         """The empty dialogues of step `number`."""
         groups = []
         for g in range(self.bench.scenarios):
-            scenario = data_gen.Scenario(f"bench-{g}", "", PLACES[g % 4] + DILEMMA, PERSONAS)
+            scenario = dataset.Scenario(f"bench-{g}", "", PLACES[g % 4] + DILEMMA, PERSONAS)
             members = range(self.bench.group)
             groups.append([selfplay.Dialogue(scenario, number, g, m) for m in members])
         return groups
@@ -201,8 +201,8 @@ def read_bandwidth(device):
 def floor_seconds(model, groups, flops, bandwidth):
     """(play, learn): seconds of the arithmetic, and of reading the weights once a decoded token."""
     head = model.get_output_embeddings().weight
-    embeddings = lm.inner(model).get_input_embeddings().weight.numel()
-    body = sum(p.numel() for p in lm.inner(model).parameters()) - embeddings
+    embeddings = attention.inner(model).get_input_embeddings().weight.numel()
+    body = sum(p.numel() for p in attention.inner(model).parameters()) - embeddings
     dialogues = sum(groups, [])
     sampled = sum(sum(d.final_sample.mask) for d in dialogues)
     for dialogue in dialogues:

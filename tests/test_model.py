@@ -7,7 +7,9 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -21,19 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BloomConfig,
-    Gemma2Config,
     GenerationConfig,
     GPTNeoXConfig,
-    Lfm2Config,
-    MambaConfig,
+    MixtralConfig,
     OPTConfig,
 )
 
+import attention
 import cli
 import model as lm
 import selfplay
+from attention import RaggedCache, Tree
 
 SEED = random.Random(0)
 
@@ -136,7 +136,7 @@ class Twin:
 
     def __init__(self, model, rows):
         self.model = model
-        self.cache = lm.RaggedCache(rows, capacity=8)
+        self.cache = RaggedCache(rows, capacity=8)
         self.rows = [[] for _ in range(rows)]
 
     def crop(self, row, length):
@@ -171,7 +171,7 @@ class Twin:
 )
 def test_rows_of_the_cache_keep_apart(kind, at_once, monkeypatch):
     """Random feeds, crops, copies and swaps."""
-    monkeypatch.setattr(lm, "AT_ONCE", at_once)
+    monkeypatch.setattr(attention, "AT_ONCE", at_once)
     rng, n, fed = random.Random(kind), 6, 0
     twin = Twin(helpers.tiny(kind), n)
     for _ in range(60):
@@ -198,7 +198,7 @@ def test_rows_of_the_cache_keep_apart(kind, at_once, monkeypatch):
 def test_rows_are_brought_together_where_most_of_them_are():
     """A batch in the middle moves nothing; a stray row takes the gap, with what it holds."""
     rng, model = random.Random(0), helpers.tiny("llama")
-    cache, rows = lm.RaggedCache(6, capacity=8), [some_ids(n, rng) for n in (3, 5, 2, 6, 4, 1)]
+    cache, rows = RaggedCache(6, capacity=8), [some_ids(n, rng) for n in (3, 5, 2, 6, 4, 1)]
     cache.feed(model, list(range(6)), rows)
     assert cache.together([4, 3, 2]) == [2, 3, 4]
     assert cache.together([]) == []
@@ -206,7 +206,7 @@ def test_rows_are_brought_together_where_most_of_them_are():
     assert cache.together([5, 3, 2]) == [5, 2, 3]
     assert cache.place == [0, 5, 2, 3, 4, 1]
     for row in (1, 5):
-        alone = lm.RaggedCache(1)
+        alone = RaggedCache(1)
         alone.feed(model, [0], [rows[row]])
         held = itertools.chain.from_iterable(cache.store.values())
         expected = itertools.chain.from_iterable(alone.store.values())
@@ -218,7 +218,7 @@ def test_rows_are_brought_together_where_most_of_them_are():
 
 @pytest.mark.parametrize("n", [127, 128, 129])
 def test_a_head_that_fills_the_cache_to_the_last_place_is_copied(n):
-    model, cache = helpers.tiny(), lm.RaggedCache(3, capacity=128)
+    model, cache = helpers.tiny(), RaggedCache(3, capacity=128)
     cache.feed(model, [0], [some_ids(n)])
     cache.copy(0, [1, 2], n)
     logits = cache.feed(model, [0, 1, 2], [[7]] * 3)
@@ -234,7 +234,7 @@ def test_pads_move_nothing(kind, pads):
     model, ids, beside = helpers.tiny(kind), some_ids(40), some_ids(40)
     expected = helpers.plain_logprobs(model, ids)[-1].item()
     for before in (0, 5, 30):
-        cache = lm.RaggedCache(2)
+        cache = RaggedCache(2)
         if before:
             cache.feed(model, [0, 1], [ids[:before], beside[: before + 3]])
         new = [some_ids(39 - before + pads), ids[before:39]]
@@ -248,7 +248,7 @@ def test_pads_beyond_the_last_position_are_harmless():
     model.config.max_position_embeddings = 64
     model.transformer.wpe = nn.Embedding.from_pretrained(model.transformer.wpe.weight[:64].detach())
     long, short = some_ids(63), some_ids(3)
-    cache = lm.RaggedCache(2)
+    cache = RaggedCache(2)
     cache.feed(model, [0, 1], [long[:60], short[:1]])
     # 19 pads for row 0, up to place 80
     logits = cache.feed(model, [0, 1], [long[60:61], some_ids(20)])
@@ -332,7 +332,7 @@ def test_shared_prefixes_and_chunks_change_no_value_and_no_gradient(kind, split,
     for size in split:
         some = slice(start, start + size)
         start += size
-        tree = lm.Tree(case.prefix, case.tails[some])
+        tree = Tree(case.prefix, case.tails[some])
         got += lm.token_logprobs(model, tree, case.wanted[some], 0.6, chunk=chunk)
     for a, b, indices in zip(got, plain, case.wanted):
         assert a.shape == (len(indices),)
@@ -344,17 +344,17 @@ def test_shared_prefixes_and_chunks_change_no_value_and_no_gradient(kind, split,
 
 def test_trees_without_a_prefix_or_without_anything_wanted():
     model, ids, more = helpers.tiny(), some_ids(6), some_ids(4)
-    got = lm.token_logprobs(model, lm.Tree([], [ids, more]), [[1, 2, 3, 4, 5], [3]])
+    got = lm.token_logprobs(model, Tree([], [ids, more]), [[1, 2, 3, 4, 5], [3]])
     torch.testing.assert_close(got[0], helpers.plain_logprobs(model, ids), rtol=0, atol=1e-5)
     torch.testing.assert_close(got[1], helpers.plain_logprobs(model, more)[2:], rtol=0, atol=1e-5)
-    nothing = lm.token_logprobs(model, lm.Tree(ids, [more, []]), [[], []])
+    nothing = lm.token_logprobs(model, Tree(ids, [more, []]), [[], []])
     assert [v.tolist() for v in nothing] == [[], []]
     sum(v.sum() for v in nothing).backward()  # an idle rank can still run backward
 
 
 @pytest.mark.parametrize("nucleus", [False, True])
 def test_the_vocabulary_is_never_projected_for_more_than_a_chunk(monkeypatch, nucleus):
-    model, tree = helpers.tiny(), lm.Tree(some_ids(30), [some_ids(100), some_ids(60)])
+    model, tree = helpers.tiny(), Tree(some_ids(30), [some_ids(100), some_ids(60)])
     sizes, kept, project = [], [], lm.project
 
     def counted(model, hidden):
@@ -384,7 +384,7 @@ def test_a_nucleus_is_renormalised():
     full = model(torch.tensor([ids])).logits[0].log_softmax(-1)[3:-1].detach()  # of ids[4:]
     sizes = (1, 2, 3, 5, 9, 20, 100, 389)
     cuts = [row.sort().values[-k].item() - 1e-3 for row, k in zip(full, sizes)]
-    tree = lm.Tree(ids[:4], [ids[4:]])
+    tree = Tree(ids[:4], [ids[4:]])
     (got,) = lm.token_logprobs(model, tree, [list(range(8))], cuts=[cuts])
     for row, cut, token, value in zip(full, cuts, ids[4:], got.tolist()):
         # a token that was sampled was inside
@@ -435,7 +435,7 @@ def test_dropout_is_off_whatever_the_config_says(kind, rates):
     assert not model.training
     expected = helpers.plain_logprobs(model, ids)
     model.train()  # as the learner does for --gradient-checkpointing
-    (got,) = lm.token_logprobs(model, lm.Tree(ids[:5], [ids[5:]]), [list(range(15))])
+    (got,) = lm.token_logprobs(model, Tree(ids[:5], [ids[5:]]), [list(range(15))])
     torch.testing.assert_close(got, expected[4:], rtol=0, atol=1e-5)
 
 
@@ -475,7 +475,7 @@ def test_adapters_merge_exactly_and_switch_off_exactly(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "phi3"])
 def test_only_adapters_are_trained(kind):
     model, ids = adapted(kind), some_ids(30)
-    lm.token_logprobs(model, lm.Tree(ids[:5], [ids[5:]]), [[3, 4]])[0].sum().backward()
+    lm.token_logprobs(model, Tree(ids[:5], [ids[5:]]), [[3, 4]])[0].sum().backward()
     trained = {n for n, p in model.named_parameters() if p.grad is not None}
     assert trained == {n for n, p in model.named_parameters() if n.endswith((".A", ".B"))}
     assert len(trained) >= 8
@@ -484,6 +484,20 @@ def test_only_adapters_are_trained(kind):
 def test_adapters_need_a_layer_to_sit_on():
     with pytest.raises(cli.UserError, match="^--lora-rank: no linear layer of gpt2 matches"):
         lm.add_lora(helpers.tiny("gpt2"), 4)
+
+
+@pytest.mark.parametrize(
+    "kind, line",
+    [
+        ("llama", "LoRA covers 100% of the block weights"),
+        ("phi3", "LoRA covers 100% of the block weights"),  # qkv and gate_up are fused
+        ("mixtral", "LoRA covers [1-9]?[0-9]% .* not experts.gate_up_proj, experts.down_proj, .*"),
+    ],
+)
+def test_adapters_say_what_they_cover(kind, line):
+    config = MixtralConfig(**SMALL, intermediate_size=64, num_local_experts=4)
+    model = AutoModelForCausalLM.from_config(config) if kind == "mixtral" else helpers.tiny(kind)
+    assert re.fullmatch(line, lm.lora_share(lm.add_lora(model, 4)))
 
 
 @pytest.mark.parametrize("kind", helpers.KINDS)
@@ -579,6 +593,19 @@ def test_a_folder_that_is_no_model_is_one_clear_error(folder, tmp_path, damage):
         lm.load(str(copy), "fp32")
 
 
+def test_code_of_its_own_is_refused_without_a_question(folder, tmp_path, monkeypatch):
+    copy = tmp_path / "m"
+    shutil.copytree(folder, copy)
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    config = json.loads((copy / "config.json").read_text())
+    config.update(auto_map=names, model_type="own")
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "own.py").write_text("raise SystemExit('it was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the keyboard"))
+    with pytest.raises(cli.UserError, match="it brings code of its own, which we do not run"):
+        lm.load(str(copy), "fp32")
+
+
 @pytest.mark.parametrize("name", ["no such model", "", "nobody/nothing"])
 def test_an_unknown_name_is_one_clear_error(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -588,29 +615,12 @@ def test_an_unknown_name_is_one_clear_error(name, monkeypatch):
 
 
 SMALL = dict(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-CONV = dict(num_key_value_heads=2, layer_types=["conv", "full_attention"])
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4),
-        MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2),
-        Lfm2Config(**SMALL, intermediate_size=64, **CONV),
-        BertConfig(**SMALL, intermediate_size=64),
-        Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, intermediate_size=64),
-    ],
-    ids=lambda c: c.model_type,
-)
-def test_a_model_whose_attention_we_cannot_replace_is_refused(config):
-    with pytest.raises(cli.UserError, match=f"^--model: {config.model_type} .*use another model$"):
-        lm.prepare(AutoModelForCausalLM.from_config(config))
 
 
 def test_a_decoder_is_not_refused_for_its_is_decoder_flag():
     config, ids = GPTNeoXConfig(**SMALL, intermediate_size=64), [5, 6, 7, 8, 9]
     model = lm.prepare(AutoModelForCausalLM.from_config(config))
-    (got,) = lm.token_logprobs(model, lm.Tree(ids[:2], [ids[2:]]), [[0, 1, 2]])
+    (got,) = lm.token_logprobs(model, Tree(ids[:2], [ids[2:]]), [[0, 1, 2]])
     torch.testing.assert_close(got, helpers.plain_logprobs(model, ids)[1:], rtol=0, atol=1e-5)
 
 
@@ -661,7 +671,7 @@ class TinyTokenizers:
     own = lm.AutoTokenizer
 
     @classmethod
-    def from_pretrained(cls, source, gguf_file=None):
+    def from_pretrained(cls, source, gguf_file=None, **more):
         return helpers.tokenizer() if gguf_file else cls.own.from_pretrained(source)
 
 
@@ -763,7 +773,7 @@ def check_sample(model, sample, temperature):
     torch.testing.assert_close(played, plain[mask[1:]], rtol=0, atol=1e-4)
     cut = sample.mask.index(1)
     wanted = [i - cut for i, m in enumerate(sample.mask) if m]
-    tree = lm.Tree(sample.ids[:cut], [sample.ids[cut:]])
+    tree = Tree(sample.ids[:cut], [sample.ids[cut:]])
     (learned,) = lm.token_logprobs(model, tree, [wanted], temperature)
     torch.testing.assert_close(learned, plain[mask[1:]], rtol=0, atol=1e-4)
 

@@ -20,6 +20,7 @@ import cli
 import grpo
 import model as lm
 import selfplay
+from attention import RaggedCache
 from rubric import Verdict
 
 TEMPLATES = {
@@ -369,7 +370,7 @@ def test_a_greedy_dialogue_is_that_of_generate(max_turns):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("context_turns", [0, 2])
 def test_each_token_is_computed_once_per_stream(monkeypatch, context_turns, checkpointing):
-    read, speaker = lm.RaggedCache.read, talker()
+    read, speaker = RaggedCache.read, talker()
     cfg = settings(context_turns=context_turns)
     expected = play(talker(), helpers.dialogues(2, 4), cfg)
     fed = []
@@ -378,7 +379,7 @@ def test_each_token_is_computed_once_per_stream(monkeypatch, context_turns, chec
         fed.extend(tokens)
         return read(cache, model, rows, tokens)
 
-    monkeypatch.setattr(lm.RaggedCache, "read", watched)
+    monkeypatch.setattr(RaggedCache, "read", watched)
     if checkpointing:
         speaker.model.activation_checkpointing_enable()
     played = play(speaker, helpers.dialogues(2, 4), cfg)
@@ -436,7 +437,7 @@ def test_two_models_each_keep_their_own_stream():
 @pytest.fixture
 def forgetful(monkeypatch):
     """What lies beyond a row's length in a cache is lost, so that nobody can count on it."""
-    feed = lm.RaggedCache.feed
+    feed = RaggedCache.feed
 
     def poisoned(cache, model, rows, tokens):
         for pair in cache.store.values():
@@ -445,7 +446,7 @@ def forgetful(monkeypatch):
                     stored[cache.place[row], :, length:] = 1e4
         return feed(cache, model, rows, tokens)
 
-    monkeypatch.setattr(lm.RaggedCache, "feed", poisoned)
+    monkeypatch.setattr(RaggedCache, "feed", poisoned)
 
 
 @pytest.mark.parametrize(
@@ -823,14 +824,14 @@ def test_an_end_token_that_nobody_declared_is_found_and_cannot_be_spoken():
 @pytest.mark.parametrize("context_turns", [0, 2])
 @pytest.mark.parametrize("room", [520, 700])
 def test_a_full_context_ends_the_dialogue_and_cuts_no_persona(monkeypatch, room, context_turns):
-    feed, speaker, longest = lm.RaggedCache.feed, talker(stop=0.0), []
+    feed, speaker, longest = RaggedCache.feed, talker(stop=0.0), []
 
     def watched(cache, model, rows, tokens):
         logits = feed(cache, model, rows, tokens)
         longest.append(max(cache.lengths))
         return logits
 
-    monkeypatch.setattr(lm.RaggedCache, "feed", watched)
+    monkeypatch.setattr(RaggedCache, "feed", watched)
     monkeypatch.setattr(speaker.model.config, "max_position_embeddings", room)
     cfg = settings(max_turns=30, context_turns=context_turns, turn_tokens=24)
     for d in play(speaker, helpers.dialogues(2, 2), cfg):
