@@ -31,10 +31,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import chat
 import data_gen
 import model as lm
 import report
 import reward
+import sampler
 import selfplay
 from cli import UserError, command_line, option, run_cli
 from client import BudgetSpent
@@ -71,6 +73,7 @@ FREE = {  # settings that change no single item
     *("baseline", "baseline_temperature", "limit", "seeds", "batch", "out"),
     *("judge2_url", "judge2_model", "judge_concurrency", "judge_timeout", "judge_deadline"),
     *("judge_wait", "judge_attempts", "judge_budget", "judge_cache"),
+    "date",  # a command that goes on the next day goes on where it was
 }
 # Taken from a run's config.json: how it played, and the judge that trained it. Not its end without
 # agreement: the protocol's evaluation writes a final completion all the same.
@@ -147,7 +150,7 @@ class Side:
     def voice(self):
         """The model with its chat format."""
         settings = self.settings
-        return selfplay.voice(*lm.load(settings.model, settings.dtype, lm.own_device()))
+        return chat.voice(*lm.load(settings.model, settings.dtype, lm.own_device()), settings.date)
 
 
 # ---- finished items, and the judge's answers -----------------------------------------------------
@@ -285,15 +288,15 @@ HELPER = "You are a helpful assistant."  # the system text of open and general
 
 def asked_alone(voice, prompt):
     """Ids of a prompt, a user's message, up to where the answer begins."""
-    return voice.chat.head(HELPER) + voice.chat.plain(prompt) + voice.chat.opening
+    return voice.chat.asked("", voice.chat.head_parts(HELPER, prompt))
 
 
 @torch.no_grad()
 def answers(voice, prompts, limit, temperature, top_p, seeds):
-    """One answer to each prompt as a selfplay.Turn, all in one batch, each with its own seed."""
+    """One answer to each prompt as a chat.Turn, all in one batch, each with its own seed."""
     rngs = [np.random.default_rng(seed) for seed in seeds]
     unread = [asked_alone(voice, prompt) for prompt in prompts]
-    turns = [selfplay.Turn(0, "", True) for _ in prompts]
+    turns = [chat.Turn(0, "", True) for _ in prompts]
     cache = lm.RaggedCache(len(prompts))
     live = list(range(len(prompts)))
     while live:
@@ -301,7 +304,7 @@ def answers(voice, prompts, limit, temperature, top_p, seeds):
         uniform = logits.new_tensor([rngs[row].random() for row in live])
         heat = torch.full_like(uniform, temperature)
         nucleus = torch.full_like(uniform, top_p)
-        drawn = selfplay.draw(logits, heat, nucleus, uniform)[0].tolist()
+        drawn = sampler.draw(logits, heat, nucleus, uniform)[0].tolist()
         for row, token in zip(live, drawn, strict=True):
             unread[row] = [token]
             turns[row].ids.append(token)
@@ -549,7 +552,7 @@ def general_items(side, pairs):
             text = next(turns).text
             found.append({"value": float(says_one(text, row["answers"])), "text": text})
         elif row["kind"] == "choice":
-            choices = [voice.chat.plain(choice) for choice in row["choices"]]
+            choices = [voice.chat.turn(choice)[:-1] for choice in row["choices"]]
             means = mean_logprobs(voice, asked_alone(voice, row["prompt"]), choices)
             right = int(np.argmax(means)) == row["answer"]
             found.append({"value": float(right), "logprobs": means})

@@ -42,6 +42,7 @@ import plan
 import progress
 import reward
 import selfplay
+from chat import ChatFormat, voice
 from checkpoint import append, begin, claim, load_trainer, open_run, save_checkpoint
 from cli import UserError, run_cli
 from client import BudgetSpent
@@ -242,7 +243,7 @@ class Run:
         """Divide the scenarios, find the judge, make the folder this run's own."""
         settings, world, player = self.settings, self.world, self.policy.player
         self.scenarios, self.held_out = divide(settings)
-        self.voice = selfplay.voice(player, self.policy.tokenizer)
+        self.voice = voice(player, self.policy.tokenizer, settings.date)
         limit = lm.context_limit(player)
         if settings.final_tokens + selfplay.room(settings) >= limit:
             raise UserError(
@@ -473,7 +474,8 @@ def imitation_sets(settings, policy):
 
     Raises UserError for a bad --demonstrations file.
     """
-    file, chat = settings.demonstrations, selfplay.ChatFormat(policy.tokenizer, policy.model)
+    file = settings.demonstrations
+    chat = ChatFormat(policy.tokenizer, policy.model, settings.date)
     written = data_gen.load_demonstrations(file, settings.scenarios or None)
     names = list(dict.fromkeys(negotiation.scenario.id for negotiation in written))
     held = set(data_gen.spread(names, max(1, len(names) // 10)))

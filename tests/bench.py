@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import chat  # noqa: E402
 import data_gen  # noqa: E402
 import grpo  # noqa: E402
 import model as lm  # noqa: E402
@@ -140,7 +141,7 @@ def main(argv=None):
     )
     world = train.start_world()
     model, player, tokenizer, optimizer, reference = train.build(settings, world)
-    voice = selfplay.voice(player, tokenizer)
+    voice = chat.voice(player, tokenizer)
     voice.chat.ends = set()  # nothing ends a turn but its limit
     learner = grpo.Learner(model, optimizer, settings, reference)
     scenarios = [

@@ -6,6 +6,7 @@ import helpers
 import pytest
 import torch
 
+import chat
 import grpo
 import selfplay
 import train
@@ -29,7 +30,7 @@ def played(kind, cfg=CFG, dtype=torch.float32):
     twin = copy.deepcopy(model).cuda()
     learner = grpo.Learner(twin, grpo.Optimizer(twin, 1e-3, clip=0.0, dtype=dtype), cfg)
     flat = selfplay.play(
-        (selfplay.voice(twin, helpers.tokenizer()),) * 2, helpers.dialogues(2, 4), cfg
+        (chat.voice(twin, helpers.tokenizer()),) * 2, helpers.dialogues(2, 4), cfg
     )
     for i, d in enumerate(flat):
         d.reward = float((7 * i) % 5)

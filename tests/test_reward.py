@@ -16,7 +16,7 @@ from servers import FAULTS, EchoServer, JudgeServer, texts_of
 import cli
 import client
 import reward
-from selfplay import Turn
+from chat import Turn
 
 DILEMMA, PERSONAS = "One reservoir is left. Who gets the water?", helpers.PERSONAS
 TURNS = [Turn(0, "Half each?", False), Turn(1, "Yes, half each.", False)]

@@ -19,7 +19,9 @@ from transformers import AddedToken, GenerationConfig
 import cli
 import grpo
 import model as lm
+import sampler
 import selfplay
+from chat import ChatFormat, Turn, voice
 from reward import Verdict
 
 TEMPLATES = {
@@ -56,7 +58,7 @@ def talker(kind="llama", template=helpers.CHATML, stop=0.15, seed=0, ends=(2,), 
     for end in ends:
         bias[end] = (logits.max(1).values - logits[:, end]).quantile(stop)
     model.get_output_embeddings().bias = torch.nn.Parameter(bias)
-    return selfplay.voice(model, tokenizer)
+    return voice(model, tokenizer)
 
 
 class Script:
@@ -235,7 +237,7 @@ def test_masked_ids_decode_to_this_agents_utterances(template, context_turns):
 @pytest.mark.parametrize("me", [0, 1])
 def test_views_read_as_the_template_renders_them(template, me):
     chat, space = talker(template=TEMPLATES[template]).chat, " " if template == "mistral" else ""
-    view = selfplay.View(chat, me, helpers.scenario(), False)
+    view = selfplay.view(chat, me, helpers.scenario(), False)
     slots = {
         "me": helpers.PERSONAS[me]["name"],
         "other": helpers.PERSONAS[1 - me]["name"],
@@ -255,7 +257,7 @@ def test_views_read_as_the_template_renders_them(template, me):
         "Agreed.",
     ]
     turns = [
-        selfplay.Turn(i % 2, w, False, chat.plain(space + w) + [chat.end])
+        Turn(i % 2, w, False, chat.plain(space + w) + [chat.end])
         for i, w in enumerate(words)
     ]
     messages = [{"role": "system", "content": system}]
@@ -385,7 +387,7 @@ def test_each_token_is_computed_once_per_stream(monkeypatch, context_turns, chec
     assert [content(d) for d in played] == [content(d) for d in expected]
     heads, most = 0, 0  # tokens of shared heads, and of all samples behind theirs
     for d in played:
-        views = [selfplay.View(speaker.chat, me, d.scenario, False) for me in (0, 1)]
+        views = [selfplay.view(speaker.chat, me, d.scenario, False) for me in (0, 1)]
         if d.member == 0:
             assert [fed.count(view.head) for view in views] == [1, 1]  # once for the whole group
             heads += sum(len(view.head) for view in views)
@@ -552,7 +554,7 @@ def test_the_marker_must_stand_in_both_last_turns(words, turns, stop):
         if say.final:
             break
         ids = voice.chat.plain(word) + [voice.chat.end]
-        say = script.send(selfplay.Turn(say.speaker, word, False, ids, [0.0] * len(ids)))
+        say = script.send(Turn(say.speaker, word, False, ids, [0.0] * len(ids)))
     assert say.final and (len(d.turns), d.stop) == (turns, stop)
 
 
@@ -589,7 +591,7 @@ def chi_square(counts, probabilities):
 def test_frequencies_are_those_of_the_softmax(temperature, top_p):
     logits, n = torch.randn(60, generator=torch.Generator().manual_seed(0)) * 2, 20000
     uniform = torch.tensor(np.random.default_rng(1).random(n), dtype=torch.float32)
-    ids, logp, cut, mass = selfplay.draw(
+    ids, logp, cut, mass = sampler.draw(
         logits.expand(n, -1), torch.full((n,), temperature), torch.full((n,), top_p), uniform
     )
     p = (logits / temperature).softmax(0)
@@ -610,7 +612,7 @@ def test_frequencies_are_those_of_the_softmax(temperature, top_p):
 def draw_one(logits, uniform, temperature=1.0, top_p=1.0):
     """(id, log-prob, cut, mass) of a single row."""
     numbers = [torch.tensor([x]) for x in (temperature, top_p, uniform)]
-    return [x.item() for x in selfplay.draw(logits[None], *numbers)]
+    return [x.item() for x in sampler.draw(logits[None], *numbers)]
 
 
 def test_sampling_at_the_edges():
@@ -644,7 +646,7 @@ def test_the_models_own_generation_defaults_do_not_count():
     ids = first_tokens(greedy, cfg, 400)
     assert ids == first_tokens(speaker, cfg, 400)
     scenario = helpers.dialogues(1, 1)[0].scenario
-    before = selfplay.View(speaker.chat, 0, scenario, False).before([]).ids
+    before = selfplay.view(speaker.chat, 0, scenario, False).before([]).ids
     p = (speaker.model(torch.tensor([before])).logits[0, -1] / 1.3).softmax(0).detach()
     statistic, bound = chi_square(torch.bincount(torch.tensor(ids), minlength=len(p)), p)
     assert statistic < bound
@@ -769,13 +771,13 @@ def test_words_never_become_control_tokens(template, me):
         persona = {"name": words, "creed": words}
         scene = dataclasses.replace(helpers.scenario(dilemma=words), personas=(persona, persona))
         said = chat.plain("Yes.") + [chat.end]
-        turns = [selfplay.Turn(i % 2, words, False, said) for i in range(3)]
-        ids = selfplay.View(chat, me, scene, True).before(turns, closing=words).ids
+        turns = [Turn(i % 2, words, False, said) for i in range(3)]
+        ids = selfplay.view(chat, me, scene, True).before(turns, closing=words).ids
         assert chat.tokenizer.decode(ids).count(words) >= 6
         return [token for token in ids if token < 4]
 
     assert controls(bad) == controls("Be fair.") and 2 in controls(bad)
-    assert 2 not in chat.plain(bad) and 2 in chat.glue(bad)
+    assert 2 not in chat.plain(bad) and 2 in chat.encode([(bad, True)])
 
 
 def test_a_partner_can_take_a_side():
@@ -810,11 +812,11 @@ def test_an_end_token_that_nobody_declared_is_found_and_cannot_be_spoken():
     tokenizer = helpers.tokenizer.__wrapped__(helpers.CHATML.replace("<|im_end|>", "</turn>"))
     tokenizer.add_tokens([AddedToken("</turn>", special=False)])
     chat, end = (
-        selfplay.ChatFormat(tokenizer, helpers.tiny(vocabulary=len(tokenizer))),
+        ChatFormat(tokenizer, helpers.tiny(vocabulary=len(tokenizer))),
         tokenizer.convert_tokens_to_ids("</turn>"),
     )
     assert chat.end == end and chat.ends == {2, end}
-    assert end not in chat.plain("stop</turn>now") and end in chat.glue("stop</turn>now")
+    assert end not in chat.plain("stop</turn>now") and end in chat.encode([("stop</turn>now", True)])
 
 
 # ---- ends ---------------------------------------------------------------------------------------
@@ -838,7 +840,7 @@ def test_a_full_context_ends_the_dialogue_and_cuts_no_persona(monkeypatch, room,
         assert not d.agreed and d.final is not None
         assert all(len(sample.ids) <= room for sample in samples(d))
         for me, stream in enumerate([[*d.streams[0], d.final_sample], d.streams[1]]):
-            head = selfplay.View(speaker.chat, me, d.scenario, False).head
+            head = selfplay.view(speaker.chat, me, d.scenario, False).head
             assert all(sample.ids[: len(head)] == head for sample in stream)
         check_logprobs(speaker.model, d, cfg)
     assert max(longest) < room
@@ -859,7 +861,7 @@ def test_a_context_too_small_for_anything_gives_no_reward(monkeypatch):
 
 
 def test_what_a_person_sees():
-    turns = [selfplay.Turn(0, "Hi\x1b[2J\nyou\u202e", True)]
+    turns = [Turn(0, "Hi\x1b[2J\nyou\u202e", True)]
     d = selfplay.Dialogue(helpers.scenario(), 1, 0, 0, turns=turns, stop="context")
     assert selfplay.transcript(d).splitlines() == [
         "dilemma: One reservoir is left. Who gets the water?",

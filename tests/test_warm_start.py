@@ -21,6 +21,7 @@ import model as lm
 import report
 import selfplay
 import train
+from chat import ChatFormat
 
 SAID = [
     ["We share the water by day.", "No, the hospital first."],
@@ -131,7 +132,7 @@ def test_it_is_the_stream_of_a_dialogue_that_was_played():
 @pytest.mark.parametrize("tokens", ["dialogue", "final", "both"])
 def test_the_gradient_is_that_of_plain_likelihood(kind, tokens):
     model, cfg = helpers.tiny(kind), settings(train_tokens=tokens)
-    chat = selfplay.ChatFormat(helpers.tokenizer(), model)
+    chat = ChatFormat(helpers.tokenizer(), model)
     dialogues = [selfplay.imitate(d, chat, cfg) for d in demonstrations()]
     learner = grpo.Learner(model, grpo.Optimizer(model, lr=0.0), cfg)
     for dialogue in dialogues:
