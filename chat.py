@@ -99,6 +99,7 @@ THOUGHTS = [
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
 ]
+DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # of a chat template
 MARK = "\ue000mark\ue001"  # stands for the control token before a text, in private characters
 SEAM = (None, False)  # in a list of texts: what follows may be encoded by itself
 
@@ -149,6 +150,9 @@ class ChatFormat:
             raise UserError(f"--date {date!r}: write it as YYYY-MM-DD") from error
         if not tokenizer.chat_template:
             raise UserError("--model: it has no chat template; use an instruct model")
+        self._template = DATE_CALL.sub(
+            lambda call: repr(self.day.strftime(call[2])), tokenizer.get_chat_template()
+        )
         self._bare = without_controls(tokenizer)
         self._find_pieces()
         self._find_controls(model.generation_config)
@@ -172,7 +176,7 @@ class ChatFormat:
                 add_generation_prompt=True,
                 enable_thinking=False,
                 thinking=False,
-                strftime_now=self.day.strftime,
+                chat_template=self._template,
             )
         except jinja2.TemplateError as error:
             reason = " ".join(str(error).split())
@@ -238,11 +242,13 @@ class ChatFormat:
             self.end, self._after, self._before_end = min(self.ends), self._gap, ""
         else:
             raise UserError("--model: it has no end-of-turn token; use an instruct model")
+        # A letter that is unknown gives the unknown token, unless that is an end or a beginning.
+        used = self.ends | {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id}
+        self._never = self.controls - ({self.tokenizer.unk_token_id} - used)
 
     def _find_markers(self):
         """Set thoughts, thinks, and what `disarm` looks for: markers written in letters."""
-        template = str(self.tokenizer.chat_template)
-        known = [pair for pair in THOUGHTS if pair[0] in template or pair[0] in self._added]
+        known = [pair for pair in THOUGHTS if pair[0] in self._template or pair[0] in self._added]
         self.thoughts = known[0] if known else None
         self.thinks = False
         if self.thoughts:
@@ -302,7 +308,7 @@ class ChatFormat:
             return []
         encoding = self._bare.encode(text if first else MARK + text, add_special_tokens=False)
         ids = encoding.ids if first else encoding.ids[1:]
-        return [token for token in ids if token not in self.controls]
+        return [token for token in ids if token not in self._never]
 
     def encode(self, texts, first=False):
         """Ids of (text, trusted) pairs that follow each other, as the tokenizer reads them whole.
@@ -467,3 +473,16 @@ class View:
         if last.truncated:
             add_ids(sample, [self.chat.end])
         return sample
+
+
+def streams_of(view, turns, context_turns):
+    """An agent's stream as Samples: one with all its turns, or one for each of them where its
+    view is a window (context_turns > 0) or the template rewrites what was said."""
+    own = [i for i, turn in enumerate(turns) if turn.speaker == view.me and turn.logprobs]
+    if own and view.chat.stable and not context_turns:
+        return [view.until(turns[: own[-1]], turns[own[-1]])]
+    samples = []
+    for i in own:
+        start = max(0, i - context_turns) if context_turns else 0
+        samples.append(view.until(turns[start:i], turns[i], train=False, windowed=start > 0))
+    return samples

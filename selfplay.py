@@ -21,7 +21,6 @@ import datetime
 import math
 import re
 import sys
-import textwrap
 import zlib
 
 import numpy as np
@@ -29,9 +28,10 @@ import torch
 
 import data_gen
 import reward
-from chat import Sample, Turn, View, voice
+from chat import Sample, Turn, View, streams_of, voice
 from cli import UserError, command_line, option, run_cli
 from model import WARM_MODEL, context_limit, load, own_device, packed
+from progress import printable
 from reward import fill
 from sampler import Say, Table, choose_batch, speak
 
@@ -165,19 +165,6 @@ class Dialogue:
             "final_ids": self.final_sample.sampled() if self.final_sample else [],
             "final_sample": self.final_sample.record() if self.final_sample else None,
         }
-
-
-def streams_of(view, turns, context_turns):
-    """An agent's stream as Samples: one with all its turns, or one for each of them where its
-    view is a window (context_turns > 0) or the template rewrites what was said."""
-    own = [i for i, turn in enumerate(turns) if turn.speaker == view.me and turn.logprobs]
-    if own and view.chat.stable and not context_turns:
-        return [view.until(turns[: own[-1]], turns[own[-1]])]
-    samples = []
-    for i in own:
-        start = max(0, i - context_turns) if context_turns else 0
-        samples.append(view.until(turns[start:i], turns[i], train=False, windowed=start > 0))
-    return samples
 
 
 # ---- a negotiation that somebody wrote, as if it had been played --------------------------------
@@ -423,28 +410,6 @@ def play(
 
 
 # ---- what a person sees -------------------------------------------------------------------------
-
-
-def printable(text):
-    """Text from a model on one line, without control characters that could take over a terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def transcript(dialogue, indent=""):
-    """One dialogue as wrapped lines of text: who said what, how it ended, the final, its score."""
-    names = [persona["name"] for persona in dialogue.scenario.personas]
-    lines = [f"dilemma: {dialogue.scenario.dilemma}"]
-    for turn in dialogue.turns:
-        cut_off = " [cut off]" if turn.truncated else ""
-        lines.append(f"{names[turn.speaker]}: {turn.text}{cut_off}")
-    score = "no score" if dialogue.reward is None else f"{dialogue.reward:.2f}"
-    final = "(none)" if dialogue.final is None else dialogue.final
-    lines.append(f"joint solution ({dialogue.stop}, {score}): {final}")
-    wrapper = textwrap.TextWrapper(
-        120, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
-    )
-    short = [textwrap.shorten(printable(line), 1000, placeholder=" ...") for line in lines]
-    return "\n".join(wrapper.fill(line) for line in short)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ Each family is a tiny tokenizer made here; each template is a short copy of a re
 
 import dataclasses
 import datetime
+import json
 
 import helpers
 import pytest
@@ -163,8 +164,15 @@ def tokenizer(family, template):
     """A tokenizer of a family, with the control tokens of all templates."""
     if family not in CORES:
         core, trainer = FAMILIES[family]()
+        used = core.pre_tokenizer, core.normalizer
+        if family.startswith("SentencePiece"):  # learns no pieces that go over a space
+            core.normalizer = normalizers.Replace("\n", " ")
+            core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         core.train_from_iterator(TEXT, trainer)
-        CORES[family] = core.to_str()
+        core.pre_tokenizer, core.normalizer = used
+        described = json.loads(core.to_str())
+        described["added_tokens"] = []
+        CORES[family] = json.dumps(described)
     made = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(CORES[family]),
         bos_token="<s>",
@@ -213,13 +221,24 @@ def rendered(chat, view, words):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_stream_is_what_the_template_renders(family, template):
+def test_a_stream_is_what_the_template_renders(family, template, capsys):
     chat = chat_format(family, template)
+    if (family, template) == ("byte-level BPE", "Llama 3"):
+        # two line breaks before a turn: one token where it is to be sampled, two in the past
+        ours, theirs = chat.compared()
+        assert ours != theirs and "rewrites past turns" in capsys.readouterr().err
+        assert chat.tokenizer.decode(ours) == chat.tokenizer.decode(theirs)
+        return
     turns = [Turn(i % 2, words, False, chat.turn(words)) for i, words in enumerate(WORDS)]
     for me in (0, 1):
         view = selfplay.view(chat, me, helpers.scenario(), False)
         for count in range(me, 5, 2):
-            assert view.before(turns[:count]).ids == rendered(chat, view, WORDS[:count])
+            expected = rendered(chat, view, WORDS[:count])
+            if family == "byte-level BPE":  # the seam between the case and what follows it
+                at = len(view.head) - 1
+                assert expected[at : at + 2] == 2 * chat.plain("\n") and len(chat.plain("\n")) == 1
+                expected[at : at + 2] = chat.plain("\n\n")
+            assert view.before(turns[:count]).ids == expected
         if chat.stable:
             whole = view.before(turns[: 4 + me]).ids
             for count in range(me, 4, 2):
@@ -245,7 +264,8 @@ BAD = "<|im_end|> </s> <s>[INST] <<SYS>> [/INST] <｜User｜> <think> [/[INST]] 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_text_becomes_a_control_token_or_a_marker(family, template):
     chat = chat_format(family, template)
-    assert not chat.controls & set(chat.plain(BAD))
+    never = chat.controls - {chat.tokenizer.unk_token_id}  # which stands for an unknown letter
+    assert not never & set(chat.plain(BAD))
     literals = {"Llama 2": ["[INST]", "[/INST]", "<<SYS>>"], "Zephyr": ["<|user|>"]}
     for marker in literals.get(template, []):
         assert marker not in chat.tokenizer.decode(chat.plain(BAD))
@@ -256,7 +276,7 @@ def test_no_text_becomes_a_control_token_or_a_marker(family, template):
         said = chat.turn("Yes.")
         turns = [Turn(i % 2, words, False, said) for i in range(3)]
         ids = selfplay.view(chat, 0, scene, True).before(turns, closing=words).ids
-        return [token for token in ids if token in chat.controls]
+        return [token for token in ids if token in never]
 
     assert controls(BAD) == controls("Be fair.")
 
@@ -264,7 +284,8 @@ def test_no_text_becomes_a_control_token_or_a_marker(family, template):
 def test_added_tokens_that_are_not_special_are_not_heard():
     chat = chat_format("byte-level BPE", "R1")
     user = chat.tokenizer.convert_tokens_to_ids("<｜User｜>")
-    assert chat.text([*chat.plain("x"), *chat.encode([("</think>", True)]), user, *chat.plain("Hi")]) == "Hi"
+    ids = [*chat.encode([("x</think>", True)]), user, *chat.plain("Hi")]
+    assert chat.text(ids) == "Hi"
     assert user in chat.controls and user not in chat.plain("<｜User｜>")
 
 

@@ -19,6 +19,7 @@ from transformers import AddedToken, GenerationConfig
 import cli
 import grpo
 import model as lm
+import progress
 import sampler
 import selfplay
 from chat import ChatFormat, Turn, voice
@@ -863,7 +864,7 @@ def test_a_context_too_small_for_anything_gives_no_reward(monkeypatch):
 def test_what_a_person_sees():
     turns = [Turn(0, "Hi\x1b[2J\nyou\u202e", True)]
     d = selfplay.Dialogue(helpers.scenario(), 1, 0, 0, turns=turns, stop="context")
-    assert selfplay.transcript(d).splitlines() == [
+    assert progress.transcript(d).splitlines() == [
         "dilemma: One reservoir is left. Who gets the water?",
         "Rosa: Hi [2J you [cut off]",
         "joint solution (context, no score): (none)",
