@@ -93,12 +93,13 @@ LETTERED = re.compile(r"<+[^\s<>]+>+|\[/?\w+\]|#{2,} ?\w+:?")
 THOUGHTS = [
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
     ("<seed:think>", "</seed:think>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
 ]
+UNHEARD = (
+    "thinking is off; thoughts are trained but not heard, and short turns are cut in mid-thought"
+)
 DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # of a chat template
 MARK = "\ue000mark\ue001"  # stands for the control token before a text, in private characters
 SEAM = (None, False)  # in a list of texts: what follows may be encoded by itself
@@ -264,20 +265,14 @@ class ChatFormat:
     def _tell(self):
         """Say what is odd about this template."""
         if self.thinks:
-            remark(
-                "--model: its chat template opens a thought in each turn although thinking is off; "
-                "thoughts are trained but not heard, and short turns are cut in mid-thought"
-            )
+            remark(f"--model: its chat template opens a thought in each turn although {UNHEARD}")
         ours, theirs = self.compared()
         if ours != theirs:
-            places = [i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b]
-            at = places[0] if places else min(len(ours), len(theirs))
-            decode = self.tokenizer.decode
+            same = len(os.path.commonprefix([ours, theirs]))
             remark(
                 "--model: its chat template rewrites past turns; a stream keeps them as they were "
-                f"sampled ({len(ours)} ids for {len(theirs)} in a short conversation, the first "
-                f"other one at {at}: {decode(ours[at : at + 1])!r} for "
-                f"{decode(theirs[at : at + 1])!r})"
+                f"sampled (in a short conversation {len(ours)} ids for {len(theirs)}, other ones "
+                f"from the {same + 1}th on: {self.tokenizer.decode(theirs[same : same + 5])!r})"
             )
 
     def compared(self):
@@ -319,20 +314,21 @@ class ChatFormat:
         for text, trusted in texts:
             if text is None:
                 if self._seams:
-                    ids += self._letters(run.lstrip() if strip else run, first and not ids)
+                    ids += self._letters(run, first and not ids)
                     run, strip = "", False
                 continue
             literal, *rest = self._cut.split(text) if trusted else [self.disarm(text)]
             run += literal
+            if strip:
+                run = run.lstrip()
             for control, literal in zip(rest[::2], rest[1::2]):
                 token, entry = self._added[control]
-                if strip:
-                    run = run.lstrip()
                 if entry.lstrip:
                     run = run.rstrip()
                 ids += [*self._letters(run, first and not ids), token]
-                run, strip = literal, entry.rstrip
-        return ids + self._letters(run.lstrip() if strip else run, first and not ids)
+                strip = entry.rstrip
+                run = literal.lstrip() if strip else literal
+        return ids + self._letters(run, first and not ids)
 
     def plain(self, text):
         """Ids of untrusted text by itself, in which a literal <|im_end|> stays letters."""
@@ -388,10 +384,7 @@ class ChatFormat:
             words = start + words
         thought = re.compile(f"{re.escape(start)}(.*?)(?:{re.escape(stop)}|$)", re.DOTALL)
         if any(inside.strip() for inside in thought.findall(words)) and not self.thinks:
-            remark(
-                "--model: it thinks although thinking is off; thoughts are trained but not heard, "
-                "and short turns are cut in mid-thought"
-            )
+            remark(f"--model: it thinks although {UNHEARD}")
         return thought.sub("", words).rpartition(stop)[2]
 
     def forgets(self, ids):

@@ -4,13 +4,9 @@
                 agent 1's stream: system(persona 1) | dilemma, heard: turn 0 | turn 1 | ...
              -> when they agree, or at the limit, agent 0 writes the joint solution (the final)
 
-Token in, token out: a stream grows by the ids that were sampled, never by their text encoded
-again. The mask is 1 exactly on the tokens that this agent sampled, the end of its turn included.
-The opponent's words are encoded as plain text, which can never become a control token.
-
 `negotiate` is one dialogue, top to bottom: a generator that yields what it waits for, to speak
-(`Say`) or to hear the judge (`Await`). `play` runs many dialogues and serves them in one batch.
-Left out: more than two agents, tools, streams that branch.
+(`Say`) or to hear the judge (`Await`). `play` serves many in one batch. Left out: more than two
+agents, tools, streams that branch.
 
     python selfplay.py --dilemma "..." --human b      # watch one negotiation, or take a side
 """
@@ -58,10 +54,7 @@ class PlaySettings:
     top_p: float = option(1.0, "nucleus of the dialogue, the learner's too", above=0, high=1)
     final_temperature: float = option(0.5, "of the final completion (0: greedy)", low=0)
     final_top_p: float = option(1.0, "nucleus of the final completion", above=0, high=1)
-    date: str = option(
-        str(datetime.date.today()),
-        "day that a chat template may print; a resumed run keeps its own",
-    )
+    date: str = option(str(datetime.date.today()), "the day, for chat templates that print one")
 
 
 # ---- what the agents are told: data, easy to edit -----------------------------------------------
@@ -85,7 +78,7 @@ FINAL = (
     "out: who does what and when, what happens if it fails, and how it helps both of you. Two or "
     "three sentences."
 )
-# Without a negotiation:
+# without a negotiation
 SYSTEM_ALONE = "You are {me}. {creed} You look for a plan that both you and {other} can carry out."
 CASE_ALONE = "{dilemma}\n\n"
 ALONE = (
@@ -107,9 +100,6 @@ def view(chat, me, scenario, marker, alone=False):
     }
     system, case = (SYSTEM_ALONE, CASE_ALONE) if alone else (SYSTEM, CASE)
     return View(chat, me, fill(system, words), fill(case, words), ASK, EARLIER, SILENCE)
-
-
-# ---- what travels -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -255,9 +245,9 @@ class Match:
         ids = self.views[0].before(self.dialogue.turns, self.request).ids
         if len(ids) + settings.final_tokens > self.limits[0]:
             return None
-        temperature, top_p = settings.final_temperature, settings.final_top_p
-        rng = self.rng(1 << 20)
-        return Say(0, ids, settings.final_tokens, temperature, top_p, rng, final=True)
+        limit, rng = settings.final_tokens, self.rng(1 << 20)
+        how = settings.final_temperature, settings.final_top_p
+        return Say(0, ids, limit, *how, rng, final=True)
 
 
 def negotiate(match):
@@ -481,13 +471,9 @@ def main(argv=None):
         screen = Screen(scenario, speaker.chat)
         partner = screen.ask_human if settings.human else None
         play(voices, [dialogue], settings, judge, settings.seed, partner, screen.on_token)
-        verdict = dialogue.verdict.result() if dialogue.verdict else None
-    if verdict is None:
-        score = "none (no final completion)"
-    elif verdict.value is None:
-        score = f"none ({verdict.reason})"
-    else:
-        score = f"{verdict.value:.2f} of 5"
+        missing = reward.Verdict(None, "no final completion")
+        verdict = dialogue.verdict.result() if dialogue.verdict else missing
+    score = f"none ({verdict.reason})" if verdict.value is None else f"{verdict.value:.2f} of 5"
     print(f"\n\nstopped: {dialogue.stop}; the judge's score: {score}")
 
 
