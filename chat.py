@@ -4,9 +4,8 @@
     turns -> View.before -> Sample: ids, and a mask that is 1 on what this agent sampled
 
 Token in, token out: a stream grows by the ids that were sampled, never by their text encoded
-again. All other text is encoded as the tokenizer would encode the whole rendering: cut at control
-tokens and nowhere else. Control tokens are read in the template's own text only; what a person or
-a model wrote never becomes one.
+again. Other text is encoded as in the whole rendering: cut at control tokens and nowhere else.
+They are read in the template's own text only; what a person or a model wrote never becomes one.
 
 One seam is ours: a group shares the system text and the case, so what follows the case is encoded
 by itself wherever the tokenizer puts no prefix before a text. GPT-2's rule for blank lines then
@@ -343,7 +342,7 @@ class ChatFormat:
         return [*parts, (case, False), SEAM]
 
     def head(self, system, case=""):
-        """Ids of a stream up to the end of `case`."""
+        """Their ids."""
         return self.encode(self.head_parts(system, case), first=True)
 
     def asked(self, words, head=None, past=False):

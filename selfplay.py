@@ -163,8 +163,7 @@ class Dialogue:
 def imitate(demonstration, chat, settings):
     """A data_gen.Demonstration as the Dialogue of two agents who said just this.
 
-    Nobody sampled its tokens, so each log-prob is NaN; with the advantage of 1 the learner then
-    takes the gradient of plain likelihood.
+    Nobody sampled its tokens, so each log-prob is NaN: the learner takes plain likelihood.
     """
     scenario = demonstration.scenario
     turns = [written(chat, i % 2, text) for i, text in enumerate(demonstration.turns)]

@@ -351,3 +351,59 @@ def test_voice_is_a_model_with_its_format():
     speaker = chats.voice(model, helpers.tokenizer(), "2024-02-29")
     assert speaker.model is model and speaker.chat.day == datetime.date(2024, 2, 29)
     assert isinstance(speaker.model, torch.nn.Module)
+
+
+# ---- what a template is found to be -------------------------------------------------------------
+
+SMALL = {
+    "chatml": helpers.CHATML,
+    "gemma": helpers.GEMMA,
+    "mistral": helpers.MISTRAL,
+    "qwen3": helpers.QWEN3,
+}
+
+
+@pytest.mark.parametrize(
+    "template, has_system, stable",
+    [
+        ("chatml", True, True),
+        ("gemma", False, True),
+        ("mistral", False, True),
+        ("qwen3", True, False),
+    ],
+)
+def test_what_a_template_is_found_to_be(template, has_system, stable):
+    chat = helpers.voice(template=SMALL[template]).chat
+    assert (chat.has_system, chat.stable, chat.end, chat.ends) == (has_system, stable, 2, {2})
+    decode = chat.tokenizer.decode
+    assert (decode(chat.opening) == decode(chat.past_opening)) == stable
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{{ messages[-1]['content'] }}",
+        "{% for m in messages[-2:] %}{{ m['content'] }}{% endfor %}",
+        "{{ raise_exception('no') }}",
+        "{% for m in messages %}{{ loop.index }}{{ m['content'] }}{% endfor %}",
+        "{{ messages[0].x.y.z }}",
+        "{% for %}",
+    ],
+)
+def test_a_template_that_cannot_be_used_is_one_clear_error(template):
+    with pytest.raises(cli.UserError, match=r"^--model: [^\n]* use (another|an instruct) model"):
+        helpers.voice(template=template)
+
+
+def test_an_end_token_that_nobody_declared_is_found_and_cannot_be_spoken():
+    tokenizer = helpers.tokenizer.__wrapped__(helpers.CHATML.replace("<|im_end|>", "</turn>"))
+    tokenizer.add_tokens([AddedToken("</turn>", special=False)])
+    chat, end = (
+        ChatFormat(tokenizer, helpers.tiny(vocabulary=len(tokenizer))),
+        tokenizer.convert_tokens_to_ids("</turn>"),
+    )
+    assert chat.end == end and chat.ends == {2, end}
+    assert end not in chat.plain("stop</turn>now") and end in chat.encode(
+        [("stop</turn>now", True)]
+    )
