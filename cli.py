@@ -69,6 +69,8 @@ def check_range(field, value):
 
 def run_cli(main):
     """Call `main()` as a program: UserError is one line and exit code 2, Ctrl-C exit code 130."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a character that cannot be printed ends no run
     try:
         sys.exit(main())
     except UserError as error:

@@ -29,10 +29,12 @@ import torch
 from tqdm import tqdm
 
 import audit
+import chat
 import dataset
 import model as lm
 import report
 import reward
+import sampler
 import selfplay
 from attention import RaggedCache, Tree
 from cli import UserError, run_cli
@@ -124,15 +126,15 @@ HELPER = "You are a helpful assistant."  # the system text of open and general
 
 def asked_alone(voice, prompt):
     """Ids of a prompt, a user's message, up to where the answer begins."""
-    return voice.chat.head(HELPER) + voice.chat.plain(prompt) + voice.chat.opening
+    return voice.chat.asked("", voice.chat.head_parts(HELPER, prompt))
 
 
 @torch.no_grad()
 def answers(voice, prompts, limit, temperature, top_p, seeds):
-    """One answer to each prompt as a selfplay.Turn, all in one batch, each with its own seed."""
+    """One answer to each prompt as a chat.Turn, all in one batch, each with its own seed."""
     rngs = [np.random.default_rng(seed) for seed in seeds]
     unread = [asked_alone(voice, prompt) for prompt in prompts]
-    turns = [selfplay.Turn(0, "", True) for _ in prompts]
+    turns = [chat.Turn(0, "", True) for _ in prompts]
     cache = RaggedCache(len(prompts))
     live = list(range(len(prompts)))
     while live:
@@ -140,7 +142,7 @@ def answers(voice, prompts, limit, temperature, top_p, seeds):
         uniform = logits.new_tensor([rngs[row].random() for row in live])
         heat = torch.full_like(uniform, temperature)
         nucleus = torch.full_like(uniform, top_p)
-        drawn = selfplay.draw(logits, heat, nucleus, uniform)[0].tolist()
+        drawn = sampler.draw(logits, heat, nucleus, uniform)[0].tolist()
         for row, token in zip(live, drawn, strict=True):
             unread[row] = [token]
             turns[row].ids.append(token)
@@ -395,7 +397,7 @@ def general_items(side, judge, pairs):
             loss = -mean_logprobs(voice, ids[:1], [ids[1:]])[0]
             found.append({"choice": None, "token_loss": loss})
         else:
-            choices = [voice.chat.plain(choice) for choice in row["choices"]]
+            choices = [voice.chat.turn(choice)[:-1] for choice in row["choices"]]
             means = mean_logprobs(voice, asked_alone(voice, row["prompt"]), choices)
             right = int(np.argmax(means)) == row["answer"]
             found.append({"choice": float(right), "token_loss": None})

@@ -144,7 +144,7 @@ def policy_loss(
 
 @dataclasses.dataclass
 class Row:
-    """One trained selfplay.Sample of a selfplay.Dialogue, as a continuation of a tree's prefix."""
+    """One trained chat.Sample of a selfplay.Dialogue, as a continuation of a tree's prefix."""
 
     dialogue: object
     wanted: list[int]  # where its trained tokens stand in the continuation

@@ -33,12 +33,12 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 import dataset
+from chat import Turn
 from cli import UserError, command_line, option, run_cli
 from dataset import DATA
 from model import compute_dtype, default_model_folder, packed
 from reward import EMBEDDED
 from rubric import Case, case_of, clean, for_reward_model, spoken
-from selfplay import Turn
 
 HEADS = DATA / "judge_heads.safetensors"
 # What a head reads: (layer, tokens of the judged text from its beginning; None: all of them).

@@ -8,12 +8,12 @@ Everything here reads; nothing changes what a run computes.
 import collections
 import math
 import statistics
+import textwrap
 import time
 from pathlib import Path
 
 import torch
 
-import selfplay
 from measure import collapse, diversity
 
 
@@ -78,6 +78,28 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts in bytes
 
 
+def printable(text):
+    """Text from a model on one line, without control characters that could take over a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def transcript(dialogue, indent=""):
+    """One dialogue as wrapped lines of text: who said what, how it ended, the final, its score."""
+    names = [persona["name"] for persona in dialogue.scenario.personas]
+    lines = [f"dilemma: {dialogue.scenario.dilemma}"]
+    for turn in dialogue.turns:
+        cut_off = " [cut off]" if turn.truncated else ""
+        lines.append(f"{names[turn.speaker]}: {turn.text}{cut_off}")
+    score = "no score" if dialogue.reward is None else f"{dialogue.reward:.2f}"
+    final = "(none)" if dialogue.final is None else dialogue.final
+    lines.append(f"joint solution ({dialogue.stop}, {score}): {final}")
+    wrapper = textwrap.TextWrapper(
+        120, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
+    )
+    short = [textwrap.shorten(printable(line), 1000, placeholder=" ...") for line in lines]
+    return "\n".join(wrapper.fill(line) for line in short)
+
+
 class Terminal:
     """Tells a person how the run goes, and the run when it has to stop."""
 
@@ -93,7 +115,7 @@ class Terminal:
         step, steps = row["step"], self.settings.steps
         left = (time.time() - self.began) / (step - self.done) * (steps - step)
         print(step_lines(row, steps, left / 60))
-        print(selfplay.transcript(dialogue, indent="    "))
+        print(transcript(dialogue, indent="    "))
         if news := epoch_news(rows(), step, self.settings, scenarios):
             print(news)
         first = next(line for line in rows() if "heldout" not in line)

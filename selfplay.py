@@ -4,35 +4,33 @@
                 agent 1's stream: system(persona 1) | dilemma, heard: turn 0 | turn 1 | ...
              -> when they agree, or at the limit, agent 0 writes the joint solution (the final)
 
-Token in, token out: a stream grows by the ids that were sampled, never by their text encoded
-again. The mask is 1 exactly on the tokens that this agent sampled, the end of its turn included.
-The opponent's words are encoded as plain text, which can never become a control token.
-
 `negotiate` is one dialogue, top to bottom: a generator that yields what it waits for, to speak
-(`Say`) or to hear the judge (`Await`). `play` runs many dialogues and serves them in one batch.
-Left out: more than two agents, tools, streams that branch.
+(`Say`) or to hear the judge (`Await`). `play` serves many in one batch. Left out: more than two
+agents, tools, streams that branch.
 
     python selfplay.py --dilemma "..." --human b      # watch one negotiation, or take a side
 """
 
 import concurrent.futures
 import dataclasses
+import datetime
 import math
 import re
 import sys
-import textwrap
 import zlib
 
-import jinja2
 import numpy as np
 import torch
 
 import dataset
 import reward
-from attention import RaggedCache, context_limit
+from attention import context_limit
+from chat import Sample, Turn, View, streams_of, voice
 from cli import UserError, command_line, option, run_cli
 from model import WARM_MODEL, load, own_device, packed
+from progress import printable
 from rubric import fill
+from sampler import Say, Table, choose_batch, speak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +55,7 @@ class PlaySettings:
     top_p: float = option(1.0, "nucleus of the dialogue, the learner's too", above=0, high=1)
     final_temperature: float = option(0.5, "of the final completion (0: greedy)", low=0)
     final_top_p: float = option(1.0, "nucleus of the final completion", above=0, high=1)
+    date: str = option(str(datetime.date.today()), "the day, for chat templates that print one")
 
 
 # ---- what the agents are told: data, easy to edit -----------------------------------------------
@@ -80,7 +79,7 @@ FINAL = (
     "out: who does what and when, what happens if it fails, and how it helps both of you. Two or "
     "three sentences."
 )
-# Without a negotiation:
+# without a negotiation
 SYSTEM_ALONE = "You are {me}. {creed} You look for a plan that both you and {other} can carry out."
 CASE_ALONE = "{dilemma}\n\n"
 ALONE = (
@@ -90,61 +89,18 @@ ALONE = (
 )
 
 
-# ---- what travels -------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Turn:
-    """One utterance, and the ids that were sampled for it (end of turn included unless truncated).
-
-    logprobs: at the sampling temperature. cuts, masses: see `draw`; empty without a nucleus.
-    """
-
-    speaker: int
-    text: str
-    truncated: bool
-    ids: list = dataclasses.field(default_factory=list)
-    logprobs: list = dataclasses.field(default_factory=list)
-    cuts: list = dataclasses.field(default_factory=list)
-    masses: list = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class Sample:
-    """Ids as one agent sees them; mask 1: sampled by this agent here. The rest is 0 at mask 0."""
-
-    ids: list = dataclasses.field(default_factory=list)
-    mask: list = dataclasses.field(default_factory=list)
-    logprobs: list = dataclasses.field(default_factory=list)
-    cuts: list = dataclasses.field(default_factory=list)
-    masses: list = dataclasses.field(default_factory=list)
-
-    def sampled(self):
-        """The ids with mask 1."""
-        return [token for token, mask in zip(self.ids, self.mask) if mask]
-
-    def record(self):
-        """As it is written to dialogues.jsonl."""
-        return {"ids": self.ids, "mask": self.mask, "logprobs": self.logprobs}
-
-
-def add_ids(sample, ids):
-    """Append ids that nobody sampled here: mask 0."""
-    sample.ids += ids
-    for column in (sample.mask, sample.logprobs, sample.cuts, sample.masses):
-        column += [0] * len(ids)
-
-
-def add_turn(sample, turn, trained):
-    """Append the sampled ids of a turn, with mask 1 if they are to be trained."""
-    if not trained:
-        return add_ids(sample, turn.ids)
-    zeros = [0] * len(turn.ids)
-    sample.ids += turn.ids
-    sample.mask += [1] * len(turn.ids)
-    sample.logprobs += turn.logprobs or zeros
-    sample.cuts += turn.cuts or zeros
-    sample.masses += turn.masses or zeros
+def view(chat, me, scenario, marker, alone=False):
+    """The View of agent `me`. marker: it is told to say AGREED. alone: there is no negotiation."""
+    mine, other = scenario.personas[me], scenario.personas[1 - me]
+    words = {
+        "me": mine["name"],
+        "creed": mine["creed"],
+        "other": other["name"],
+        "dilemma": scenario.dilemma,
+        "marker": MARKER_RULE if marker else "",
+    }
+    system, case = (SYSTEM_ALONE, CASE_ALONE) if alone else (SYSTEM, CASE)
+    return View(chat, me, fill(system, words), fill(case, words), ASK, EARLIER, SILENCE)
 
 
 @dataclasses.dataclass
@@ -202,192 +158,17 @@ class Dialogue:
         }
 
 
-# ---- chat templates, as token ids ---------------------------------------------------------------
-
-KNOWN_WORDS = ["Sysword", "Userone", "Botone", "Usertwo", "Bottwo", "Userthree"]
-
-
-class ChatFormat:
-    """The pieces of a model's chat template, found by rendering a conversation of known words.
-
-    opening       between the end of a user message and an assistant's turn that is to be sampled
-    past_opening  the same before a turn that lies in the past
-    end, after    the end-of-turn token; what stands between it and the next user's words
-    ends          every token that ends a turn
-    controls      tokens that must never come out of text
-    stable        opening == past_opening, so that a conversation's ids never change as it grows.
-                  Qwen3 adds an empty thought to the newest turn only: there it is False
-    """
-
-    def __init__(self, tokenizer, model):
-        self.tokenizer = tokenizer
-        if not tokenizer.chat_template:
-            raise UserError("--model: it has no chat template; use an instruct model")
-        try:
-            self.has_system = True
-            self._before_system, *pieces = self._split(KNOWN_WORDS)
-        except UserError:  # Gemma, some Mistrals: no system role, or it is dropped
-            self.has_system = False
-            pieces = self._split(KNOWN_WORDS[1:])
-        self._before_user, past, gap, past_again, gap_again, opening = pieces
-        if past != past_again or gap != gap_again:
-            raise UserError(
-                "--model: its chat template renders equal turns differently; use another model"
-            )
-        if past.strip() == opening.strip():
-            past = opening  # Mistral: "[/INST] turn" in the past, "[/INST]" to be continued
-        self.opening = self.glue(opening)
-        self.past_opening = self.glue(past)
-        self.stable = self.opening == self.past_opening
-        self._find_ends(self.glue(gap), model.generation_config)
-
-    def _split(self, words):
-        """Render the words as a conversation; the pieces before, between and after them."""
-        roles = ["user", "assistant", "user", "assistant", "user"]
-        if self.has_system:
-            roles.insert(0, "system")
-        messages = [{"role": role, "content": word} for role, word in zip(roles, words)]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        except jinja2.TemplateError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"--model: its chat template fails ({reason}); use another model"
-            ) from error
-        any_word = "|".join(words)
-        if re.findall(any_word, text) != words:
-            raise UserError("--model: its chat template drops messages; use another model")
-        return re.split(any_word, text)
-
-    def _find_ends(self, gap, generation_config):
-        """Set ends, end, after and controls. gap: ids between two messages' words."""
-        declared = generation_config.eos_token_id if generation_config else None
-        if not isinstance(declared, list):
-            declared = [declared]
-        self.ends = {*declared, self.tokenizer.eos_token_id} - {None}
-        added = self.tokenizer.added_tokens_decoder
-        if gap and gap[0] in added:
-            self.ends.add(gap[0])  # the template's own end of turn, whatever the configs say
-        if not self.ends:
-            raise UserError("--model: it has no end-of-turn token; use an instruct model")
-        special = {token for token, entry in added.items() if entry.special}
-        self.controls = special | (self.ends & added.keys())
-        if gap and gap[0] in self.ends:
-            self.end, self.after = gap[0], gap[1:]
-        else:
-            self.end, self.after = min(self.ends), gap
-
-    def glue(self, text):
-        """Ids of template text, in which control tokens are meant."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def plain(self, text):
-        """Ids of untrusted text, in which a literal <|im_end|> stays a string of letters."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [token for token in ids if token not in self.controls]
-
-    def head(self, system):
-        """Ids of a stream up to where the content of its first user message begins."""
-        before_user = self.glue(self._before_user)
-        if self.has_system:
-            return self.glue(self._before_system) + self.plain(system) + before_user
-        return before_user + self.plain(system + "\n\n")
-
-    def text(self, ids):
-        """What the other side hears: the words of sampled ids, without control tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-@dataclasses.dataclass
-class Voice:
-    """Somebody who can speak: a model and its chat format."""
-
-    model: torch.nn.Module
-    chat: ChatFormat
-
-
-def voice(model, tokenizer):
-    """A model and its tokenizer as a Voice. Raises UserError for a template that cannot be used."""
-    return Voice(model, ChatFormat(tokenizer, model))
-
-
-class View:
-    """How agent `me` sees a dialogue: turns a list of Turns into a Sample in its chat format."""
-
-    def __init__(self, chat, me, scenario, marker, alone=False):
-        mine, other = scenario.personas[me], scenario.personas[1 - me]
-        self.chat, self.me = chat, me
-        words = {
-            "me": mine["name"],
-            "creed": mine["creed"],
-            "other": other["name"],
-            "dilemma": scenario.dilemma,
-            "marker": MARKER_RULE if marker else "",
-        }
-        system, case = (SYSTEM_ALONE, CASE_ALONE) if alone else (SYSTEM, CASE)
-        self.head = chat.head(fill(system, words)) + chat.plain(fill(case, words))
-
-    def before(self, turns, closing=None, train=True, windowed=False):
-        """The Sample of `turns` up to the point where this agent speaks next.
-
-        closing: the last question, in place of ASK. train: whether this agent's turns get mask 1.
-        windowed: earlier turns exist that are not shown.
-        """
-        chat, sample = self.chat, Sample()
-        add_ids(sample, self.head)
-        heard = []  # what the other side said since this agent's last turn
-        unseen = [EARLIER] if windowed else []
-        for turn in turns:
-            if turn.speaker != self.me:
-                heard.append(turn.text or SILENCE)
-                continue
-            add_ids(sample, chat.plain("\n\n".join([*(heard or unseen), ASK])))
-            add_ids(sample, chat.past_opening)
-            add_turn(sample, turn, train)
-            if turn.truncated:
-                add_ids(sample, [chat.end])
-            add_ids(sample, chat.after)
-            heard = []
-        add_ids(sample, chat.plain("\n\n".join([*heard, closing or ASK])))
-        add_ids(sample, chat.opening)
-        return sample
-
-    def until(self, turns, last, train=True, closing=None, windowed=False):
-        """The Sample of `turns` followed by this agent's own turn `last`, which gets mask 1."""
-        sample = self.before(turns, closing, train, windowed)
-        add_turn(sample, last, True)
-        if last.truncated:
-            add_ids(sample, [self.chat.end])
-        return sample
-
-
-def streams_of(view, turns, context_turns):
-    """An agent's stream as Samples: one with all its turns, or one for each of them where its
-    view is a window (context_turns > 0) or the template rewrites what was said."""
-    own = [i for i, turn in enumerate(turns) if turn.speaker == view.me and turn.logprobs]
-    if own and view.chat.stable and not context_turns:
-        return [view.until(turns[: own[-1]], turns[own[-1]])]
-    samples = []
-    for i in own:
-        start = max(0, i - context_turns) if context_turns else 0
-        samples.append(view.until(turns[start:i], turns[i], train=False, windowed=start > 0))
-    return samples
-
-
 # ---- a negotiation that somebody wrote, as if it had been played --------------------------------
 
 
 def imitate(demonstration, chat, settings):
     """A dataset.Demonstration as the Dialogue of two agents who said just this.
 
-    Nobody sampled its tokens, so each log-prob is NaN; with the advantage of 1 the learner then
-    takes the gradient of plain likelihood.
+    Nobody sampled its tokens, so each log-prob is NaN: the learner takes plain likelihood.
     """
     scenario = demonstration.scenario
     turns = [written(chat, i % 2, text) for i, text in enumerate(demonstration.turns)]
-    views = [View(chat, me, scenario, settings.agreement == "marker") for me in (0, 1)]
+    views = [view(chat, me, scenario, settings.agreement == "marker") for me in (0, 1)]
     final = written(chat, 0, demonstration.final)
     closing = final_request(scenario, FINAL)
     dialogue = Dialogue(scenario, step=0, group=0, member=0, turns=turns)
@@ -402,7 +183,7 @@ def imitate(demonstration, chat, settings):
 
 def written(chat, speaker, text):
     """A text as the Turn of a speaker who ended it properly."""
-    ids = [*chat.plain(text), chat.end]
+    ids = chat.turn(text)
     return Turn(speaker, text, False, ids, [math.nan] * len(ids))
 
 
@@ -413,50 +194,6 @@ def final_request(scenario, template):
 
 
 # ---- one dialogue -------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Say:
-    """Event: `speaker` speaks after `ids`, up to `limit` tokens; the dialogue is sent the Turn.
-
-    unless: a Future of a Verdict; once that is True nobody needs this turn, and it may come back
-    unfinished. While it is spoken: table and row, ids that are unread, the turn so far, spoken.
-    """
-
-    speaker: int
-    ids: list
-    limit: int
-    temperature: float
-    top_p: float
-    rng: np.random.Generator
-    unless: concurrent.futures.Future = None
-    final: bool = False
-
-    def seat(self, table, row):
-        """Begin to speak, from a row of a table that keeps what it has in common with the ids."""
-        self.table, self.row = table, row
-        self.unread = table.crop(row, self.ids)  # ids that the row does not hold yet
-        self.turn = Turn(self.speaker, "", truncated=True)
-        self.spoken = False
-
-    def add(self, token, logprob, cut, mass):
-        """Take the token that was drawn; at the end of the turn, decode its text."""
-        chat, turn = self.table.voice.chat, self.turn
-        self.unread = [token]
-        turn.ids.append(token)
-        turn.logprobs.append(logprob)
-        if self.top_p < 1:
-            turn.cuts.append(cut)
-            turn.masses.append(mass)
-        turn.truncated = token not in chat.ends
-        self.spoken = not turn.truncated or len(turn.ids) == self.limit
-        if self.spoken:
-            turn.text = chat.text(turn.ids)
-
-    def over(self):
-        """Whether the turn is spoken, or the agents had agreed before it."""
-        check = self.unless
-        return self.spoken or bool(check and check.done() and check.result().value)
 
 
 @dataclasses.dataclass
@@ -480,7 +217,7 @@ class Match:
         self.limits = [context_limit(voice.model) for voice in voices]
         scenario, alone = dialogue.scenario, settings.max_turns == 0
         marker = settings.agreement == "marker"
-        self.views = [View(voices[me].chat, me, scenario, marker, alone) for me in (0, 1)]
+        self.views = [view(voices[me].chat, me, scenario, marker, alone) for me in (0, 1)]
         self.request = final_request(scenario, ALONE if alone else FINAL)
 
     def rng(self, number):
@@ -508,9 +245,9 @@ class Match:
         ids = self.views[0].before(self.dialogue.turns, self.request).ids
         if len(ids) + settings.final_tokens > self.limits[0]:
             return None
-        temperature, top_p = settings.final_temperature, settings.final_top_p
-        rng = self.rng(1 << 20)
-        return Say(0, ids, settings.final_tokens, temperature, top_p, rng, final=True)
+        limit, rng = settings.final_tokens, self.rng(1 << 20)
+        how = settings.final_temperature, settings.final_top_p
+        return Say(0, ids, limit, *how, rng, final=True)
 
 
 def negotiate(match):
@@ -590,38 +327,6 @@ def both_accept(turns):
 # ---- many dialogues in one batch ----------------------------------------------------------------
 
 
-class Table:
-    """The cache of one model, and the ids that each of its rows holds."""
-
-    def __init__(self, voice, rows):
-        self.voice = voice
-        self.cache = RaggedCache(rows)
-        self.held = [[] for _ in range(rows)]
-
-    def read_heads(self, heads):
-        """Begin rows with their heads {row: ids}; what a group shares is read once, then copied."""
-        rows_of = {}
-        for row, head in heads.items():
-            rows_of.setdefault(tuple(head), []).append(row)
-            self.held[row] = list(head)
-        readers = [rows[0] for rows in rows_of.values()]
-        self.cache.feed(self.voice.model, readers, [list(head) for head in rows_of])
-        for head, (reader, *others) in rows_of.items():
-            if others:
-                self.cache.copy(reader, others, len(head))
-
-    def crop(self, row, ids):
-        """Crop a row to what it shares with `ids`. Returns the ids to read, at least the last."""
-        common = 0
-        for held, wanted in zip(self.held[row], ids[:-1]):
-            if held != wanted:
-                break
-            common += 1
-        del self.held[row][common:]
-        self.cache.lengths[row] = common
-        return ids[common:]
-
-
 class Seat:
     """A dialogue in play, and the event that it waits for."""
 
@@ -694,117 +399,7 @@ def play(
     return dialogues
 
 
-def choose_batch(says):
-    """Who is in the next forward pass, all of one table: those who have one id to read, or, once
-    they are a quarter as many, those who have more."""
-    says = [say for say in says if say.table is says[0].table]
-    reading = [say for say in says if len(say.unread) > 1]
-    talking = [say for say in says if len(say.unread) == 1]
-    return reading if reading and 4 * len(reading) >= len(talking) else talking
-
-
-def speak(batch, on_token=None):
-    """One forward pass for Says of one table: read what is unread, draw a token for each."""
-    table = batch[0].table
-    batch, logits = read(batch, table)
-    for say, token, logprob, cut, mass in zip(batch, *draw_for(batch, logits)):
-        say.add(token, logprob, cut, mass)
-        if on_token:
-            on_token(say, token)
-
-
-def read(batch, table):
-    """Read what is unread: the batch, in the order of the cache where it decodes, and the logits
-    after each one's last id, (b, V) fp32."""
-    if all(len(say.unread) == 1 for say in batch):
-        say_of = {say.row: say for say in batch}
-        batch = [say_of[row] for row in table.cache.together(list(say_of))]
-    unread = [say.unread for say in batch]
-    logits = table.cache.feed(table.voice.model, [say.row for say in batch], unread)
-    for say in batch:
-        table.held[say.row] += say.unread
-    return batch, logits
-
-
-def draw_for(batch, logits):
-    """Draw the next token of each: lists of ids, log-probs, cuts and masses."""
-    temperatures = [say.temperature for say in batch]
-    top_ps = [say.top_p for say in batch]
-    uniforms = [say.rng.random() for say in batch]
-    numbers = torch.tensor([temperatures, top_ps, uniforms], device=logits.device)  # (3, b) fp32
-    return [column.tolist() for column in draw(logits, *numbers)]
-
-
-def draw(logits, temperature, top_p, uniform):
-    """Draw one token per row by inverse CDF; temperature 0 takes the most likely one.
-
-    logits (b, V) fp32; temperature, top_p and uniform (b,). A uniform number per row makes the
-    draw independent of the batch. Returns, (b,) each: ids; log-probs at that temperature over the
-    full vocabulary; cuts, the log-prob at which the row's nucleus ends (-inf without one); masses,
-    the log of the nucleus's probability.
-    """
-    greedy = temperature == 0
-    logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
-    logp = logits - logits.logsumexp(1, keepdim=True)  # (b, V)
-    weights = logp.exp()
-    cut = torch.full_like(uniform, -math.inf)
-    mass = torch.zeros_like(uniform)
-    rows = (top_p < 1).nonzero()[:, 0]
-    if len(rows):
-        cut[rows] = nucleus(logp[rows], top_p[rows])
-        weights[rows] = torch.where(logp[rows] >= cut[rows, None], weights[rows], 0.0)
-        mass[rows] = weights[rows].sum(1).log()
-    cdf = weights.cumsum(1)  # (b, V)
-    total = cdf[:, -1]
-    # Below the total, so that rounding never reaches a last token of weight 0.
-    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
-    if greedy.any():
-        ids = torch.where(greedy, logits.argmax(1), ids)
-    return ids, logp.gather(1, ids[:, None])[:, 0], cut, mass
-
-
-def nucleus(logp, top_p):
-    """The log-prob at which each row's nucleus ends: the fewest likeliest tokens that have top_p.
-
-    logp (m, V), top_p (m,) -> (m,): half-way between the last token inside and the first outside,
-    so that rounding moves no token over it; -inf where all are inside (arXiv 1904.09751).
-    """
-    vocabulary = logp.shape[1]
-    for k in (min(256, vocabulary), vocabulary):  # the nucleus is nearly always small
-        top = logp.topk(k).values  # (m, k) descending
-        before = top.exp().cumsum(1) - top.exp()  # probability of the tokens before each
-        size = (before < top_p[:, None]).sum(1, keepdim=True).clamp(min=1)  # (m, 1)
-        if (size < k).all():
-            break
-    last_inside = top.gather(1, size - 1)
-    first_outside = top.gather(1, size.clamp(max=k - 1))
-    return torch.where(size < k, (last_inside + first_outside) / 2, -math.inf)[:, 0]
-
-
 # ---- what a person sees -------------------------------------------------------------------------
-
-
-def printable(text):
-    """Text from a model on one line, without control characters that could take over a terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def transcript(dialogue, indent=""):
-    """One dialogue as wrapped lines of text: who said what, how it ended, the final, its score."""
-    names = [persona["name"] for persona in dialogue.scenario.personas]
-    lines = [f"dilemma: {dialogue.scenario.dilemma}"]
-    for turn in dialogue.turns:
-        cut_off = " [cut off]" if turn.truncated else ""
-        lines.append(f"{names[turn.speaker]}: {turn.text}{cut_off}")
-    score = "no score" if dialogue.reward is None else f"{dialogue.reward:.2f}"
-    final = "(none)" if dialogue.final is None else dialogue.final
-    lines.append(f"joint solution ({dialogue.stop}, {score}): {final}")
-    wrapper = textwrap.TextWrapper(
-        120, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
-    )
-    short = [textwrap.shorten(printable(line), 1000, placeholder=" ...") for line in lines]
-    return "\n".join(wrapper.fill(line) for line in short)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -870,19 +465,15 @@ def main(argv=None):
     """`python selfplay.py`: one negotiation, with the judge's score at the end."""
     settings = command_line(WatchSettings, argv, prog="selfplay.py")
     scenario = watched_scenario(settings)
-    speaker = voice(*load(settings.model, device=own_device()))
+    speaker = voice(*load(settings.model, device=own_device()), settings.date)
     voices, dialogue = (speaker, speaker), Dialogue(scenario, step=0, group=0, member=0)
     with reward.open_judge(settings) as judge:
         screen = Screen(scenario, speaker.chat)
         partner = screen.ask_human if settings.human else None
         play(voices, [dialogue], settings, judge, settings.seed, partner, screen.on_token)
-        verdict = dialogue.verdict.result() if dialogue.verdict else None
-    if verdict is None:
-        score = "none (no final completion)"
-    elif verdict.value is None:
-        score = f"none ({verdict.reason})"
-    else:
-        score = f"{verdict.value:.2f} of 5"
+        missing = reward.Verdict(None, "no final completion")
+        verdict = dialogue.verdict.result() if dialogue.verdict else missing
+    score = f"none ({verdict.reason})" if verdict.value is None else f"{verdict.value:.2f} of 5"
     print(f"\n\nstopped: {dialogue.stop}; the judge's score: {score}")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import chat
 import dataset
 import model as lm
 import report
@@ -55,6 +56,7 @@ FREE = {  # settings that change no single item
     *("limit", "seeds", "batch", "read", "out", "judge2_url", "judge2_model"),
     *("judge_concurrency", "judge_timeout", "judge_deadline", "judge_wait", "judge_attempts"),
     *("judge_budget", "judge_cache"),
+    "date",  # a command that goes on the next day goes on where it was
 }
 # Taken from a run's config.json: how it played, and the judge that trained it. Not its end without
 # agreement: the protocol's evaluation writes a final completion all the same.
@@ -145,7 +147,7 @@ class Side:
     def voice(self):
         """The model with its chat format."""
         settings = self.settings
-        return selfplay.voice(*lm.load(settings.model, settings.dtype, lm.own_device()))
+        return chat.voice(*lm.load(settings.model, settings.dtype, lm.own_device()), settings.date)
 
 
 # ---- finished items, and the judge's answers -----------------------------------------------------

@@ -43,6 +43,7 @@ import progress
 import reward
 import selfplay
 from attention import context_limit
+from chat import ChatFormat, voice
 from checkpoint import append, begin, claim, load_trainer, open_run, save_checkpoint
 from cli import UserError, run_cli
 from client import BudgetSpent
@@ -244,7 +245,7 @@ class Run:
         """Divide the scenarios, find the judge, make the folder this run's own."""
         settings, world, player = self.settings, self.world, self.policy.player
         self.scenarios, self.held_out = divide(settings)
-        self.voice = selfplay.voice(player, self.policy.tokenizer)
+        self.voice = voice(player, self.policy.tokenizer, settings.date)
         limit = context_limit(player)
         if settings.final_tokens + selfplay.room(settings) >= limit:
             raise UserError(
@@ -475,7 +476,8 @@ def imitation_sets(settings, policy):
 
     Raises UserError for a bad --demonstrations file.
     """
-    file, chat = settings.demonstrations, selfplay.ChatFormat(policy.tokenizer, policy.model)
+    file = settings.demonstrations
+    chat = ChatFormat(policy.tokenizer, policy.model, settings.date)
     written = dataset.load_demonstrations(file, settings.scenarios or None)
     names = list(dict.fromkeys(negotiation.scenario.id for negotiation in written))
     held = set(dataset.spread(names, max(1, len(names) // 10)))

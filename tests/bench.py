@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import attention
+import chat
 import dataset
 import grpo
 import policy
@@ -117,7 +118,7 @@ class Workload:
         self.world = policy.start_world()
         made = policy.build(self.settings, self.world)
         self.model = made.model
-        self.voice = selfplay.voice(made.player, made.tokenizer)
+        self.voice = chat.voice(made.player, made.tokenizer)
         self.voice.chat.ends = set()  # nothing ends a turn but its limit
         self.learner = grpo.Learner(made.model, made.optimizer, self.settings, made.reference)
 

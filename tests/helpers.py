@@ -21,6 +21,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import chat
 import dataset
 import model as lm
 import selfplay
@@ -124,7 +125,7 @@ def tiny(kind="llama", seed=0, vocabulary=None):
 
 def voice(kind="llama", template=CHATML, **more):
     """A tiny model with its chat format."""
-    return selfplay.voice(tiny(kind), tokenizer(template, **more))
+    return chat.voice(tiny(kind), tokenizer(template, **more))
 
 
 PERSONAS = (

@@ -10,6 +10,7 @@ import helpers
 import pytest
 import torch
 
+import chat
 import grpo
 import selfplay
 import train
@@ -35,7 +36,7 @@ def played(kind, cfg=CFG, dtype=torch.float32):
     model = helpers.tiny(kind)
     twin = copy.deepcopy(model).cuda()
     learner = grpo.Learner(twin, grpo.Optimizer(twin, 1e-3, clip=0.0, dtype=dtype), cfg)
-    voice = selfplay.voice(twin, helpers.tokenizer())
+    voice = chat.voice(twin, helpers.tokenizer())
     dialogues = selfplay.play((voice, voice), helpers.dialogues(2, 4), cfg)
     for i, d in enumerate(dialogues):
         d.reward = float((7 * i) % 5)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from servers import JudgeServer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import chat
 import grpo
 import model as lm
 import reward
@@ -411,7 +412,7 @@ def test_a_stream_and_the_final_that_continues_it_are_one_row():
 
 
 def test_the_fewest_trees_that_fit_are_about_equally_long():
-    pairs = [(selfplay.Sample([0] * n, [], [], [], []), n) for n in (30, 12, 25, 28, 11, 26)]
+    pairs = [(chat.Sample([0] * n, [], [], [], []), n) for n in (30, 12, 25, 28, 11, 26)]
     shares = grpo.split_evenly(pairs, 10, 60)  # beside the prefix: 72 tokens in pieces of 50
     assert [[n for _, n in share] for share in shares] == [[30, 26, 12], [28, 25, 11]]
     assert len(grpo.split_evenly(pairs, 10, 1)) == 6
@@ -683,7 +684,7 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_the_cache(micr
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     passes = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *a: passes.append(1))
-    groups = played(cfg, voice=selfplay.voice(model, helpers.tokenizer()))
+    groups = played(cfg, voice=chat.voice(model, helpers.tokenizer()))
     decoded = len(passes)
     plain, _ = gradients(groups, settings())
     assert distance(gradients(groups, cfg, model)[0], plain) < 1e-6
@@ -709,13 +710,13 @@ def word_ids():
 def said(voice, speaker, word):
     """A turn that is one word, three times."""
     ids = [word] * 3 + [voice.chat.end]
-    return selfplay.Turn(speaker, voice.chat.text(ids), False, ids, [-1.0] * 4)
+    return chat.Turn(speaker, voice.chat.text(ids), False, ids, [-1.0] * 4)
 
 
 def game(voice, word):
     """A dialogue in which both agents and the final say the word."""
     d = helpers.dialogues(1, 1)[0]
-    views = [selfplay.View(voice.chat, me, d.scenario, False) for me in (0, 1)]
+    views = [selfplay.view(voice.chat, me, d.scenario, False) for me in (0, 1)]
     d.turns = [said(voice, 0, word), said(voice, 1, word)]
     d.streams = [[views[0].until([], d.turns[0])], [views[1].until(d.turns[:1], d.turns[1])]]
     request = selfplay.final_request(d.scenario, selfplay.FINAL)
@@ -740,7 +741,7 @@ def parrots(monkeypatch):
         eos_token_id=helpers.tokenizer().eos_token_id,
     )
     model = lm.prepare(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    voice = selfplay.voice(model, helpers.tokenizer())
+    voice = chat.voice(model, helpers.tokenizer())
     group = [game(voice, word) for word in word_ids()]
     trees = grpo.pack(group, "dialogue", WHOLE) + grpo.pack(group, "final", WHOLE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
@@ -794,7 +795,7 @@ def train_parrots(model, how):
     learner = new_learner(cfg, copy.deepcopy(model), clip=0.0)
     learner.optimizer.adamw = torch.optim.SGD(learner.optimizer.masters.values())
     learner.optimizer.lr = 5e-3
-    voice, rng = selfplay.voice(learner.model, helpers.tokenizer()), random.Random(5)
+    voice, rng = chat.voice(learner.model, helpers.tokenizer()), random.Random(5)
 
     def fresh():
         return selfplay.play((voice, voice), helpers.dialogues(1, 60, step=1000), cfg)
@@ -859,7 +860,7 @@ def handmade(model, members=4, seed=0):
             logps = [0.0, *helpers.plain_logprobs(model, ids).tolist()]
             logps = [p * m for p, m in zip(logps, mask)]
             zeros = [0] * len(ids)
-            d.streams[me] = [selfplay.Sample(ids, mask, logps, zeros, zeros)]
+            d.streams[me] = [chat.Sample(ids, mask, logps, zeros, zeros)]
         d.reward = [1.0, 4.0, 2.5, None][i % 4]
     return group
 

@@ -18,6 +18,7 @@ import torch
 from servers import JudgeServer
 from transformers import AutoModelForCausalLM
 
+import chat
 import checkpoint
 import cli
 import grpo
@@ -498,7 +499,7 @@ def helpers_group(model):
 
     play = selfplay.PlaySettings(max_turns=2, turn_tokens=6, final_tokens=6, agreement="none")
     group = selfplay.play(
-        (selfplay.voice(model, helpers.tokenizer()),) * 2, helpers.dialogues(1, 4), play
+        (chat.voice(model, helpers.tokenizer()),) * 2, helpers.dialogues(1, 4), play
     )
     for d, a in zip(group, (1.0, -1.0, 0.5, -0.5)):
         d.advantage = a

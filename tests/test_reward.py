@@ -17,7 +17,7 @@ import cli
 import client
 import reward
 import rubric
-from selfplay import Turn
+from chat import Turn
 
 DILEMMA, PERSONAS = "One reservoir is left. Who gets the water?", helpers.PERSONAS
 TURNS = [Turn(0, "Half each?", False), Turn(1, "Yes, half each.", False)]

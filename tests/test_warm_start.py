@@ -21,6 +21,7 @@ import model as lm
 import report
 import selfplay
 import train
+from chat import ChatFormat
 
 SAID = [
     ["We share the water by day.", "No, the hospital first."],
@@ -91,12 +92,12 @@ def test_what_is_imitated_is_what_was_written(template):
                 s
             ) in stream:  # each of the agent's turns is trained with its end, and nothing else is
                 assert (
-                    sum(s.mask) == sum(len(chat.plain(t)) + 1 for t in own) / len(stream)
+                    sum(s.mask) == sum(len(chat.turn(t)) for t in own) / len(stream)
                     or len(stream) > 1
                 )
                 assert all(math.isnan(p) == bool(m) for p, m in zip(s.logprobs, s.mask))
         ids = [i for i, m in zip(d.final_sample.ids, d.final_sample.mask) if m]
-        assert ids == chat.plain(demonstration.final) + [chat.end]
+        assert ids == chat.turn(demonstration.final)
 
 
 def test_it_is_the_stream_of_a_dialogue_that_was_played():
@@ -131,7 +132,7 @@ def test_it_is_the_stream_of_a_dialogue_that_was_played():
 @pytest.mark.parametrize("tokens", ["dialogue", "final", "both"])
 def test_the_gradient_is_that_of_plain_likelihood(kind, tokens):
     model, cfg = helpers.tiny(kind), settings(train_tokens=tokens)
-    chat = selfplay.ChatFormat(helpers.tokenizer(), model)
+    chat = ChatFormat(helpers.tokenizer(), model)
     dialogues = [selfplay.imitate(d, chat, cfg) for d in demonstrations()]
     learner = grpo.Learner(model, grpo.Optimizer(model, lr=0.0), cfg)
     for dialogue in dialogues:

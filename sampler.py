@@ -1,0 +1,189 @@
+"""Many rows of one model, decoded in one batch: each with its own temperature, nucleus and numbers.
+
+    Say (ids to speak after) -> Table.crop -> read -> draw -> Say.add -> Turn
+
+A row keeps what its cache and the next ids have in common, so that each token is computed once.
+What a row draws depends on its own logits and its own random numbers, never on the batch.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+
+import numpy as np
+import torch
+
+from attention import RaggedCache
+from chat import Turn
+
+# ---- one row ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Say:
+    """`speaker` speaks after `ids`, up to `limit` tokens; the dialogue is sent the Turn.
+
+    unless: a Future of a Verdict; once that is True nobody needs this turn, and it may come back
+    unfinished. While it is spoken: table and row, ids that are unread, the turn so far, spoken.
+    """
+
+    speaker: int
+    ids: list
+    limit: int
+    temperature: float
+    top_p: float
+    rng: np.random.Generator
+    unless: concurrent.futures.Future = None
+    final: bool = False
+
+    def seat(self, table, row):
+        """Begin to speak, from a row of a table that keeps what it has in common with the ids."""
+        self.table, self.row = table, row
+        self.unread = table.crop(row, self.ids)  # ids that the row does not hold yet
+        self.turn = Turn(self.speaker, "", truncated=True)
+        self.spoken = False
+
+    def add(self, token, logprob, cut, mass):
+        """Take the token that was drawn; at the end of the turn, decode its text."""
+        chat, turn = self.table.voice.chat, self.turn
+        self.unread = [token]
+        turn.ids.append(token)
+        turn.logprobs.append(logprob)
+        if self.top_p < 1:
+            turn.cuts.append(cut)
+            turn.masses.append(mass)
+        turn.truncated = token not in chat.ends
+        self.spoken = not turn.truncated or len(turn.ids) == self.limit
+        if self.spoken:
+            turn.text = chat.text(turn.ids)
+
+    def over(self):
+        """Whether the turn is spoken, or the agents had agreed before it."""
+        check = self.unless
+        return self.spoken or bool(check and check.done() and check.result().value)
+
+
+# ---- the rows of a model ------------------------------------------------------------------------
+
+
+class Table:
+    """The cache of one model, and the ids that each of its rows holds."""
+
+    def __init__(self, voice, rows):
+        self.voice = voice
+        self.cache = RaggedCache(rows)
+        self.held = [[] for _ in range(rows)]
+
+    def read_heads(self, heads):
+        """Begin rows with their heads {row: ids}; what a group shares is read once, then copied."""
+        rows_of = {}
+        for row, head in heads.items():
+            rows_of.setdefault(tuple(head), []).append(row)
+            self.held[row] = list(head)
+        readers = [rows[0] for rows in rows_of.values()]
+        self.cache.feed(self.voice.model, readers, [list(head) for head in rows_of])
+        for head, (reader, *others) in rows_of.items():
+            if others:
+                self.cache.copy(reader, others, len(head))
+
+    def crop(self, row, ids):
+        """Crop a row to what it shares with `ids`. Returns the ids to read, at least the last."""
+        common = 0
+        for held, wanted in zip(self.held[row], ids[:-1]):
+            if held != wanted:
+                break
+            common += 1
+        del self.held[row][common:]
+        self.cache.lengths[row] = common
+        return ids[common:]
+
+
+# ---- a batch ------------------------------------------------------------------------------------
+
+
+def choose_batch(says):
+    """Who is in the next forward pass, all of one table: those who have one id to read, or, once
+    they are a quarter as many, those who have more."""
+    says = [say for say in says if say.table is says[0].table]
+    reading = [say for say in says if len(say.unread) > 1]
+    talking = [say for say in says if len(say.unread) == 1]
+    return reading if reading and 4 * len(reading) >= len(talking) else talking
+
+
+def speak(batch, on_token=None):
+    """One forward pass for Says of one table: read what is unread, draw a token for each."""
+    table = batch[0].table
+    batch, logits = read(batch, table)
+    for say, token, logprob, cut, mass in zip(batch, *draw_for(batch, logits)):
+        say.add(token, logprob, cut, mass)
+        if on_token:
+            on_token(say, token)
+
+
+def read(batch, table):
+    """Read what is unread: the batch, in the order of the cache where it decodes, and the logits
+    after each one's last id, (b, V) fp32."""
+    if all(len(say.unread) == 1 for say in batch):
+        say_of = {say.row: say for say in batch}
+        batch = [say_of[row] for row in table.cache.together(list(say_of))]
+    unread = [say.unread for say in batch]
+    logits = table.cache.feed(table.voice.model, [say.row for say in batch], unread)
+    for say in batch:
+        table.held[say.row] += say.unread
+    return batch, logits
+
+
+def draw_for(batch, logits):
+    """Draw the next token of each: lists of ids, log-probs, cuts and masses."""
+    temperatures = [say.temperature for say in batch]
+    top_ps = [say.top_p for say in batch]
+    uniforms = [say.rng.random() for say in batch]
+    numbers = torch.tensor([temperatures, top_ps, uniforms], device=logits.device)  # (3, b) fp32
+    return [column.tolist() for column in draw(logits, *numbers)]
+
+
+def draw(logits, temperature, top_p, uniform):
+    """Draw one token per row by inverse CDF; temperature 0 takes the most likely one.
+
+    logits (b, V) fp32; temperature, top_p and uniform (b,). A uniform number per row makes the
+    draw independent of the batch. Returns, (b,) each: ids; log-probs at that temperature over the
+    full vocabulary; cuts, the log-prob at which the row's nucleus ends (-inf without one); masses,
+    the log of the nucleus's probability.
+    """
+    greedy = temperature == 0
+    logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
+    logp = logits - logits.logsumexp(1, keepdim=True)  # (b, V)
+    weights = logp.exp()
+    cut = torch.full_like(uniform, -math.inf)
+    mass = torch.zeros_like(uniform)
+    rows = (top_p < 1).nonzero()[:, 0]
+    if len(rows):
+        cut[rows] = nucleus(logp[rows], top_p[rows])
+        weights[rows] = torch.where(logp[rows] >= cut[rows, None], weights[rows], 0.0)
+        mass[rows] = weights[rows].sum(1).log()
+    cdf = weights.cumsum(1)  # (b, V)
+    total = cdf[:, -1]
+    # Below the total, so that rounding never reaches a last token of weight 0.
+    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
+    if greedy.any():
+        ids = torch.where(greedy, logits.argmax(1), ids)
+    return ids, logp.gather(1, ids[:, None])[:, 0], cut, mass
+
+
+def nucleus(logp, top_p):
+    """The log-prob at which each row's nucleus ends: the fewest likeliest tokens that have top_p.
+
+    logp (m, V), top_p (m,) -> (m,): half-way between the last token inside and the first outside,
+    so that rounding moves no token over it; -inf where all are inside (arXiv 1904.09751).
+    """
+    vocabulary = logp.shape[1]
+    for k in (min(256, vocabulary), vocabulary):  # the nucleus is nearly always small
+        top = logp.topk(k).values  # (m, k) descending
+        before = top.exp().cumsum(1) - top.exp()  # probability of the tokens before each
+        size = (before < top_p[:, None]).sum(1, keepdim=True).clamp(min=1)  # (m, 1)
+        if (size < k).all():
+            break
+    last_inside = top.gather(1, size - 1)
+    first_outside = top.gather(1, size.clamp(max=k - 1))
+    return torch.where(size < k, (last_inside + first_outside) / 2, -math.inf)[:, 0]
