@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import data_gen
 import model as lm
 import report
@@ -91,10 +92,10 @@ def read_settings(command, argv):
         return {}
 
     settings = command_line(Settings, argv, f"eval.py {command}", base=note)
-    found = {"A": report.locate(settings.model)}
+    found = {"A": checkpoint.locate(settings.model)}
     if settings.baseline:
-        found["B"] = report.locate(settings.baseline)
-    trained = {side: report.config_of(run) for side, (_, run) in found.items() if run}
+        found["B"] = checkpoint.locate(settings.baseline)
+    trained = {side: checkpoint.config_of(run) for side, (_, run) in found.items() if run}
     lent = next(iter(trained.values())) if len(trained) == 1 else {}
     if lent.get("max_turns") == 0:  # beside a run that answers alone, the other side negotiates
         lent = picked(lent, lent.keys() - {"max_turns", "agreement"})
@@ -160,7 +161,7 @@ class Items:
     """
 
     def __init__(self, path, batch):
-        self.done = {tuple(item["key"]): item["value"] for item in report.whole_lines(path)}
+        self.done = {tuple(item["key"]): item["value"] for item in checkpoint.whole_lines(path)}
         self.path = path
         self.batch = batch
         self.judge = ""

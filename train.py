@@ -42,13 +42,21 @@ import plan
 import progress
 import reward
 import selfplay
-from checkpoint import append, begin, claim, load_trainer, open_run, save_checkpoint
+from checkpoint import (
+    append,
+    begin,
+    best_step,
+    claim,
+    load_trainer,
+    open_run,
+    save_checkpoint,
+    whole_lines,
+)
 from cli import UserError, run_cli
 from client import BudgetSpent
 from eval import heldout, heldout_row
 from policy import World, build, start_world
 from progress import peak_memory_gb
-from report import best_step, whole_lines
 from settings import RECIPES, Settings, check_contents, read_settings
 
 __all__ = ["RECIPES", "Settings", "World", "main"]  # for whoever imports train
