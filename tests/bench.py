@@ -26,6 +26,9 @@ import model as lm  # noqa: E402
 import reward  # noqa: E402
 import selfplay  # noqa: E402
 import train  # noqa: E402
+from policy import build, start_world  # noqa: E402
+from progress import peak_memory_gb  # noqa: E402
+from settings import Settings  # noqa: E402
 from cli import command_line, option, run_cli  # noqa: E402
 
 PLACES = ["A mid-sized town", "A coastal city", "A mountain village", "A desert district"]
@@ -58,7 +61,7 @@ class Bench:
     final_tokens: int = option(64, "tokens of the final completion", low=2)
     context_turns: int = option(0, "turns that an agent sees (0: all)", low=0)
     micro_tokens: int = option(
-        train.Settings.micro_tokens, "tokens in one forward and backward pass", low=1
+        Settings.micro_tokens, "tokens in one forward and backward pass", low=1
     )
     repeats: int = option(3, "steps that are timed", low=1)
     judge_latency: float = option(0.0, "seconds that each judge call takes, 8 in flight", low=0)
@@ -123,7 +126,7 @@ def floor_seconds(model, dialogues, packed, flops, bandwidth, size):
 def main(argv=None):
     """Time --repeats steps and print the medians."""
     b = command_line(Bench, argv, prog="tests/bench.py")
-    settings = train.Settings(
+    settings = Settings(
         model=b.model,
         dtype=b.dtype,
         agreement="none",
@@ -138,8 +141,8 @@ def main(argv=None):
         micro_tokens=b.micro_tokens,
         lr=1e-6,
     )
-    world = train.start_world()
-    model, player, tokenizer, optimizer, reference = train.build(settings, world)
+    world = start_world()
+    model, player, tokenizer, optimizer, reference = build(settings, world)
     voice = selfplay.voice(player, tokenizer)
     voice.chat.ends = set()  # nothing ends a turn but its limit
     learner = grpo.Learner(model, optimizer, settings, reference)
@@ -178,7 +181,7 @@ def main(argv=None):
     print(f"play   {play:6.1f} s  {sampled / play:6.1f} sampled tokens/s")
     print(f"learn  {learn:6.1f} s  {last[3] / learn:6.1f} trained tokens/s")
     print(
-        f"step   {whole:6.1f} s  peak memory {train.peak_memory_gb(world.device):.1f} GB   {dtype}, {torch.get_num_threads()} threads, median of {b.repeats}"
+        f"step   {whole:6.1f} s  peak memory {peak_memory_gb(world.device):.1f} GB   {dtype}, {torch.get_num_threads()} threads, median of {b.repeats}"
     )
     flops, bandwidth = rates(dtype, world.device)
     packed = [

@@ -9,9 +9,10 @@ import torch
 import grpo
 import selfplay
 import train
+from settings import Settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-CFG = train.Settings(
+CFG = Settings(
     max_turns=4,
     turn_tokens=12,
     final_tokens=12,
@@ -19,7 +20,6 @@ CFG = train.Settings(
     temperature=1.0,
     final_temperature=1.0,
     dtype="fp32",
-    grad_clip=0.0,
 )
 
 
@@ -50,7 +50,7 @@ def update(learner, groups, micro_tokens):
 @pytest.mark.parametrize("context_turns", [0, 2])
 @pytest.mark.parametrize("kind", helpers.KINDS)
 def test_logprobs_recorded_on_the_gpu_are_those_of_a_plain_forward_on_the_cpu(kind, context_turns):
-    model, _, groups = played(kind, train.Settings(**{**vars(CFG), "context_turns": context_turns}))
+    model, _, groups = played(kind, Settings(**{**vars(CFG), "context_turns": context_turns}))
     for d in sum(groups, []):
         assert len(d.turns) == 4
         for sample in [*d.streams[0], *d.streams[1], d.final_sample]:

@@ -15,14 +15,19 @@ import pytest
 import runs
 import torch
 from servers import REPLIES, JudgeServer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import checkpoint
 import cli
 import data_gen
+import grpo
 import model as lm
 import progress
+import reward
 import train
+from policy import World
+from run import Ended, Run, Stop, claim, open_run
+from settings import Settings, read_settings
 
 METRICS = set(
     [
@@ -146,7 +151,7 @@ def test_dialogues_keep_the_contract(finished, tiny):
     for step in (1, 2, 3):
         for g in (0, 1):
             group = [r for r in rows if r["step"] == step and r["group"] == g]
-            wanted = train.grpo.group_advantages(
+            wanted = grpo.group_advantages(
                 torch.tensor([[r["reward"] for r in group]], dtype=torch.float64)
             )[0].tolist()
             assert [r["advantage"] for r in group] == pytest.approx(wanted)
@@ -168,10 +173,32 @@ def test_checkpoints_load_like_any_model(finished, tiny):
         assert lm.load(str(folder))[0].config.model_type == "llama"
     config = json.loads((finished[0] / "config.json").read_text())
     assert config["group_size"] == 3 and config["lr"] == 1e-3 and config["recipe"] == "debug"
-    assert set(config) == set(train.Settings.__dataclass_fields__) | {"contents"}
+    assert set(config) == set(Settings.__dataclass_fields__) | {"contents"}
     assert (
         config["judge_mode"] == "json" and config["judge_model"] == "scripted"
     )  # as they were found
+
+
+def test_a_checkpoint_says_in_both_spellings_what_transformers_4_and_5_call_otherwise(
+    finished, tmp_path
+):
+    """PITFALLS 47: 4 took its own rope_theta where it found none, without a word."""
+    folder = finished[0] / "checkpoints" / "step_000003"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    assert "rope_scaling" not in config
+    chat = json.loads((folder / "tokenizer_config.json").read_text())
+    assert chat["tokenizer_class"] == "PreTrainedTokenizerFast"  # 4 has no TokenizersBackend
+    # scaled ones: what both read is what was saved
+    scaled = {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}
+    LlamaConfig(rope_parameters=scaled, dtype="bfloat16").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    checkpoint.spell_both_ways(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["rope_theta"], config["torch_dtype"]) == (5e4, "bfloat16")
+    assert config["rope_scaling"]["factor"] == 2.0
+    assert LlamaConfig.from_pretrained(tmp_path).rope_parameters == scaled
 
 
 def test_the_terminal_shows_each_step_and_a_transcript(finished):
@@ -256,7 +283,7 @@ def test_bad_input_gets_one_line(case, tiny, judge, tmp_path, capfd):
 
 def test_the_paper_recipe_is_the_papers():
     """The table of arXiv 2603.10476, as readers' notes have it; what they leave open is ours."""
-    paper = train.read_settings(["--recipe", "paper", "--model", "M"])
+    paper = read_settings(["--recipe", "paper", "--model", "M"])
     wanted = {"max_turns": 7, "context_turns": 2, "agreement": "judge", "on_impasse": "zero"}
     wanted |= {"temperature": 0.7, "top_p": 0.95, "final_temperature": 0.1, "final_top_p": 0.95}
     wanted |= {"group_size": 8, "scenarios_per_step": 2, "updates_per_rollout": 1, "steps": 1900}
@@ -265,11 +292,24 @@ def test_the_paper_recipe_is_the_papers():
     assert {name: getattr(paper, name) for name in wanted} == wanted
 
 
+def test_half_of_torchruns_variables_is_one_line(tiny, judge, tmp_path, monkeypatch, capfd):
+    """PITFALLS 48: WORLD_SIZE that a scheduler, or an old shell, has left behind."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    line = complaint(runs.flags(tiny, judge.url, tmp_path / "run"), capfd)
+    assert line == (
+        "error: WORLD_SIZE=2 is set, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not; "
+        "unset WORLD_SIZE, or start with torchrun --nproc_per_node=2 train.py"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_rank_has_a_group_of_its_own(monkeypatch):
     """torchrun --nproc_per_node=8 train.py works as it stands; what was asked for stays."""
 
     def of(*flags):
-        return train.read_settings(list(flags)).scenarios_per_step
+        return read_settings(list(flags)).scenarios_per_step
 
     for ranks, debug, warm_start in (("1", 2, 16), ("2", 2, 16), ("3", 3, 18), ("8", 8, 16)):
         monkeypatch.setenv("WORLD_SIZE", ranks)
@@ -279,7 +319,7 @@ def test_every_rank_has_a_group_of_its_own(monkeypatch):
 
 def test_the_single_recipe_differs_from_the_debug_recipe_in_one_thing():
     debug, single = (
-        dataclasses.asdict(train.read_settings(["--recipe", name])) for name in ("debug", "single")
+        dataclasses.asdict(read_settings(["--recipe", name])) for name in ("debug", "single")
     )
     differ = {key: single[key] for key in single if single[key] != debug[key]}
     assert differ == {
@@ -318,7 +358,7 @@ def test_a_resumed_run_keeps_its_rubric_and_its_scenarios_whatever_their_paths(
     }
     file, rubric, out = tmp_path / "mine.jsonl", tmp_path / "rubric.json", tmp_path / "run"
     file.write_text(json.dumps(line) + "\n")
-    rubric.write_text(json.dumps(train.reward.RUBRIC))
+    rubric.write_text(json.dumps(reward.RUBRIC))
     more = dict(scenarios=file, rubric=rubric, steps=1, scenarios_per_step=1)
     assert runs.Run(runs.flags(tiny, judge.url, out, **more)).wait()[0] == 0
     moved = tmp_path / "moved.jsonl"
@@ -343,7 +383,7 @@ def test_a_resumed_run_keeps_its_rubric_and_its_scenarios_whatever_their_paths(
         [*resume, "--scenarios", str(moved)], capfd
     )
     moved.write_text(json.dumps(line) + "\n")
-    rubric.write_text(json.dumps({**train.reward.RUBRIC, "parties": "Only the first one counts."}))
+    rubric.write_text(json.dumps({**reward.RUBRIC, "parties": "Only the first one counts."}))
     assert "other rubric than the run began with" in complaint(
         [*resume, "--scenarios", str(moved)], capfd
     )
@@ -383,36 +423,36 @@ def test_a_folder_that_holds_something_is_left_alone(finished, tiny, judge, tmp_
 
 def test_a_folder_has_one_writer(tmp_path):
     with contextlib.ExitStack() as one:
-        checkpoint.claim(tmp_path / "a" / "run", one)
+        claim(tmp_path / "a" / "run", one)
         with (
             pytest.raises(cli.UserError, match="another run is writing there"),
             contextlib.ExitStack() as two,
         ):
-            checkpoint.claim(tmp_path / "a" / "run", two)
+            claim(tmp_path / "a" / "run", two)
     with contextlib.ExitStack() as later:
-        checkpoint.claim(tmp_path / "a" / "run", later)
+        claim(tmp_path / "a" / "run", later)
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(cli.UserError, match="--out .*file/run: cannot be made"),
         contextlib.ExitStack() as stack,
     ):
-        checkpoint.claim(tmp_path / "file" / "run", stack)
+        claim(tmp_path / "file" / "run", stack)
 
 
 def test_held_out_scenarios_are_of_all_kinds_and_never_trained_on():
-    scenarios, held = train.divide(train.Settings(epoch_steps=0, eval_every=1, eval_scenarios=8))
+    scenarios, held = train.divide(Settings(epoch_steps=0, eval_every=1, eval_scenarios=8))
     topics = {
         row["id"]: row["topic"] for row in data_gen.load_jsonl(data_gen.DATA / "dilemmas.jsonl")
     }
     assert len(held) == 8 == len({topics[s.id] for s in held}) and len({s.tier for s in held}) == 3
     assert len(scenarios) == 312 and not {s.id for s in scenarios} & {s.id for s in held}
-    assert train.divide(train.Settings())[1] == []
+    assert train.divide(Settings())[1] == []
 
 
 def test_an_epoch_of_five_steps_plays_the_same_scenarios_over_and_over():
     alone, few = types.SimpleNamespace(rank=0, size=1), {}
     for seed in (0, 1):
-        cfg = train.Settings(seed=seed, eval_every=1)
+        cfg = Settings(seed=seed, eval_every=1)
         scenarios, held = train.divide(cfg)
         steps = [
             [group[0].scenario.id for group in train.deal(scenarios, cfg, step, alone)]
@@ -428,7 +468,7 @@ def test_an_epoch_of_five_steps_plays_the_same_scenarios_over_and_over():
 
 
 def test_a_scenario_that_comes_twice_in_a_step_is_played_by_other_members():
-    cfg, one = train.Settings(scenarios_per_step=3), [helpers.scenario("only")]
+    cfg, one = Settings(scenarios_per_step=3), [helpers.scenario("only")]
     whole = train.deal(one, cfg, 1, types.SimpleNamespace(rank=0, size=1))
     assert [[d.member for d in group] for group in whole] == [
         [*range(6)],
@@ -444,7 +484,7 @@ def test_a_scenario_that_comes_twice_in_a_step_is_played_by_other_members():
     for step in range(1, 9):  # three scenarios, two a step: every other step holds two epochs
         groups = train.deal(
             [helpers.scenario(name) for name in "abc"],
-            train.Settings(),
+            Settings(),
             step,
             types.SimpleNamespace(rank=0, size=1),
         )
@@ -452,7 +492,7 @@ def test_a_scenario_that_comes_twice_in_a_step_is_played_by_other_members():
 
 
 def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
-    cfg, row = train.Settings(scenarios_per_step=2), lambda *pairs: {"rewards": dict(pairs)}
+    cfg, row = Settings(scenarios_per_step=2), lambda *pairs: {"rewards": dict(pairs)}
     rows = [
         row(("a", 1.0), ("b", 2.0)),
         row(("c", 3.0), ("d", None)),
@@ -472,7 +512,7 @@ def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
 
 def test_an_epoch_has_room_for_every_rank_and_never_cuts_what_somebody_brings(monkeypatch):
     def count(*flags):
-        return len(train.divide(train.read_settings(list(flags)))[0])
+        return len(train.divide(read_settings(list(flags)))[0])
 
     mine = str(data_gen.DATA / "dilemmas.jsonl")
     assert count("--recipe", "paper") == 320
@@ -492,11 +532,11 @@ def test_lines_are_json_whatever_a_step_came_to(tmp_path):
 
 
 def test_a_signal_between_two_steps_plays_nothing_more():
-    run = train.Run.__new__(train.Run)
-    run.world = train.World(0, 1, torch.device("cpu"))
-    run.stop = types.SimpleNamespace(since=1.0, verdict=(130, "interrupted"))
-    run.stop.run = types.MethodType(train.Stop.run, run.stop)
-    with pytest.raises(train.Ended) as ended:
+    run = Run.__new__(Run)
+    run.world = World(0, 1, torch.device("cpu"))
+    run.stop = Stop.__new__(Stop)
+    run.stop.since, run.stop.playing = 1.0, False  # a signal has come
+    with pytest.raises(Ended) as ended:
         run.unless_stopped(pytest.fail, "played")
     assert (ended.value.code, ended.value.reason) == (130, "interrupted")
 
@@ -542,8 +582,8 @@ def test_resume_removes_what_a_kill_left_and_nothing_else(tmp_path):
     (out / "checkpoints" / "notes.txt").write_text("mine")
     (out / "checkpoints" / "latest").symlink_to("step_000002")
     (out / "config.json").write_text("{}")
-    cfg = train.read_settings(["--resume", str(out)])
-    assert checkpoint.open_run(cfg) == (out, out / "checkpoints" / "step_000002")
+    cfg = read_settings(["--resume", str(out)])
+    assert open_run(cfg) == (out, out / "checkpoints" / "step_000002")
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
         "best",
         "latest",
@@ -564,8 +604,8 @@ def test_resume_refuses_what_would_change_the_mathematics(finished, capfd):
     assert "--out elsewhere" in complaint(
         ["--resume", str(finished[0]), "--out", "elsewhere"], capfd
     )
-    assert train.read_settings(["--resume", str(finished[0]), "--lr", "1", "--force"]).lr == 1.0
-    same = train.read_settings(
+    assert read_settings(["--resume", str(finished[0]), "--lr", "1", "--force"]).lr == 1.0
+    same = read_settings(
         [
             "--resume",
             str(finished[0]),

@@ -20,7 +20,7 @@ import data_gen
 import grpo
 import model as lm
 import selfplay
-import train
+from settings import RECIPES, Settings
 
 SAID = [
     ["We share the water by day.", "No, the hospital first."],
@@ -47,13 +47,12 @@ def demonstrations():
 def settings(**more):
     """Those of the recipe, as a tiny model can use them."""
     recipe = {
-        **train.RECIPES["warm-start"],
+        **RECIPES["warm-start"],
         "dtype": "fp32",
         "lora_rank": 0,
-        "grad_clip": 0.0,
         **more,
     }
-    return dataclasses.replace(train.Settings(), **recipe)
+    return dataclasses.replace(Settings(), **recipe)
 
 
 def likelihood(model, streams):
