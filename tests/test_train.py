@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -29,52 +30,15 @@ from policy import World
 from run import Ended, Run, Stop, claim, open_run
 from settings import Settings, read_settings
 
-METRICS = set(
-    [
-        "step",
-        "reward_mean",
-        "reward_std",
-        "reward_min",
-        "reward_max",
-        "agreed_rate",
-        "turns_mean",
-        "judge_failures",
-        "uniform_groups",
-        "truncated_rate",
-        "loss",
-        "grad_norm",
-        "clip_frac",
-        "kl_ref",
-        "entropy",
-        "logprob_gap",
-        "sampled_tokens",
-        "trained_tokens",
-        "seconds_play",
-        "seconds_judge",
-        "seconds_learn",
-        "seconds_step",
-        "peak_memory_gb",
-    ]
-)
-DIALOGUE = set(
-    [
-        "step",
-        "scenario_id",
-        "group",
-        "member",
-        "personas",
-        "dilemma",
-        "streams",
-        "turns",
-        "agreed",
-        "stop",
-        "final",
-        "final_ids",
-        "reward",
-        "advantage",
-        "judge",
-    ]
-)
+METRICS = """
+step reward_mean reward_std reward_min reward_max agreed_rate turns_mean judge_failures
+uniform_groups truncated_rate loss grad_norm clip_frac kl_ref entropy logprob_gap sampled_tokens
+trained_tokens seconds_play seconds_judge seconds_learn seconds_step peak_memory_gb
+"""
+DIALOGUE = """
+step scenario_id group member personas dilemma streams turns agreed stop final final_ids reward
+advantage judge
+"""
 
 
 @pytest.fixture(scope="module")
@@ -103,80 +67,56 @@ def test_metrics_keep_the_contract(finished):
     rows = runs.rows(finished[0])
     assert [r["step"] for r in rows] == [1, 2, 3]
     for row in rows:
-        assert row.keys() >= METRICS
-        assert (
-            row["judge_failures"] == 0
-            and row["missing_rewards"] == 0
-            and not row["skipped"]
-            and row["grad_norm"] > 0
-        )
-        assert (
-            0 < row["reward_min"] <= row["reward_mean"] <= row["reward_max"] <= 5
-            and row["logprob_gap"] < 1e-4
-            and row["kl_ref"] == 0
-        )
-        assert row["seconds_step"] == pytest.approx(
-            row["seconds_play"] + row["seconds_judge"] + row["seconds_learn"], abs=1e-3
-        )
+        assert row.keys() >= set(METRICS.split())
+        assert row["judge_failures"] == row["missing_rewards"] == row["kl_ref"] == 0
+        assert not row["skipped"] and row["grad_norm"] > 0 and row["logprob_gap"] < 1e-4
+        assert 0 < row["reward_min"] <= row["reward_mean"] <= row["reward_max"] <= 5
+        phases = row["seconds_play"] + row["seconds_judge"] + row["seconds_learn"]
+        assert row["seconds_step"] == pytest.approx(phases, abs=1e-3)
 
 
 def test_dialogues_keep_the_contract(finished, tiny):
     rows, chat = runs.rows(finished[0], "dialogues.jsonl"), AutoTokenizer.from_pretrained(tiny)
-    assert [(r["step"], r["group"], r["member"]) for r in rows] == [
-        (s, g, m) for s in (1, 2, 3) for g in (0, 1) for m in range(3)
-    ]
+    order = itertools.product((1, 2, 3), (0, 1), range(3))
+    assert [(r["step"], r["group"], r["member"]) for r in rows] == list(order)
     for row in rows:
-        assert (
-            row.keys() >= DIALOGUE
-            and row["reward"] is not None
-            and len(row["turns"]) == 2
-            and row["stop"] == "max_turns"
-        )
+        assert row.keys() >= set(DIALOGUE.split())
+        assert row["reward"] is not None and row["stop"] == "max_turns"
+        assert len(row["turns"]) == len(row["streams"]) == 2
         for stream, turn in zip(row["streams"], row["turns"]):
+            assert stream["speaker"] == turn["speaker"]
             (sample,) = stream["samples"]
-            assert (
-                len(sample["ids"]) == len(sample["mask"]) == len(sample["logprobs"])
-                and stream["speaker"] == turn["speaker"]
-            )
-            said = chat.decode(
-                [i for i, m in zip(sample["ids"], sample["mask"]) if m], skip_special_tokens=True
-            )
-            assert said.strip() == turn["text"] and all(
-                p < 0 for p, m in zip(sample["logprobs"], sample["mask"]) if m
-            )
+            ids, mask, logprobs = sample["ids"], sample["mask"], sample["logprobs"]
+            assert len(ids) == len(mask) == len(logprobs)
+            sampled = [i for i, m in zip(ids, mask) if m]
+            assert chat.decode(sampled, skip_special_tokens=True).strip() == turn["text"]
+            assert all(logprob < 0 for logprob, m in zip(logprobs, mask) if m)
         assert chat.decode(row["final_ids"], skip_special_tokens=True).strip() == row["final"]
-        assert row["reward"] == pytest.approx(
-            min(5.0, len(set(row["final"])) / 8), abs=1.0
-        )  # the judge sees it tidied
-    for step in (1, 2, 3):
-        for g in (0, 1):
-            group = [r for r in rows if r["step"] == step and r["group"] == g]
-            wanted = grpo.group_advantages(
-                torch.tensor([[r["reward"] for r in group]], dtype=torch.float64)
-            )[0].tolist()
-            assert [r["advantage"] for r in group] == pytest.approx(wanted)
-            assert len({json.dumps([r["dilemma"], r["personas"]]) for r in group}) == 1
+        # the judge sees it tidied
+        assert row["reward"] == pytest.approx(min(5.0, len(set(row["final"])) / 8), abs=1.0)
+    for _, group in itertools.groupby(rows, key=lambda r: (r["step"], r["group"])):
+        group = list(group)
+        rewards = torch.tensor([[r["reward"] for r in group]], dtype=torch.float64)
+        wanted = grpo.group_advantages(rewards)[0].tolist()
+        assert [r["advantage"] for r in group] == pytest.approx(wanted)
+        assert len({json.dumps([r["dilemma"], r["personas"]]) for r in group}) == 1
 
 
 def test_checkpoints_load_like_any_model(finished, tiny):
     folders = sorted((finished[0] / "checkpoints").iterdir())
     assert [f.name for f in folders] == ["step_000002", "step_000003"]
+    ids = torch.tensor([[5, 6, 7]])
+    before = AutoModelForCausalLM.from_pretrained(tiny)(ids).logits
     for folder in folders:
-        loaded, _ = (
-            AutoModelForCausalLM.from_pretrained(folder),
-            AutoTokenizer.from_pretrained(folder),
-        )
-        logits = loaded(torch.tensor([[5, 6, 7]])).logits
-        assert torch.isfinite(logits).all() and not torch.equal(
-            logits, AutoModelForCausalLM.from_pretrained(tiny)(torch.tensor([[5, 6, 7]])).logits
-        )
+        AutoTokenizer.from_pretrained(folder)
+        logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        assert torch.isfinite(logits).all() and not torch.equal(logits, before)
         assert lm.load(str(folder))[0].config.model_type == "llama"
     config = json.loads((finished[0] / "config.json").read_text())
     assert config["group_size"] == 3 and config["lr"] == 1e-3 and config["recipe"] == "debug"
     assert set(config) == set(Settings.__dataclass_fields__) | {"contents"}
-    assert (
-        config["judge_mode"] == "json" and config["judge_model"] == "scripted"
-    )  # as they were found
+    # as they were found
+    assert config["judge_mode"] == "json" and config["judge_model"] == "scripted"
 
 
 def test_a_checkpoint_says_in_both_spellings_what_transformers_4_and_5_call_otherwise(
@@ -202,22 +142,17 @@ def test_a_checkpoint_says_in_both_spellings_what_transformers_4_and_5_call_othe
 
 
 def test_the_terminal_shows_each_step_and_a_transcript(finished):
-    said = finished[1]
-    assert (
-        all(f"step {s}/3" in said for s in (1, 2, 3))
-        and said.count("dilemma:") == 3
-        and "checkpoint" in said
-        and str(finished[0]) in said
-    )
+    out, said = finished
+    assert all(f"step {step}/3" in said for step in (1, 2, 3))
+    assert said.count("dilemma:") == 3 and "checkpoint" in said and str(out) in said
     assert "2 scenarios over and over (--epoch-steps 0: all), 2 x 3 dialogues a step" in said
-    earned = {
-        s: [r["reward"] for r in runs.rows(finished[0], "dialogues.jsonl") if r["step"] == s]
-        for s in (1, 2, 3)
-    }
-    for s in (2, 3):
+    earned = {1: 0.0, 2: 0.0, 3: 0.0}
+    for record in runs.rows(out, "dialogues.jsonl"):
+        earned[record["step"]] += record["reward"] / 6
+    for step in (2, 3):
         assert (
-            f"epoch {s}: reward {sum(earned[s]) / 6:.2f}, in the first epoch "
-            f"{sum(earned[1]) / 6:.2f} on the same 2 scenarios" in said
+            f"epoch {step}: reward {earned[step]:.2f}, in the first epoch {earned[1]:.2f} "
+            "on the same 2 scenarios" in said
         )
 
 
@@ -318,82 +253,56 @@ def test_every_rank_has_a_group_of_its_own(monkeypatch):
 
 
 def test_the_single_recipe_differs_from_the_debug_recipe_in_one_thing():
-    debug, single = (
-        dataclasses.asdict(read_settings(["--recipe", name])) for name in ("debug", "single")
-    )
+    """An answer instead of a negotiation."""
+    debug = dataclasses.asdict(read_settings(["--recipe", "debug"]))
+    single = dataclasses.asdict(read_settings(["--recipe", "single"]))
     differ = {key: single[key] for key in single if single[key] != debug[key]}
-    assert differ == {
-        "recipe": "single",
-        "max_turns": 0,
-        "train_tokens": "final",
-        "agreement": "none",
-    }  # an answer instead of a negotiation
+    answer = {"max_turns": 0, "train_tokens": "final", "agreement": "none"}
+    assert differ == {"recipe": "single", **answer}
+
+
+CASE = {
+    "id": "a",
+    "tier": "everyday",
+    "dilemma": "Who gets the water?",
+    "personas": list(helpers.PERSONAS),
+}
 
 
 def test_a_broken_scenarios_file_is_named_with_its_line(tiny, judge, tmp_path, capfd):
-    good = json.dumps(
-        {
-            "id": "a",
-            "tier": "everyday",
-            "dilemma": "Who gets the water?",
-            "personas": [{"name": "A", "creed": "Me."}, {"name": "B", "creed": "You."}],
-        }
-    )
+    good = json.dumps(CASE)
     file = tmp_path / "mine.jsonl"
     file.write_text(good + "\n" + good.replace('"a"', '"b"')[:-3] + "\n")
-    assert f"{file}:2" in complaint(
-        runs.flags(tiny, judge.url, tmp_path / "run", scenarios=file), capfd
-    )
+    flags = runs.flags(tiny, judge.url, tmp_path / "run", scenarios=file)
+    assert f"{file}:2" in complaint(flags, capfd)
 
 
 def test_a_resumed_run_keeps_its_rubric_and_its_scenarios_whatever_their_paths(
     tiny, judge, tmp_path, capfd
 ):
     """PITFALLS 37: contents are compared, not names; a server may move."""
-    line = {
-        "id": "a",
-        "tier": "everyday",
-        "dilemma": "Who gets the water?",
-        "personas": list(helpers.PERSONAS),
-    }
     file, rubric, out = tmp_path / "mine.jsonl", tmp_path / "rubric.json", tmp_path / "run"
-    file.write_text(json.dumps(line) + "\n")
+    file.write_text(json.dumps(CASE) + "\n")
     rubric.write_text(json.dumps(reward.RUBRIC))
     more = dict(scenarios=file, rubric=rubric, steps=1, scenarios_per_step=1)
     assert runs.Run(runs.flags(tiny, judge.url, out, **more)).wait()[0] == 0
     moved = tmp_path / "moved.jsonl"
     file.rename(moved)
+    here = ["--resume", str(out), "--scenarios", str(moved)]
     with runs.judge() as elsewhere:
-        code, _, err = runs.Run(
-            [
-                "--resume",
-                str(out),
-                "--steps",
-                "2",
-                "--scenarios",
-                str(moved),
-                "--judge-url",
-                elsewhere.url,
-            ]
-        ).wait()
+        run = runs.Run([*here, "--steps", "2", "--judge-url", elsewhere.url])
+        code, _, err = run.wait()
     assert code == 0, err
-    resume = ["--resume", str(out), "--steps", "3", "--judge-url", judge.url]
-    moved.write_text(json.dumps({**line, "dilemma": "Who gets the wine?"}) + "\n")
-    assert "other scenarios than the run began with" in complaint(
-        [*resume, "--scenarios", str(moved)], capfd
-    )
-    moved.write_text(json.dumps(line) + "\n")
+    resume = [*here, "--steps", "3", "--judge-url", judge.url]
+    moved.write_text(json.dumps({**CASE, "dilemma": "Who gets the wine?"}) + "\n")
+    assert "other scenarios than the run began with" in complaint(resume, capfd)
+    moved.write_text(json.dumps(CASE) + "\n")
     rubric.write_text(json.dumps({**reward.RUBRIC, "parties": "Only the first one counts."}))
-    assert "other rubric than the run began with" in complaint(
-        [*resume, "--scenarios", str(moved)], capfd
-    )
-    assert "--judge-model would change the mathematics" in complaint(
-        [*resume, "--judge-model", "other"], capfd
-    )
-    assert "--judge-mode would change the mathematics" in complaint(
-        [*resume, "--judge-mode", "expect"], capfd
-    )
-    assert runs.Run([*resume, "--scenarios", str(moved), "--force"]).wait()[0] == 0
+    assert "other rubric than the run began with" in complaint(resume, capfd)
+    for flag, value in (("--judge-model", "other"), ("--judge-mode", "expect")):
+        line = complaint([*resume, flag, value], capfd)
+        assert f"{flag} would change the mathematics" in line
+    assert runs.Run([*resume, "--force"]).wait()[0] == 0
     assert [r["step"] for r in runs.rows(out)] == [1, 2, 3]
 
 
