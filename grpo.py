@@ -239,8 +239,8 @@ SUMS = ("loss", "units", "tokens", "evidence", *TOKEN_MEANS)
 class Learner:
     """Adds up the gradients of packed trees (`backward` for each) and takes one step (`step`).
 
-    settings: train.Settings. reference: for --beta, the model that is the frozen reference with its
-    adapters (if any) off; never a sharded one, so that its passes need no other rank.
+    settings: settings.Settings. reference: for --beta, the model that is the frozen reference with
+    its adapters (if any) off; never a sharded one, so that its passes need no other rank.
     """
 
     def __init__(self, model, optimizer, settings, reference=None):

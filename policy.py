@@ -13,10 +13,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import grpo
 import model as lm
 from attention import inner
+from cli import UserError
 
 # ---- ranks ---------------------------------------------------------------------------------------
 
@@ -43,8 +45,18 @@ class World:
 
 
 def start_world():
-    """Join the process group that torchrun describes: NCCL on GPUs, gloo on CPUs."""
+    """Join the process group that torchrun describes: NCCL on GPUs, gloo on CPUs.
+
+    Raises UserError where only half of torchrun's variables are there.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if size > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE={size} is set, but {', '.join(missing)} not; unset WORLD_SIZE, "
+            f"or start with torchrun --nproc_per_node={size} train.py"
+        )
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
@@ -113,7 +125,11 @@ def build(settings, world, weights=None):
     decay_steps = settings.steps * settings.updates_per_rollout if settings.lr_decay else 0
     compute_dtype = torch.float32 if sharded else dtype  # FSDP casts by itself
     optimizer = grpo.Optimizer(
-        model, settings.lr, settings.warmup_steps, settings.grad_clip, compute_dtype, decay_steps
+        model,
+        settings.lr,
+        settings.warmup_steps,
+        dtype=compute_dtype,
+        decay_steps=decay_steps,
     )
     return Policy(model, player, tokenizer, optimizer, reference, sharded)
 
@@ -137,3 +153,42 @@ def shard(model, dtype):
     # hence the copies.
     model.token_logprobs = token_logprobs
     register_fsdp_forward_method(model, "token_logprobs")
+
+
+# ---- shards and whole tensors ------------------------------------------------------------------
+
+
+def whole_state(policy, world):
+    """({name: fp32 master}, {name: {moment: tensor}}, weights of the plain model), on rank 0's CPU.
+
+    Trained weights are the masters. Under FSDP all ranks gather each tensor.
+    """
+
+    def whole(tensor):
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        return tensor.detach().cpu() if world.rank == 0 else None
+
+    model, optimizer = policy.model, policy.optimizer
+    masters, moments = {}, {}
+    for name, master in optimizer.masters.items():
+        masters[name] = whole(master)
+        state = optimizer.adamw.state.get(master, {})
+        moments[name] = {key: whole(tensor) for key, tensor in state.items()}
+    name_of = {parameter: name for name, parameter in optimizer.params.items()}
+    state = model.state_dict()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in name_of:  # a tied weight has one master and two names
+            state[name] = masters[name_of[parameter]]
+    for name, tensor in state.items():
+        if tensor is not None:
+            state[name] = whole(tensor)
+    return masters, moments, lm.plain_state(model, state) if world.rank == 0 else None
+
+
+def placed(tensor, master):
+    """The tensor on the master's device and, where that is sharded, cut into the same shards."""
+    tensor = tensor.to(master.device)
+    if isinstance(master, DTensor) and tensor.dim():  # without a dimension: AdamW's step count
+        return distribute_tensor(tensor, master.device_mesh, master.placements)
+    return tensor

@@ -25,63 +25,11 @@ import jinja2
 import numpy as np
 from transformers import AutoTokenizer
 
+from checkpoint import config_of, locate, whole_lines
 from cli import UserError, command_line, option
 from dataset import DATA
 
-# ---- the run folder ------------------------------------------------------------------------------
-
-
-def whole_lines(path):
-    """The objects of a JSON Lines file, if it is there; a half line, left by a kill, is skipped."""
-    with open(path, "rb") if Path(path).exists() else io.BytesIO() as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
-
-
-def config_of(run):
-    """The settings of a run, a dict; empty without a config.json."""
-    file = Path(run, "config.json")
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def best_step(run):
-    """The step of the highest held-out reward, or of the lowest held-out loss; -1 without any."""
-    scored = []
-    for row in whole_lines(run / "metrics.jsonl"):
-        held = row.get("heldout", {})
-        if held.get("loss") is not None:
-            scored.append((-held["loss"], row["step"]))
-        elif held.get("reward") is not None:
-            scored.append((held["reward"], row["step"]))
-    return max(scored)[1] if scored else -1
-
-
-def checkpoints_of(run):
-    """The complete checkpoints of a run in their order, and not what else stands beside them."""
-    complete = [path.parent for path in (run / "checkpoints").glob("step_*/COMPLETE")]
-    ours = [path for path in complete if re.fullmatch(r"step_\d{6,}", path.name)]
-    return sorted(ours, key=lambda path: int(path.name[5:]))
-
-
-def locate(name):
-    """(what to load, its run folder or None). A run folder stands for its best checkpoint.
-
-    Where no held-out reward was measured, or the best is not kept, it is the newest complete one.
-    """
-    folder = Path(name)
-    if (folder / "checkpoints").is_dir():
-        steps = checkpoints_of(folder)
-        if not steps:
-            raise UserError(
-                f"{name}: this run holds no complete checkpoint; let it train on, "
-                "or name another folder"
-            )
-        best = folder / "checkpoints" / f"step_{best_step(folder):06d}"
-        folder = best if best in steps else steps[-1]
-    if folder.parent.name != "checkpoints":
-        return name, None
-    return str(folder), folder.parent.parent
+# ---- the page on disk ----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -85,7 +85,6 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     lr: float = option(2e-5, "learning rate of AdamW", low=0)
     warmup_steps: int = option(1, "updates over which the learning rate rises to --lr", low=0)
     lr_decay: bool = option(False, "let the learning rate fall to zero by the last step")
-    grad_clip: float = option(1.0, "largest norm of the gradient (0: no clipping)", low=0)
     lora_rank: int = option(0, "train adapters of this rank (0: the whole model)", low=0)
 
     train_tokens: str = option(

@@ -16,9 +16,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import chat
+import checkpoint
 import dataset
 import model as lm
-import report
 import reward
 import rubric
 import selfplay
@@ -80,10 +80,10 @@ def read_settings(command, argv):
     compares = settings.baseline and command in ("conflict", "open", "blind")
     if settings.best_of > 1 and not compares:
         raise UserError("--best-of: of a --baseline, in conflict, open or blind; leave it out")
-    found = {"A": report.locate(settings.model)}
+    found = {"A": checkpoint.locate(settings.model)}
     if settings.baseline:
-        found["B"] = report.locate(settings.baseline)
-    trained = {side: report.config_of(run) for side, (_, run) in found.items() if run}
+        found["B"] = checkpoint.locate(settings.baseline)
+    trained = {side: checkpoint.config_of(run) for side, (_, run) in found.items() if run}
     lent = next(iter(trained.values())) if len(trained) == 1 else {}
     if lent.get("max_turns") == 0:  # beside a run that answers alone, the other side negotiates
         lent = picked(lent, lent.keys() - {"max_turns", "agreement"})
@@ -160,7 +160,7 @@ class Items:
     """
 
     def __init__(self, path, batch):
-        self.done = {tuple(item["key"]): item["value"] for item in report.whole_lines(path)}
+        self.done = {tuple(item["key"]): item["value"] for item in checkpoint.whole_lines(path)}
         self.path = path
         self.batch = batch
         self.judge = ""

@@ -12,6 +12,7 @@ from servers import JudgeServer
 from test_measure import record
 
 import audit
+import checkpoint
 import dataset
 import eval as evaluation
 import measure
@@ -62,7 +63,7 @@ def questions(server):
 
 def negotiated_items(path):
     """The negotiations among the finished items."""
-    return [item for item in report.whole_lines(path) if item["key"][1] == "conflict"]
+    return [item for item in checkpoint.whole_lines(path) if item["key"][1] == "conflict"]
 
 
 # ---- conflict ------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def test_both_see_the_same_scenarios_and_a_model_ties_with_itself(run, models, t
     assert found["settings"]["A"]["model"] == found["settings"]["B"]["model"]
     assert rows["ca_score", "A - B"]["value"] == rows["distinct_2", "A - B"]["high"] == 0.0
     assert rows["win_rate_ca", "A against B"]["ties"] == 3
-    keys = [item["key"] for item in report.whole_lines(tmp_path / "conflict.items.jsonl")]
+    keys = [item["key"] for item in checkpoint.whole_lines(tmp_path / "conflict.items.jsonl")]
     # The same identity: played once.
     assert sum(key[1] == "conflict" for key in keys) == 3
 
@@ -145,7 +146,7 @@ def test_missing_verdicts_are_counted_not_zero(run, tmp_path):
     with Silent(offers=("json",)) as server:
         _, rows = run("conflict", server, "--limit", "6", baseline=False)
     row = rows["ca_score", "A"]
-    items = report.whole_lines(tmp_path / "conflict.items.jsonl")
+    items = checkpoint.whole_lines(tmp_path / "conflict.items.jsonl")
     scores = [item["value"]["reward"] for item in items]
     assert row["missing"] == scores.count(None) == 2
     assert row["n"] == 4
@@ -336,9 +337,9 @@ def test_a_copy_of_a_checkpoint_is_not_taken_for_one(tmp_path):
         (folder / name / "COMPLETE").write_text("")
     (folder / "step_000003").symlink_to("best")  # moved elsewhere, and still one
     (folder / "latest").symlink_to("step_000002")
-    names = [path.name for path in report.checkpoints_of(tmp_path)]
+    names = [path.name for path in checkpoint.checkpoints_of(tmp_path)]
     assert names == ["step_000002", "step_000003", "step_000010", "step_1000000"]
-    assert report.locate(str(tmp_path))[0].endswith("step_1000000")
+    assert checkpoint.locate(str(tmp_path))[0].endswith("step_1000000")
 
 
 @pytest.mark.parametrize(
@@ -468,7 +469,7 @@ def test_cross_swaps_partners(run, tmp_path):
     row = rows["ca_score", "A with hostile - A with A"]
     assert row["value"] == pytest.approx(gap, abs=1e-5)
     lines = sum(evaluation.PARTNERS.values(), [])
-    for item in report.whole_lines(tmp_path / "cross.items.jsonl"):
+    for item in checkpoint.whole_lines(tmp_path / "cross.items.jsonl"):
         script = item["key"][3]
         said = [turn["text"] for turn in item["value"]["turns"] if turn["speaker"] == 1]
         if script:

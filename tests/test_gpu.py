@@ -4,7 +4,6 @@ Everything else in this folder runs train.py on the GPU where there is one.
 """
 
 import copy
-import dataclasses
 
 import helpers
 import pytest
@@ -56,7 +55,7 @@ def backward(learner, groups, micro_tokens):
 @pytest.mark.parametrize("context_turns", [0, 2])
 @pytest.mark.parametrize("kind", helpers.KINDS)
 def test_logprobs_recorded_on_the_gpu_are_those_of_a_plain_forward_on_the_cpu(kind, context_turns):
-    model, _, groups = played(kind, dataclasses.replace(CFG, context_turns=context_turns))
+    model, _, groups = played(kind, Settings(**{**vars(CFG), "context_turns": context_turns}))
     for d in sum(groups, []):
         assert len(d.turns) == 4
         for sample in [*d.streams[0], *d.streams[1], d.final_sample]:

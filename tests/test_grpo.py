@@ -26,8 +26,10 @@ import model as lm
 import reward
 import selfplay
 import train
+from policy import World
+from settings import Settings
 
-ONE = train.World(0, 1, torch.device("cpu"))
+ONE = World(0, 1, torch.device("cpu"))
 NAN, INF = math.nan, math.inf
 WHOLE = 10**6  # micro_tokens that nothing exceeds
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -300,9 +302,8 @@ def settings(**more):
         "dtype": "fp32",
         "lr": 1e-3,
         "warmup_steps": 0,
-        "grad_clip": 0.0,
     }
-    return train.Settings(**{**short, **more})
+    return Settings(**{**short, **more})
 
 
 def played(cfg, groups=2, members=4, voice=None):
@@ -871,7 +872,7 @@ def golden_run():
         model = helpers.tiny()
         groups = [handmade(model, seed=seed) for seed in (0, 1)]
     reference = helpers.tiny().requires_grad_(False)
-    cfg = settings(beta=0.05, lr=1.5e-4, grad_clip=1.0)
+    cfg = settings(beta=0.05, lr=1.5e-4)
     for group in groups:
         train.settle(group, cfg)
     optimizer = grpo.Optimizer(model, cfg.lr, warmup_steps=2, clip=1.0)

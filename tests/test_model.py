@@ -356,7 +356,7 @@ def test_trees_without_a_prefix_or_without_anything_wanted():
 @pytest.mark.parametrize("nucleus", [False, True])
 def test_the_vocabulary_is_never_projected_for_more_than_a_chunk(monkeypatch, nucleus):
     model, tree = helpers.tiny(), Tree(some_ids(30), [some_ids(100), some_ids(60)])
-    sizes, kept, project = [], [], lm.project
+    sizes, kept, project = [], [], attention.project
 
     def counted(model, hidden):
         sizes.append(len(hidden))

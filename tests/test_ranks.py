@@ -16,14 +16,18 @@ import pytest
 import runs
 import torch
 from servers import JudgeServer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import chat
 import checkpoint
 import cli
 import grpo
 import model as lm
+import selfplay
 import train
+from policy import World, build
+from run import begin
+from settings import read_settings
 
 HARD = dict(updates_per_rollout=2, beta=0.05)  # losses that are not 0
 
@@ -48,8 +52,12 @@ def complete(tiny, judge, out, ranks=0, **more):
 
 def sampled(out):
     """The ids of every stream and final of a run."""
-    records = runs.rows(out, "dialogues.jsonl")
-    return [([stream["samples"] for stream in r["streams"]], r["final_ids"]) for r in records]
+    found = []
+    for record in runs.rows(out, "dialogues.jsonl"):
+        for stream in record["streams"]:
+            found += [sample["ids"] for sample in stream["samples"]]
+        found.append(record["final_ids"])
+    return found
 
 
 def close(a, b):
@@ -102,20 +110,11 @@ def test_one_rank_two_ranks_and_shards_are_the_same_run(tiny, judge, tmp_path):
 def test_ranks_whose_dialogues_and_passes_differ_in_number_finish(more, tiny, judge, tmp_path):
     uneven = dict(steps=3, agreement="judge", max_turns=6, micro_tokens=1, group_size=2, lr=1e-5)
     out = complete(tiny, judge, tmp_path / "two", 2, **uneven, **more)
-    close(
-        out,
-        complete(
-            tiny,
-            judge,
-            tmp_path / "alone",
-            **uneven,
-            **{k: v for k, v in more.items() if k != "fsdp"},
-        ),
-    )
-    turns = [
-        [len(r["turns"]) for r in runs.rows(out, "dialogues.jsonl") if r["group"] == g]
-        for g in (0, 1)
-    ]
+    alone = {**uneven, **more, "fsdp": None}
+    close(out, complete(tiny, judge, tmp_path / "alone", **alone))
+    turns = ([], [])  # of each rank's group
+    for record in runs.rows(out, "dialogues.jsonl"):
+        turns[record["group"]].append(len(record["turns"]))
     assert turns[0] != turns[1]
 
 
@@ -125,36 +124,32 @@ def test_tied_weights_in_bf16_on_two_ranks(judge, tmp_path):
     for name, more in (("two", {}), ("shards", {"fsdp": True})):
         out = complete(model, judge, tmp_path / name, 2, steps=2, dtype="bf16", **more)
         loaded = lm.load(str(out / "checkpoints/step_000002"), "fp32")[0]
-        assert (
-            torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
-            and loaded.lm_head.weight.dtype == torch.float32
-        )
-        assert any(
-            (p != p.bfloat16()).any() for p in loaded.parameters()
-        )  # the fp32 weights were saved, not those of the computation
+        head = loaded.lm_head.weight
+        assert head.dtype == torch.float32
+        assert torch.equal(head, loaded.model.embed_tokens.weight)
+        # the fp32 weights were saved, not those of the computation
+        assert any((p != p.bfloat16()).any() for p in loaded.parameters())
 
 
 @pytest.mark.slow
 def test_one_hung_judge_call_does_not_hold_up_the_ranks(tiny, tmp_path):
-    with runs.judge(
-        faults=lambda number, path: "hang" if number == 8 else None, hang=300
-    ) as server:
+    def eighth(number, path):
+        return "hang" if number == 8 else None
+
+    more = dict(steps=3, judge_deadline=5, judge_attempts=1)
+    with runs.judge(faults=eighth, hang=300) as server:
         began = time.monotonic()
-        out = complete(
-            tiny, server, tmp_path / "run", 2, steps=3, judge_deadline=5, judge_attempts=1
-        )
-    assert sum(r["missing_rewards"] for r in runs.rows(out)) == 1 and time.monotonic() - began < 90
+        out = complete(tiny, server, tmp_path / "run", 2, **more)
+    assert sum(row["missing_rewards"] for row in runs.rows(out)) == 1
+    assert time.monotonic() - began < 90
 
 
 def test_ranks_that_do_not_divide_the_scenarios_are_refused(tiny, judge, tmp_path):
-    code, said, err = runs.Run(
-        runs.flags(tiny, judge.url, tmp_path / "run", scenarios_per_step=3), 2
-    ).wait()
-    assert (
-        code != 0
-        and "--scenarios-per-step 3: 2 ranks need a multiple of 2" in err
-        and not (tmp_path / "run").exists()
-    )
+    flags = runs.flags(tiny, judge.url, tmp_path / "run", scenarios_per_step=3)
+    code, said, err = runs.Run(flags, 2).wait()
+    assert code != 0
+    assert "--scenarios-per-step 3: 2 ranks need a multiple of 2" in err
+    assert not (tmp_path / "run").exists()
 
 
 # ---- kill and resume -----------------------------------------------------------------------------
@@ -174,7 +169,6 @@ KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 @pytest.mark.parametrize(
     "ranks,more",
     [
-        (0, {}),
         (2, {}),
         (0, {"lora_rank": 4, "dtype": "bf16", "context_turns": 2}),
         (2, {"fsdp": True}),
@@ -184,11 +178,8 @@ def test_a_killed_and_resumed_run_is_bitwise_the_whole_one(ranks, more, tiny, ju
     more = {**HARD, **more, "steps": 6, "save_every": 3, "warmup_steps": 5}
     whole = complete(tiny, judge, tmp_path / "whole", ranks, **more)
     out = tmp_path / "killed"
-    run = runs.Run(
-        runs.flags(tiny, judge.url, out, **more),
-        ranks,
-        DIE.format(place="train.deal", when=f"if a[2] == 5: {KILL}"),
-    )
+    patch = DIE.format(place="train.deal", when=f"if a[2] == 5: {KILL}")
+    run = runs.Run(runs.flags(tiny, judge.url, out, **more), ranks, patch)
     assert run.wait()[0] != 0 and run.gone(60)
     assert len(runs.rows(out)) == 4
     with open(out / "metrics.jsonl", "a") as file:
@@ -209,10 +200,10 @@ def test_a_killed_and_resumed_run_is_bitwise_the_whole_one(ranks, more, tiny, ju
 
 
 SLOW_SAVES = """
-import time
-save, dump, rmtree = lm.save, train.torch.save, checkpoint.shutil.rmtree
+import time, torch
+save, dump, rmtree = lm.save, torch.save, checkpoint.shutil.rmtree
 lm.save = lambda *a: (time.sleep(0.1), save(*a), time.sleep(0.1))
-train.torch.save = lambda *a: (dump(*a), time.sleep(0.1))
+torch.save = lambda *a: (dump(*a), time.sleep(0.1))
 checkpoint.shutil.rmtree = lambda *a, **k: (time.sleep(0.1), rmtree(*a, **k))
 """
 
@@ -243,11 +234,7 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
             time.sleep(rng.uniform(0, 8))
         run.kill()
         steps = steps_written()
-        whole = [
-            int(p.name[5:])
-            for p in (out / "checkpoints").glob("step_*")
-            if (p / "COMPLETE").exists()
-        ]
+        whole = [int(path.name[5:]) for path in checkpoint.checkpoints_of(out)]
         newest, before = max(whole, default=0), newest
         assert (
             newest >= before and newest > steps - 2 - 1
@@ -260,13 +247,8 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
     assert run.wait(60)[0] == 130
     done = len(runs.rows(out))
     assert [r["step"] for r in runs.rows(out)] == list(range(1, done + 1)) and done >= 10
-    assert sorted(p.name for p in out.iterdir()) == [
-        ".lock",
-        "checkpoints",
-        "config.json",
-        "dialogues.jsonl",
-        "metrics.jsonl",
-    ]
+    left = {".lock", "checkpoints", "config.json", "dialogues.jsonl", "metrics.jsonl"}
+    assert {path.name for path in out.iterdir()} == left
     left = list((out / "checkpoints").iterdir())
     assert len(left) == 2 and all((p / "COMPLETE").exists() for p in left)
     whole = complete(tiny, judge, tmp_path / "whole", steps=done, **more)
@@ -278,9 +260,16 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["selfplay.play", "train.settle", "grpo.Learner.step"])
-@pytest.mark.parametrize("how", ["kill", "raise"])
-def test_when_a_rank_dies_the_other_ends_with_one_message(place, how, tiny, judge, tmp_path):
+@pytest.mark.parametrize(
+    "how,place",
+    [
+        ("kill", "selfplay.play"),
+        ("kill", "train.settle"),
+        ("kill", "grpo.Learner.step"),
+        ("raise", "train.settle"),
+    ],
+)
+def test_when_a_rank_dies_the_other_ends_with_one_message(how, place, tiny, judge, tmp_path):
     out = tmp_path / "run"
     act = KILL if how == "kill" else "raise ValueError('out of luck')"
     when = f"count.append(1)\n    if os.environ['RANK'] == '1' and len(count) == 3: {act}"
@@ -307,26 +296,24 @@ def test_ctrl_c_under_torchrun(tiny, judge, tmp_path):
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: torchrun and both ranks
     code, said, err = run.wait(60)
     done = len(runs.rows(out))
-    assert run.gone() and (out / "checkpoints" / f"step_{done:06d}" / "COMPLETE").exists(), err[
-        -3000:
-    ]
+    assert run.gone()
+    assert (out / "checkpoints" / f"step_{done:06d}" / "COMPLETE").exists(), err[-3000:]
 
 
 @pytest.mark.slow
 def test_a_spent_budget_stops_every_rank(tiny, judge, tmp_path):
-    for name, more in (("play", dict(agreement="judge", max_turns=6)), ("learn", {"fsdp": True})):
+    kinds = {"play": dict(agreement="judge", max_turns=6), "learn": {"fsdp": True}}
+    for name, more in kinds.items():
         out = tmp_path / name
-        code, said, err = runs.Run(
-            runs.flags(tiny, judge.url, out, steps=10000, judge_budget=30, **more), 2
-        ).wait()
-        codes = re.findall(
-            r"exitcode +: (-?\d+)", err
-        )  # torchrun ends a rank (-15) that is a moment later than the other
-        assert (
-            code != 0 and "--judge-budget" in said and "3" in codes and set(codes) <= {"3", "-15"}
-        ), err[-3000:]
-        assert sum(r["judge_calls"] for r in runs.rows(out)) <= 30
-        assert (out / "checkpoints" / f"step_{len(runs.rows(out)):06d}" / "COMPLETE").exists()
+        flags = runs.flags(tiny, judge.url, out, steps=10000, judge_budget=30, **more)
+        code, said, err = runs.Run(flags, 2).wait()
+        assert code != 0 and "--judge-budget" in said
+        # torchrun ends a rank (-15) that is a moment later than the other
+        codes = set(re.findall(r"exitcode +: (-?\d+)", err))
+        assert "3" in codes and codes <= {"3", "-15"}, err[-3000:]
+        rows = runs.rows(out)
+        assert sum(row["judge_calls"] for row in rows) <= 30
+        assert (out / "checkpoints" / f"step_{len(rows):06d}" / "COMPLETE").exists()
 
 
 # ---- a full disk ---------------------------------------------------------------------------------
@@ -337,9 +324,9 @@ def built(tiny, **more):
     flags = ["--model", tiny, "--dtype", "fp32"]
     for key, value in more.items():
         flags += [f"--{key.replace('_', '-')}", str(value)]
-    settings = train.read_settings(flags)
-    world = train.World(0, 1, torch.device("cpu"))
-    policy = train.build(settings, world)
+    settings = read_settings(flags)
+    world = World(0, 1, torch.device("cpu"))
+    policy = build(settings, world)
     torch.manual_seed(3)
     for _ in range(5):
         for master in policy.optimizer.masters.values():
@@ -348,9 +335,7 @@ def built(tiny, **more):
     return settings, policy, world
 
 
-@pytest.mark.parametrize(
-    "share", [0.5, 1.5]
-)  # the disk is full in the weights, or in the trainer's state
+@pytest.mark.parametrize("share", [0.5, 1.5])  # full in the weights, or in the trainer's state
 def test_a_save_that_fails_keeps_the_one_before(share, tiny, tmp_path, capfd):
     settings, policy, world = built(tiny)
 
@@ -380,34 +365,30 @@ def test_a_run_begins_only_where_a_checkpoint_fits(more, tiny, tmp_path, monkeyp
     folder = checkpoint.save_checkpoint(tmp_path / "one", 1, settings, policy, world)
     size = sum((folder / name).stat().st_size for name in ("model.safetensors", "trainer.pt"))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(
-        checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=0.95 * size)
+
+    def free(share):
+        left = usage._replace(free=share * size)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: left)
+
+    free(0.95)
+    refused = (
+        "--out .*run: not one checkpoint fits there .* GB are needed, .* are free.*; make room"
     )
-    with (
-        contextlib.ExitStack() as stack,
-        pytest.raises(
-            cli.UserError,
-            match="--out .*run: not one checkpoint fits there .* GB are needed, "
-            ".* are free.*; make room",
-        ),
-    ):
-        checkpoint.begin(out, settings, {}, policy.model, stack)
+    with contextlib.ExitStack() as stack, pytest.raises(cli.UserError, match=refused):
+        begin(out, settings, {}, policy.model, stack)
     assert not out.parent.exists()
-    monkeypatch.setattr(
-        checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=1.1 * size)
-    )
+    free(1.1)
     with contextlib.ExitStack() as stack:
-        checkpoint.begin(out, settings, {}, policy.model, stack)
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "config.json"]
+        begin(out, settings, {}, policy.model, stack)
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "config.json"]
 
 
 @contextlib.contextmanager
 def small_disk(folder, size):
     """A tmpfs of `size` bytes mounted at `folder`; skips the test where that is not allowed."""
     folder.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
-    ).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
     try:
         yield folder
@@ -419,35 +400,26 @@ def small_disk(folder, size):
 def test_a_run_on_a_full_disk_goes_on_and_its_checkpoint_stays(tiny, judge, tmp_path):
     with small_disk(tmp_path / "disk", 2_500_000) as disk:
         out = disk / "run"
-        code, said, err = runs.Run(
-            runs.flags(tiny, judge.url, out, steps=3, save_every=1, keep=5)
-        ).wait()
-        steps = [p.name for p in (out / "checkpoints").iterdir()]
+        flags = runs.flags(tiny, judge.url, out, steps=3, save_every=1, keep=5)
+        code, said, err = runs.Run(flags).wait()
+        steps = [path.name for path in (out / "checkpoints").iterdir()]
         assert code == 3 and "no checkpoint at step 3" in err, err
         assert "step_000001" in steps and "step_000003" not in steps
         assert "the last checkpoint could not be saved" in said
-        assert all((out / "checkpoints" / s / "COMPLETE").exists() for s in steps)
+        assert all((out / "checkpoints" / step / "COMPLETE").exists() for step in steps)
         AutoModelForCausalLM.from_pretrained(out / "checkpoints" / steps[-1])
         shutil.rmtree(out)
         out = disk / "crammed"
-        fill = DIE.format(
-            place="train.deal",
-            when=f"if a[2] == 2: os.system('dd if=/dev/zero of={disk}/filler 2>/dev/null')",
-        )
-        code, said, err = runs.Run(
-            runs.flags(tiny, judge.url, out, steps=50, save_every=1), patch=fill
-        ).wait()
-        assert (
-            code == 2
-            and err.strip().splitlines()[-1].startswith("error: --out: cannot write")
-            and "Traceback" not in err
-        ), err
+        cram = f"if a[2] == 2: os.system('dd if=/dev/zero of={disk}/filler 2>/dev/null')"
+        flags = runs.flags(tiny, judge.url, out, steps=50, save_every=1)
+        code, said, err = runs.Run(flags, patch=DIE.format(place="train.deal", when=cram)).wait()
+        assert code == 2 and "Traceback" not in err, err
+        assert err.strip().splitlines()[-1].startswith("error: --out: cannot write"), err
         (disk / "filler").unlink()
+        # the disk holds one checkpoint, not two
         code, said, err = runs.Run(["--resume", str(out), "--steps", "2"]).wait()
-        assert [r["step"] for r in runs.rows(out)] == [1, 2], err
-        assert (
-            code == 3 and "the last checkpoint could not be saved" in said
-        )  # the disk holds one checkpoint, not two
+        assert [row["step"] for row in runs.rows(out)] == [1, 2], err
+        assert code == 3 and "the last checkpoint could not be saved" in said
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -476,7 +448,7 @@ def test_a_merged_checkpoint_computes_what_the_adapters_do(kind, tmp_path):
 def test_the_reference_of_an_adapted_model_is_its_base(tiny):
     """The gradient with a copy of the base as reference is that with the adapters turned off."""
     _, policy, _ = built(tiny, lora_rank=4, lr=0.01, beta=0.1)
-    group = helpers_group(policy.model)
+    group = with_advantages(policy.model)
     gradients = []
     for with_copy in (False, True):
         settings, policy, _ = built(tiny, lora_rank=4, lr=0.01, beta=0.1)
@@ -493,32 +465,24 @@ def test_the_reference_of_an_adapted_model_is_its_base(tiny):
     assert all(torch.allclose(own[n], copied[n], rtol=1e-5, atol=1e-7) for n in own)
 
 
-def helpers_group(model):
+def with_advantages(model):
     """Four short dialogues of this model with advantages."""
-    import selfplay
-
-    play = selfplay.PlaySettings(max_turns=2, turn_tokens=6, final_tokens=6, agreement="none")
-    group = selfplay.play(
-        (chat.voice(model, helpers.tokenizer()),) * 2, helpers.dialogues(1, 4), play
-    )
-    for d, a in zip(group, (1.0, -1.0, 0.5, -0.5)):
-        d.advantage = a
+    how = selfplay.PlaySettings(max_turns=2, turn_tokens=6, final_tokens=6, agreement="none")
+    voice = chat.voice(model, helpers.tokenizer())
+    group = selfplay.play((voice, voice), helpers.dialogues(1, 4), how)
+    for dialogue, advantage in zip(group, (1.0, -1.0, 0.5, -0.5)):
+        dialogue.advantage = advantage
     return group
 
 
 # ---- the memory plan -----------------------------------------------------------------------------
 
-SIZES = {
-    "small": (512, 6, 1500),
-    "wide": (1024, 4, 3000),
-    "deep": (640, 16, 1000),
-}  # hidden, layers, vocabulary beside the tokenizer's
+# hidden, layers, vocabulary beside the tokenizer's
+SIZES = {"small": (512, 6, 1500), "wide": (1024, 4, 3000), "deep": (640, 16, 1000)}
 
 
 def random_model(folder, hidden, layers, more):
     """A randomly initialised model on disk."""
-    from transformers import LlamaConfig
-
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=3 * hidden,
@@ -548,12 +512,8 @@ PLANNED = dict(
 @pytest.fixture(scope="module")
 def nothing(tiny, judge, tmp_path_factory):
     """GB that a run of next to no model takes: Python, torch and the like."""
-    out = complete(
-        tiny,
-        judge,
-        tmp_path_factory.mktemp("nothing") / "run",
-        **{**PLANNED, "micro_tokens": 1, "group_size": 2, "turn_tokens": 2},
-    )
+    least = {**PLANNED, "micro_tokens": 1, "turn_tokens": 2}
+    out = complete(tiny, judge, tmp_path_factory.mktemp("nothing") / "run", **least)
     return runs.rows(out)[-1]["peak_memory_gb"]
 
 
@@ -561,27 +521,23 @@ def nothing(tiny, judge, tmp_path_factory):
 @pytest.mark.parametrize("size", SIZES)
 def test_the_plan_tells_the_memory_that_a_run_takes(size, nothing, tmp_path):
     model = random_model(tmp_path / "model", *SIZES[size])
-    with JudgeServer(
-        lambda text: zlib.crc32(text.encode()) % 501 / 100, offers=("json",)
-    ) as judge:  # never twice the same: each step learns
+
+    def score(text):
+        """Never twice the same: each step learns."""
+        return zlib.crc32(text.encode()) % 501 / 100
+
+    with JudgeServer(score, offers=("json",)) as judge:
         rows = runs.rows(complete(model, judge, tmp_path / "run", **PLANNED))
-    assert not any(r["no_evidence"] for r in rows)
-    used = max(r["peak_memory_gb"] for r in rows) - nothing
-    code, said, err = runs.Run(
-        [*runs.flags(model, judge.url, tmp_path / "never", **PLANNED), "--plan"]
-    ).wait()
-    assert (
-        code == 0
-        and "fits in 24 GB: yes" in said
-        and "largest: " in said
-        and not (tmp_path / "never").exists()
-    ), err
+    assert not any(row["no_evidence"] for row in rows)
+    used = max(row["peak_memory_gb"] for row in rows) - nothing
+    flags = runs.flags(model, judge.url, tmp_path / "never", **PLANNED)
+    code, said, err = runs.Run([*flags, "--plan"]).wait()
+    assert code == 0 and "fits in 24 GB: yes" in said and "largest: " in said, err
+    assert not (tmp_path / "never").exists()
     assert used == pytest.approx(peak(said), rel=0.2), said
 
 
 def test_a_plan_names_the_setting_to_change(tmp_path, capsys):
-    from transformers import Qwen2Config
-
     config = Qwen2Config(
         hidden_size=5120,
         intermediate_size=13824,
@@ -598,20 +554,12 @@ def test_a_plan_names_the_setting_to_change(tmp_path, capsys):
         return code, capsys.readouterr().out
 
     code, alone = plan()
-    assert (
-        code == 0
-        and peak(alone) > 14 * 16
-        and "fits in 96 GB: no" in alone
-        and "largest: optimizer; to need less: --fsdp" in alone
-    )
-    _, shards = plan(
-        "--nproc", "8", "--fsdp", "--gradient-checkpointing", "--scenarios-per-step", "8"
-    )
-    _, lora = plan("--lora-rank", "16", "--gradient-checkpointing")
-    assert 50 < peak(shards) < 85 and 28 < peak(lora) < 40 and "fits in 80 GB: yes" in lora
-    assert (
-        "--gradient-checkpointing"
-        in plan("--lora-rank", "16", "--micro-tokens", "30000", "--group-size", "64")[
-            1
-        ].splitlines()[-1]
-    )
+    assert code == 0 and peak(alone) > 14 * 16 and "fits in 96 GB: no" in alone
+    assert "largest: optimizer; to need less: --fsdp" in alone
+    less = "--gradient-checkpointing"
+    _, shards = plan("--nproc", "8", "--fsdp", less, "--scenarios-per-step", "8")
+    assert 50 < peak(shards) < 85
+    _, lora = plan("--lora-rank", "16", less)
+    assert 28 < peak(lora) < 40 and "fits in 80 GB: yes" in lora
+    _, large = plan("--lora-rank", "16", "--micro-tokens", "30000", "--group-size", "64")
+    assert less in large.splitlines()[-1]

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -15,62 +16,29 @@ import pytest
 import runs
 import torch
 from servers import REPLIES, JudgeServer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import checkpoint
 import cli
 import dataset
+import grpo
 import model as lm
 import progress
 import train
+from policy import World
 from rubric import RUBRIC
+from run import Ended, Run, Stop, claim, open_run
+from settings import Settings, read_settings
 
-METRICS = set(
-    [
-        "step",
-        "reward_mean",
-        "reward_std",
-        "reward_min",
-        "reward_max",
-        "agreed_rate",
-        "turns_mean",
-        "judge_failures",
-        "uniform_groups",
-        "truncated_rate",
-        "loss",
-        "grad_norm",
-        "clip_frac",
-        "kl_ref",
-        "entropy",
-        "logprob_gap",
-        "sampled_tokens",
-        "trained_tokens",
-        "seconds_play",
-        "seconds_judge",
-        "seconds_learn",
-        "seconds_step",
-        "peak_memory_gb",
-    ]
-)
-DIALOGUE = set(
-    [
-        "step",
-        "scenario_id",
-        "group",
-        "member",
-        "personas",
-        "dilemma",
-        "streams",
-        "turns",
-        "agreed",
-        "stop",
-        "final",
-        "final_ids",
-        "reward",
-        "advantage",
-        "judge",
-    ]
-)
+METRICS = """
+step reward_mean reward_std reward_min reward_max agreed_rate turns_mean judge_failures
+uniform_groups truncated_rate loss grad_norm clip_frac kl_ref entropy logprob_gap sampled_tokens
+trained_tokens seconds_play seconds_judge seconds_learn seconds_step peak_memory_gb
+"""
+DIALOGUE = """
+step scenario_id group member personas dilemma streams turns agreed stop final final_ids reward
+advantage judge
+"""
 
 
 @pytest.fixture(scope="module")
@@ -99,99 +67,92 @@ def test_metrics_keep_the_contract(finished):
     rows = runs.rows(finished[0])
     assert [r["step"] for r in rows] == [1, 2, 3]
     for row in rows:
-        assert row.keys() >= METRICS
-        assert (
-            row["judge_failures"] == 0
-            and row["missing_rewards"] == 0
-            and not row["skipped"]
-            and row["grad_norm"] > 0
-        )
-        assert (
-            0 < row["reward_min"] <= row["reward_mean"] <= row["reward_max"] <= 5
-            and row["logprob_gap"] < 1e-4
-            and row["kl_ref"] == 0
-        )
-        assert row["seconds_step"] == pytest.approx(
-            row["seconds_play"] + row["seconds_judge"] + row["seconds_learn"], abs=1e-3
-        )
+        assert row.keys() >= set(METRICS.split())
+        assert row["judge_failures"] == row["missing_rewards"] == row["kl_ref"] == 0
+        assert not row["skipped"] and row["grad_norm"] > 0 and row["logprob_gap"] < 1e-4
+        assert 0 < row["reward_min"] <= row["reward_mean"] <= row["reward_max"] <= 5
+        phases = row["seconds_play"] + row["seconds_judge"] + row["seconds_learn"]
+        assert row["seconds_step"] == pytest.approx(phases, abs=1e-3)
 
 
 def test_dialogues_keep_the_contract(finished, tiny):
     rows, chat = runs.rows(finished[0], "dialogues.jsonl"), AutoTokenizer.from_pretrained(tiny)
-    assert [(r["step"], r["group"], r["member"]) for r in rows] == [
-        (s, g, m) for s in (1, 2, 3) for g in (0, 1) for m in range(3)
-    ]
+    order = itertools.product((1, 2, 3), (0, 1), range(3))
+    assert [(r["step"], r["group"], r["member"]) for r in rows] == list(order)
     for row in rows:
-        assert (
-            row.keys() >= DIALOGUE
-            and row["reward"] is not None
-            and len(row["turns"]) == 2
-            and row["stop"] == "max_turns"
-        )
+        assert row.keys() >= set(DIALOGUE.split())
+        assert row["reward"] is not None and row["stop"] == "max_turns"
+        assert len(row["turns"]) == len(row["streams"]) == 2
         for stream, turn in zip(row["streams"], row["turns"]):
+            assert stream["speaker"] == turn["speaker"]
             (sample,) = stream["samples"]
-            assert (
-                len(sample["ids"]) == len(sample["mask"]) == len(sample["logprobs"])
-                and stream["speaker"] == turn["speaker"]
-            )
-            said = chat.decode(
-                [i for i, m in zip(sample["ids"], sample["mask"]) if m], skip_special_tokens=True
-            )
-            assert said.strip() == turn["text"] and all(
-                p < 0 for p, m in zip(sample["logprobs"], sample["mask"]) if m
-            )
+            ids, mask, logprobs = sample["ids"], sample["mask"], sample["logprobs"]
+            assert len(ids) == len(mask) == len(logprobs)
+            sampled = [i for i, m in zip(ids, mask) if m]
+            assert chat.decode(sampled, skip_special_tokens=True).strip() == turn["text"]
+            assert all(logprob < 0 for logprob, m in zip(logprobs, mask) if m)
         assert chat.decode(row["final_ids"], skip_special_tokens=True).strip() == row["final"]
-        assert row["reward"] == pytest.approx(
-            min(5.0, len(set(row["final"])) / 8), abs=1.0
-        )  # the judge sees it tidied
-    for step in (1, 2, 3):
-        for g in (0, 1):
-            group = [r for r in rows if r["step"] == step and r["group"] == g]
-            wanted = train.grpo.group_advantages(
-                torch.tensor([[r["reward"] for r in group]], dtype=torch.float64)
-            )[0].tolist()
-            assert [r["advantage"] for r in group] == pytest.approx(wanted)
-            assert len({json.dumps([r["dilemma"], r["personas"]]) for r in group}) == 1
+        # the judge sees it tidied
+        assert row["reward"] == pytest.approx(min(5.0, len(set(row["final"])) / 8), abs=1.0)
+    for _, group in itertools.groupby(rows, key=lambda r: (r["step"], r["group"])):
+        group = list(group)
+        rewards = torch.tensor([[r["reward"] for r in group]], dtype=torch.float64)
+        wanted = grpo.group_advantages(rewards)[0].tolist()
+        assert [r["advantage"] for r in group] == pytest.approx(wanted)
+        assert len({json.dumps([r["dilemma"], r["personas"]]) for r in group}) == 1
 
 
 def test_checkpoints_load_like_any_model(finished, tiny):
     folders = sorted((finished[0] / "checkpoints").iterdir())
     assert [f.name for f in folders] == ["step_000002", "step_000003"]
+    ids = torch.tensor([[5, 6, 7]])
+    before = AutoModelForCausalLM.from_pretrained(tiny)(ids).logits
     for folder in folders:
-        loaded, _ = (
-            AutoModelForCausalLM.from_pretrained(folder),
-            AutoTokenizer.from_pretrained(folder),
-        )
-        logits = loaded(torch.tensor([[5, 6, 7]])).logits
-        assert torch.isfinite(logits).all() and not torch.equal(
-            logits, AutoModelForCausalLM.from_pretrained(tiny)(torch.tensor([[5, 6, 7]])).logits
-        )
+        AutoTokenizer.from_pretrained(folder)
+        logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        assert torch.isfinite(logits).all() and not torch.equal(logits, before)
         assert lm.load(str(folder))[0].config.model_type == "llama"
     config = json.loads((finished[0] / "config.json").read_text())
     assert config["group_size"] == 3 and config["lr"] == 1e-3 and config["recipe"] == "debug"
-    assert set(config) == set(train.Settings.__dataclass_fields__) | {"contents"}
-    assert (
-        config["judge_mode"] == "json" and config["judge_model"] == "scripted"
-    )  # as they were found
+    assert set(config) == set(Settings.__dataclass_fields__) | {"contents"}
+    # as they were found
+    assert config["judge_mode"] == "json" and config["judge_model"] == "scripted"
+
+
+def test_a_checkpoint_says_in_both_spellings_what_transformers_4_and_5_call_otherwise(
+    finished, tmp_path
+):
+    """PITFALLS 47: 4 took its own rope_theta where it found none, without a word."""
+    folder = finished[0] / "checkpoints" / "step_000003"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    assert "rope_scaling" not in config
+    chat = json.loads((folder / "tokenizer_config.json").read_text())
+    assert chat["tokenizer_class"] == "PreTrainedTokenizerFast"  # 4 has no TokenizersBackend
+    # scaled ones: what both read is what was saved
+    scaled = {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}
+    LlamaConfig(rope_parameters=scaled, dtype="bfloat16").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    checkpoint.spell_both_ways(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["rope_theta"], config["torch_dtype"]) == (5e4, "bfloat16")
+    assert config["rope_scaling"]["factor"] == 2.0
+    assert LlamaConfig.from_pretrained(tmp_path).rope_parameters == scaled
 
 
 def test_the_terminal_shows_each_step_and_a_transcript(finished):
-    said = finished[1]
-    assert (
-        all(f"step {s}/3" in said for s in (1, 2, 3))
-        and said.count("dilemma:") == 3
-        and "checkpoint" in said
-        and str(finished[0]) in said
-    )
+    out, said = finished
+    assert all(f"step {step}/3" in said for step in (1, 2, 3))
+    assert said.count("dilemma:") == 3 and "checkpoint" in said and str(out) in said
     assert "2 scenarios over and over (--epoch-steps 0: all), 2 x 3 dialogues a step" in said
-    earned = {
-        s: [r["reward"] for r in runs.rows(finished[0], "dialogues.jsonl") if r["step"] == s]
-        for s in (1, 2, 3)
-    }
-    for s in (2, 3):
+    earned = {1: 0.0, 2: 0.0, 3: 0.0}
+    for record in runs.rows(out, "dialogues.jsonl"):
+        earned[record["step"]] += record["reward"] / 6
+    for step in (2, 3):
         assert (
-            f"epoch {s}: reward {sum(earned[s]) / 6:.2f}, in the first epoch "
-            f"{sum(earned[1]) / 6:.2f} on the same 2 scenarios" in said
+            f"epoch {step}: reward {earned[step]:.2f}, in the first epoch {earned[1]:.2f} "
+            "on the same 2 scenarios" in said
         )
 
 
@@ -257,7 +218,7 @@ def test_bad_input_gets_one_line(case, tiny, judge, tmp_path, capfd):
 
 def test_the_paper_recipe_is_the_papers():
     """The table of arXiv 2603.10476, as readers' notes have it; what they leave open is ours."""
-    paper = train.read_settings(["--recipe", "paper", "--model", "M"])
+    paper = read_settings(["--recipe", "paper", "--model", "M"])
     wanted = {"max_turns": 7, "context_turns": 2, "agreement": "judge", "on_impasse": "zero"}
     wanted |= {"temperature": 0.7, "top_p": 0.95, "final_temperature": 0.1, "final_top_p": 0.95}
     wanted |= {"group_size": 8, "scenarios_per_step": 2, "updates_per_rollout": 1, "steps": 1900}
@@ -266,11 +227,24 @@ def test_the_paper_recipe_is_the_papers():
     assert {name: getattr(paper, name) for name in wanted} == wanted
 
 
+def test_half_of_torchruns_variables_is_one_line(tiny, judge, tmp_path, monkeypatch, capfd):
+    """PITFALLS 48: WORLD_SIZE that a scheduler, or an old shell, has left behind."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    line = complaint(runs.flags(tiny, judge.url, tmp_path / "run"), capfd)
+    assert line == (
+        "error: WORLD_SIZE=2 is set, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not; "
+        "unset WORLD_SIZE, or start with torchrun --nproc_per_node=2 train.py"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_rank_has_a_group_of_its_own(monkeypatch):
     """torchrun --nproc_per_node=8 train.py works as it stands; what was asked for stays."""
 
     def of(*flags):
-        return train.read_settings(list(flags)).scenarios_per_step
+        return read_settings(list(flags)).scenarios_per_step
 
     for ranks, debug, warm_start in (("1", 2, 16), ("2", 2, 16), ("3", 3, 18), ("8", 8, 16)):
         monkeypatch.setenv("WORLD_SIZE", ranks)
@@ -279,82 +253,56 @@ def test_every_rank_has_a_group_of_its_own(monkeypatch):
 
 
 def test_the_single_recipe_differs_from_the_debug_recipe_in_one_thing():
-    debug, single = (
-        dataclasses.asdict(train.read_settings(["--recipe", name])) for name in ("debug", "single")
-    )
+    """An answer instead of a negotiation."""
+    debug = dataclasses.asdict(read_settings(["--recipe", "debug"]))
+    single = dataclasses.asdict(read_settings(["--recipe", "single"]))
     differ = {key: single[key] for key in single if single[key] != debug[key]}
-    assert differ == {
-        "recipe": "single",
-        "max_turns": 0,
-        "train_tokens": "final",
-        "agreement": "none",
-    }  # an answer instead of a negotiation
+    answer = {"max_turns": 0, "train_tokens": "final", "agreement": "none"}
+    assert differ == {"recipe": "single", **answer}
+
+
+CASE = {
+    "id": "a",
+    "tier": "everyday",
+    "dilemma": "Who gets the water?",
+    "personas": list(helpers.PERSONAS),
+}
 
 
 def test_a_broken_scenarios_file_is_named_with_its_line(tiny, judge, tmp_path, capfd):
-    good = json.dumps(
-        {
-            "id": "a",
-            "tier": "everyday",
-            "dilemma": "Who gets the water?",
-            "personas": [{"name": "A", "creed": "Me."}, {"name": "B", "creed": "You."}],
-        }
-    )
+    good = json.dumps(CASE)
     file = tmp_path / "mine.jsonl"
     file.write_text(good + "\n" + good.replace('"a"', '"b"')[:-3] + "\n")
-    assert f"{file}:2" in complaint(
-        runs.flags(tiny, judge.url, tmp_path / "run", scenarios=file), capfd
-    )
+    flags = runs.flags(tiny, judge.url, tmp_path / "run", scenarios=file)
+    assert f"{file}:2" in complaint(flags, capfd)
 
 
 def test_a_resumed_run_keeps_its_rubric_and_its_scenarios_whatever_their_paths(
     tiny, judge, tmp_path, capfd
 ):
     """PITFALLS 37: contents are compared, not names; a server may move."""
-    line = {
-        "id": "a",
-        "tier": "everyday",
-        "dilemma": "Who gets the water?",
-        "personas": list(helpers.PERSONAS),
-    }
     file, rubric, out = tmp_path / "mine.jsonl", tmp_path / "rubric.json", tmp_path / "run"
-    file.write_text(json.dumps(line) + "\n")
+    file.write_text(json.dumps(CASE) + "\n")
     rubric.write_text(json.dumps(RUBRIC))
     more = dict(scenarios=file, rubric=rubric, steps=1, scenarios_per_step=1)
     assert runs.Run(runs.flags(tiny, judge.url, out, **more)).wait()[0] == 0
     moved = tmp_path / "moved.jsonl"
     file.rename(moved)
+    here = ["--resume", str(out), "--scenarios", str(moved)]
     with runs.judge() as elsewhere:
-        code, _, err = runs.Run(
-            [
-                "--resume",
-                str(out),
-                "--steps",
-                "2",
-                "--scenarios",
-                str(moved),
-                "--judge-url",
-                elsewhere.url,
-            ]
-        ).wait()
+        run = runs.Run([*here, "--steps", "2", "--judge-url", elsewhere.url])
+        code, _, err = run.wait()
     assert code == 0, err
-    resume = ["--resume", str(out), "--steps", "3", "--judge-url", judge.url]
-    moved.write_text(json.dumps({**line, "dilemma": "Who gets the wine?"}) + "\n")
-    assert "other scenarios than the run began with" in complaint(
-        [*resume, "--scenarios", str(moved)], capfd
-    )
-    moved.write_text(json.dumps(line) + "\n")
+    resume = [*here, "--steps", "3", "--judge-url", judge.url]
+    moved.write_text(json.dumps({**CASE, "dilemma": "Who gets the wine?"}) + "\n")
+    assert "other scenarios than the run began with" in complaint(resume, capfd)
+    moved.write_text(json.dumps(CASE) + "\n")
     rubric.write_text(json.dumps({**RUBRIC, "parties": "Only the first one counts."}))
-    assert "other rubric than the run began with" in complaint(
-        [*resume, "--scenarios", str(moved)], capfd
-    )
-    assert "--judge-model would change the mathematics" in complaint(
-        [*resume, "--judge-model", "other"], capfd
-    )
-    assert "--judge-mode would change the mathematics" in complaint(
-        [*resume, "--judge-mode", "expect"], capfd
-    )
-    assert runs.Run([*resume, "--scenarios", str(moved), "--force"]).wait()[0] == 0
+    assert "other rubric than the run began with" in complaint(resume, capfd)
+    for flag, value in (("--judge-model", "other"), ("--judge-mode", "expect")):
+        line = complaint([*resume, flag, value], capfd)
+        assert f"{flag} would change the mathematics" in line
+    assert runs.Run([*resume, "--force"]).wait()[0] == 0
     assert [r["step"] for r in runs.rows(out)] == [1, 2, 3]
 
 
@@ -384,36 +332,36 @@ def test_a_folder_that_holds_something_is_left_alone(finished, tiny, judge, tmp_
 
 def test_a_folder_has_one_writer(tmp_path):
     with contextlib.ExitStack() as one:
-        checkpoint.claim(tmp_path / "a" / "run", one)
+        claim(tmp_path / "a" / "run", one)
         with (
             pytest.raises(cli.UserError, match="another run is writing there"),
             contextlib.ExitStack() as two,
         ):
-            checkpoint.claim(tmp_path / "a" / "run", two)
+            claim(tmp_path / "a" / "run", two)
     with contextlib.ExitStack() as later:
-        checkpoint.claim(tmp_path / "a" / "run", later)
+        claim(tmp_path / "a" / "run", later)
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(cli.UserError, match="--out .*file/run: cannot be made"),
         contextlib.ExitStack() as stack,
     ):
-        checkpoint.claim(tmp_path / "file" / "run", stack)
+        claim(tmp_path / "file" / "run", stack)
 
 
 def test_held_out_scenarios_are_of_all_kinds_and_never_trained_on():
-    scenarios, held = train.divide(train.Settings(epoch_steps=0, eval_every=1, eval_scenarios=8))
+    scenarios, held = train.divide(Settings(epoch_steps=0, eval_every=1, eval_scenarios=8))
     topics = {
         row["id"]: row["topic"] for row in dataset.load_jsonl(dataset.DATA / "dilemmas.jsonl")
     }
     assert len(held) == 8 == len({topics[s.id] for s in held}) and len({s.tier for s in held}) == 3
     assert len(scenarios) == 312 and not {s.id for s in scenarios} & {s.id for s in held}
-    assert train.divide(train.Settings())[1] == []
+    assert train.divide(Settings())[1] == []
 
 
 def test_an_epoch_of_five_steps_plays_the_same_scenarios_over_and_over():
     alone, few = types.SimpleNamespace(rank=0, size=1), {}
     for seed in (0, 1):
-        cfg = train.Settings(seed=seed, eval_every=1)
+        cfg = Settings(seed=seed, eval_every=1)
         scenarios, held = train.divide(cfg)
         steps = [
             [group[0].scenario.id for group in train.deal(scenarios, cfg, step, alone)]
@@ -429,7 +377,7 @@ def test_an_epoch_of_five_steps_plays_the_same_scenarios_over_and_over():
 
 
 def test_a_scenario_that_comes_twice_in_a_step_is_played_by_other_members():
-    cfg, one = train.Settings(scenarios_per_step=3), [helpers.scenario("only")]
+    cfg, one = Settings(scenarios_per_step=3), [helpers.scenario("only")]
     whole = train.deal(one, cfg, 1, types.SimpleNamespace(rank=0, size=1))
     assert [[d.member for d in group] for group in whole] == [
         [*range(6)],
@@ -445,7 +393,7 @@ def test_a_scenario_that_comes_twice_in_a_step_is_played_by_other_members():
     for step in range(1, 9):  # three scenarios, two a step: every other step holds two epochs
         groups = train.deal(
             [helpers.scenario(name) for name in "abc"],
-            train.Settings(),
+            Settings(),
             step,
             types.SimpleNamespace(rank=0, size=1),
         )
@@ -453,7 +401,7 @@ def test_a_scenario_that_comes_twice_in_a_step_is_played_by_other_members():
 
 
 def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
-    cfg, row = train.Settings(scenarios_per_step=2), lambda *pairs: {"rewards": dict(pairs)}
+    cfg, row = Settings(scenarios_per_step=2), lambda *pairs: {"rewards": dict(pairs)}
     rows = [
         row(("a", 1.0), ("b", 2.0)),
         row(("c", 3.0), ("d", None)),
@@ -473,7 +421,7 @@ def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
 
 def test_an_epoch_has_room_for_every_rank_and_never_cuts_what_somebody_brings(monkeypatch):
     def count(*flags):
-        return len(train.divide(train.read_settings(list(flags)))[0])
+        return len(train.divide(read_settings(list(flags)))[0])
 
     mine = str(dataset.DATA / "dilemmas.jsonl")
     assert count("--recipe", "paper") == 320
@@ -493,11 +441,11 @@ def test_lines_are_json_whatever_a_step_came_to(tmp_path):
 
 
 def test_a_signal_between_two_steps_plays_nothing_more():
-    run = train.Run.__new__(train.Run)
-    run.world = train.World(0, 1, torch.device("cpu"))
-    run.stop = types.SimpleNamespace(since=1.0, verdict=(130, "interrupted"))
-    run.stop.run = types.MethodType(train.Stop.run, run.stop)
-    with pytest.raises(train.Ended) as ended:
+    run = Run.__new__(Run)
+    run.world = World(0, 1, torch.device("cpu"))
+    run.stop = Stop.__new__(Stop)
+    run.stop.since, run.stop.playing = 1.0, False  # a signal has come
+    with pytest.raises(Ended) as ended:
         run.unless_stopped(pytest.fail, "played")
     assert (ended.value.code, ended.value.reason) == (130, "interrupted")
 
@@ -543,8 +491,8 @@ def test_resume_removes_what_a_kill_left_and_nothing_else(tmp_path):
     (out / "checkpoints" / "notes.txt").write_text("mine")
     (out / "checkpoints" / "latest").symlink_to("step_000002")
     (out / "config.json").write_text("{}")
-    cfg = train.read_settings(["--resume", str(out)])
-    assert checkpoint.open_run(cfg) == (out, out / "checkpoints" / "step_000002")
+    cfg = read_settings(["--resume", str(out)])
+    assert open_run(cfg) == (out, out / "checkpoints" / "step_000002")
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
         "best",
         "latest",
@@ -565,8 +513,8 @@ def test_resume_refuses_what_would_change_the_mathematics(finished, capfd):
     assert "--out elsewhere" in complaint(
         ["--resume", str(finished[0]), "--out", "elsewhere"], capfd
     )
-    assert train.read_settings(["--resume", str(finished[0]), "--lr", "1", "--force"]).lr == 1.0
-    same = train.read_settings(
+    assert read_settings(["--resume", str(finished[0]), "--lr", "1", "--force"]).lr == 1.0
+    same = read_settings(
         [
             "--resume",
             str(finished[0]),

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from test_train import complaint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import checkpoint
 import cli
 import dataset
 import grpo
 import model as lm
-import report
 import selfplay
-import train
 from chat import ChatFormat
+from settings import RECIPES, Settings
 
 SAID = [
     ["We share the water by day.", "No, the hospital first."],
@@ -48,13 +48,12 @@ def demonstrations():
 def settings(**more):
     """Those of the recipe, as a tiny model can use them."""
     recipe = {
-        **train.RECIPES["warm-start"],
+        **RECIPES["warm-start"],
         "dtype": "fp32",
         "lora_rank": 0,
-        "grad_clip": 0.0,
         **more,
     }
-    return dataclasses.replace(train.Settings(), **recipe)
+    return dataclasses.replace(Settings(), **recipe)
 
 
 def likelihood(model, streams):
@@ -258,7 +257,7 @@ def test_a_run_learns_and_leaves_what_every_run_leaves(finished, tiny):
         "step_000003",
         "step_000006",
     ]  # the best one, and --keep 1 beside it
-    assert report.locate(str(out))[0].endswith(
+    assert checkpoint.locate(str(out))[0].endswith(
         "step_000006"
     )  # --model with the run's folder takes the best
     # the adapter, merged into the model that it was made for, gives the weights (bf16: 8 bits)
@@ -319,7 +318,7 @@ def test_it_ends_when_the_heldout_loss_rises(tiny, files, tmp_path):
     held = {r["step"]: r["heldout"]["loss"] for r in runs.rows(tmp_path / "run") if "heldout" in r}
     *before, last = held.values()
     assert last > min(before) and max(held) < 60
-    best = int(report.locate(str(tmp_path / "run"))[0][-6:])
+    best = int(checkpoint.locate(str(tmp_path / "run"))[0][-6:])
     assert held[best] == min(before)
 
 
