@@ -1,15 +1,15 @@
 """A conversation as token ids: chat templates, control tokens, thoughts, and how an agent sees it.
 
     chat template -> ChatFormat: pieces of text -> encode -> ids, as apply_chat_template gives them
-    turns -> View.before -> Sample: ids, and a mask that is 1 on what this agent sampled
+    turns -> View.before -> Sample: ids, and a mask that is 1 on the tokens to be trained
 
 Token in, token out: a stream grows by the ids that were sampled, never by their text encoded
 again. Other text is encoded as in the whole rendering: cut at control tokens and nowhere else.
 They are read in the template's own text only; what a person or a model wrote never becomes one.
 
-One seam is ours: a group shares the system text and the case, so what follows the case is encoded
-by itself wherever the tokenizer puts no prefix before a text. GPT-2's rule for blank lines then
-gives one token for two line breaks where the template would have two.
+One seam is ours. The dialogues of a group share the ids of persona and dilemma, so these are
+encoded by themselves, and what follows them too (unless the tokenizer puts a prefix before each
+text). With GPT-2's rule for blank lines two line breaks are one token there, not two.
 """
 
 import copy
@@ -33,7 +33,7 @@ from cli import UserError
 class Turn:
     """One utterance, and the ids that were sampled for it (end of turn included unless truncated).
 
-    logprobs: at the sampling temperature. cuts, masses: see `draw`; empty without a nucleus.
+    logprobs: at the sampling temperature. cuts, masses: of the nucleus, see `sampler.draw`.
     """
 
     speaker: int
@@ -47,7 +47,10 @@ class Turn:
 
 @dataclasses.dataclass
 class Sample:
-    """Ids as one agent sees them; mask 1: sampled by this agent here. The rest is 0 at mask 0."""
+    """Ids as one agent sees them; mask 1: to be trained here. The other lists are 0 where it is 0.
+
+    What an agent says has mask 1 in at most one Sample of its stream.
+    """
 
     ids: list = dataclasses.field(default_factory=list)
     mask: list = dataclasses.field(default_factory=list)
@@ -414,8 +417,8 @@ def voice(model, tokenizer, date=""):
 class View:
     """How agent `me` sees a dialogue: turns a list of Turns into a Sample in its chat format.
 
-    case opens its first user message. Each message ends with the question `ask` but the last.
-    earlier stands for turns that are not shown, silence for a turn without words.
+    case opens its first user message. Each message to it ends with the question `ask`. earlier
+    stands for turns that are not shown, silence for a turn without words.
     """
 
     chat: ChatFormat
@@ -434,8 +437,8 @@ class View:
     def before(self, turns, closing=None, train=True, windowed=False):
         """The Sample of `turns` up to the point where this agent speaks next.
 
-        closing: the last question, in place of `ask`. train: whether this agent's turns get mask 1.
-        windowed: earlier turns exist that are not shown.
+        closing: the request for the joint solution, in place of the last `ask`. train: whether
+        this agent's turns get mask 1. windowed: earlier turns exist that are not shown.
         """
         chat, sample = self.chat, Sample()
         head = chat.head_parts(self.system, self.case)

@@ -42,7 +42,7 @@ from dataset import (
 
 DILEMMA = {"id": str, "tier": str, "topic": str, "dilemma": str}
 PAIR = {"id": str, "axis": str, "personas": list}
-LABEL = {"id": str, "scenario_id": str, "split": str, "personas": list}
+LABEL = {"id": str, "scenario_id": str, "split": str, "source": str, "personas": list}
 FILES = {  # shipped file: (how many lines, what a line holds)
     "dilemmas.jsonl": (320, DILEMMA),
     "personas.jsonl": (25, PAIR),

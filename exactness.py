@@ -76,7 +76,7 @@ def refusing(model):
     try:
         with short_windows(model), torch.enable_grad():
             yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         problem = f"--model: {model.config.model_type} cannot be read as we read models"

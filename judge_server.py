@@ -14,19 +14,19 @@ some 300 tokens keeps a CPU as busy), every other endpoint.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import http.server
 import itertools
 import json
 import os
+import re
 import sys
 import threading
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -36,7 +36,7 @@ import dataset
 from chat import Turn
 from cli import UserError, command_line, option, run_cli
 from dataset import DATA
-from model import compute_dtype, default_model_folder, packed
+from model import compute_dtype, default_model_folder
 from reward import EMBEDDED
 from rubric import Case, case_of, clean, for_reward_model, spoken
 
@@ -46,9 +46,11 @@ HEADS = DATA / "judge_heads.safetensors"
 # RIDGE: the penalty, and how many hand-made texts one text of a policy counts for.
 READS = {"score": [(22, None)], "endorse": [(22, None)], "agreed": [(20, 12)]}
 RIDGE = {"score": (10000.0, 8.0), "endorse": (10000.0, 8.0), "agreed": (3000.0, 1.0)}
+POLICIES = ("warm", "trained", "policy")  # sources of labels: texts that a policy wrote
 LONGEST_REQUEST = 1 << 20  # bytes
 LONGEST_TEXT = 1000  # tokens of a case, and of a judged text; of more, the last ones are read
 WAITING = 64  # requests that may wait
+USABLE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
 
 
 class Refusal(Exception):
@@ -106,7 +108,7 @@ class Example:
 
     scenario: str
     test: bool  # of the dilemmas that are only looked at once a version
-    by_policy: bool  # not made by hand
+    source: str  # who wrote it: a policy (warm, trained, policy), or bare, hand, demo
     before: str
     judged: str
     value: float
@@ -120,9 +122,9 @@ def examples():
     def add(head, row, personas, texts, value):
         case = Case(case_of(dilemmas[row["scenario_id"]], personas), texts, {})
         before, judged = for_reward_model(head, case)
-        by_policy = row["source"].startswith(("warm", "trained", "policy"))
+        source = re.split(r"[ -]", row["source"])[0]
         test = row["split"] == "test"
-        found[head].append(Example(row["scenario_id"], test, by_policy, before, judged, value))
+        found[head].append(Example(row["scenario_id"], test, source, before, judged, value))
 
     for number, row in enumerate(dataset.load_jsonl(DATA / "judge_labels.jsonl")):
         texts = {"solution": clean(row["solution"])}
@@ -184,6 +186,20 @@ def quality(head, given, rows):
     return f"{share:.2f} of {pairs} pairs right, Spearman {spearman(given, labels):.2f}"
 
 
+def show_quality(head, given, rows):
+    """Print how good the head is on what it was fitted on, on the test's, and on each policy's."""
+    parts = {
+        "fitted on": [not row.test for row in rows],
+        "test": [row.test for row in rows],
+        **{f"test, {name}": [row.test and row.source == name for row in rows] for name in POLICIES},
+    }
+    for part, inside in parts.items():
+        if any(inside):
+            chosen = list(itertools.compress(rows, inside))
+            said = list(itertools.compress(given, inside))
+            print(f"{head:8} {part:14} {quality(head, said, chosen)}")
+
+
 def fit():
     """Fit each head on the dilemmas that are not the test's, write it, print how good it is."""
     base, heads = Base(), {}
@@ -192,19 +208,12 @@ def fit():
         features = torch.stack(read).double()  # (N, F)
         values = torch.tensor([row.value for row in rows]).double()
         penalty, weight = RIDGE[head]
-        counts = torch.tensor([weight if row.by_policy else 1.0 for row in rows]).double()
+        counts = torch.tensor([weight if row.source in POLICIES else 1.0 for row in rows]).double()
         fitted_on = torch.tensor([not row.test for row in rows])
         weights = ridge(features[fitted_on], values[fitted_on], counts[fitted_on], penalty)
         heads[head] = weights.float()
-        said = list(zip(apply(weights, features).tolist(), rows))
-        parts = {
-            "fitted on": [(x, row) for x, row in said if not row.test],
-            "test": [(x, row) for x, row in said if row.test],
-            "test, policies'": [(x, row) for x, row in said if row.test and row.by_policy],
-        }
-        for part, pairs in parts.items():
-            print(f"{head:8} {part:16} {quality(head, *zip(*pairs))}")
-    save_file(heads, HEADS)
+        show_quality(head, apply(weights, features).tolist(), rows)
+    save_file(heads, HEADS, metadata={"reads": json.dumps(READS)})
     print(f"{HEADS}: the heads")
     return 0
 
@@ -212,20 +221,29 @@ def fit():
 # ---- serving -------------------------------------------------------------------------------------
 
 
+def load_heads():
+    """{head: weights (F + 1,)}. Raises UserError for a file that is damaged, or of other READS."""
+    try:
+        with safe_open(HEADS, "pt") as file:
+            reads = (file.metadata() or {}).get("reads")
+        heads = {name: head.float() for name, head in load_file(HEADS).items()}
+    except SafetensorError as error:
+        problem = f"{HEADS}: cannot be read ({error})"
+        raise UserError(f"{problem}; put it back, or run python judge_server.py fit") from error
+    if reads != json.dumps(READS):
+        problem = f"{HEADS}: fitted to other features than judge_server.py reads"
+        raise UserError(f"{problem}; run python judge_server.py fit")
+    return heads
+
+
 class Engine:
     """The base, its heads, and the one worker that reads for all connections."""
 
     def __init__(self, threads=0):
         self.name, self.base = f"{EMBEDDED}-{heads_digest()}", Base()
-        try:
-            self.heads = {name: head.float() for name, head in load_file(HEADS).items()}  # (F + 1,)
-        except SafetensorError as error:
-            problem = f"{HEADS}: cannot be read ({error})"
-            raise UserError(f"{problem}; put it back, or run python judge_server.py fit") from error
-        contextlib.ExitStack().enter_context(packed(self.base.model))  # for as long as it lives
-        threads = threads or max(1, (os.cpu_count() or 2) // 2)
+        self.heads = load_heads()
         self.worker = concurrent.futures.ThreadPoolExecutor(
-            1, "judge", torch.set_num_threads, [threads]
+            1, "judge", torch.set_num_threads, [threads or max(1, USABLE // 2)]
         )
         self.places = threading.BoundedSemaphore(WAITING)
 

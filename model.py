@@ -441,7 +441,10 @@ def merge_adapter(model, path, strength=1.0):
         state = {name: t.float() for name, t in load_file(path).items()}
         names = [name.removesuffix(".A") for name in state if name.endswith(".A")]
         changes = {n: scale * state[f"{n}.B"] @ state[f"{n}.A"] for n in names}  # (out, in) each
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+    except (
+        *(OSError, SafetensorError, TypeError, KeyError, ValueError),
+        *(RuntimeError, ZeroDivisionError),  # A and B that do not fit each other; rank 0
+    ) as error:
         problem = f"adapter {path}: cannot be read ({error})"
         raise UserError(f"{problem}; make it anew with {again}") from error
     weights = {name.removesuffix(".weight"): p for name, p in model.named_parameters()}

@@ -124,7 +124,7 @@ ADVICE = {
 class Judge:
     """Asks a server: `preflight` first, then each question is a Future of a Verdict.
 
-    The same question has the same answer for as long as the judge lives.
+    A score that came is kept for as long as the judge lives: the same text, the same reward.
     """
 
     def __init__(self, settings, url, key="JUDGE_API_KEY"):
@@ -396,4 +396,6 @@ def open_judge(settings, rank=0, share=lambda value: value, key="JUDGE_API_KEY")
         if rank == 0:
             print(judge.preflight(), flush=True)
         judge.way = share(judge.way)
+        if settings.rubric and judge.mode == "rm":
+            raise UserError("--rubric: a reward model reads none; name a chat judge by --judge-url")
         yield judge

@@ -12,6 +12,7 @@ nothing that could pass for a control token (`clean`), and between markers that 
 (`marked`). What cannot be read is `Missing`; no score is ever made up.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -244,6 +245,8 @@ def read_chat(kind, reply):
     """The value in the JSON object that a chat model, thinking or not, answers with."""
     message = dig(reply, "choices", 0, "message", kind=dict)
     text = message.get("content") or ""
+    if isinstance(text, list):  # parts, as some reasoning models give them
+        text = "".join(part.get("text") or "" for part in text if isinstance(part, dict))
     thoughts = message.get("reasoning_content") or message.get("reasoning") or ""
     if not isinstance(text, str):
         raise Missing("wrong shape", json.dumps(message))
@@ -260,13 +263,10 @@ def read_json(kind, text):
     Prose and fences around it are passed over, thoughts too (up to the last </think>).
     """
     answer = text.rpartition("</think>")[2]
-    try:
-        found = answer[answer.find("{") : answer.rfind("}") + 1]
-        pairs = json.loads(found, object_pairs_hook=list)  # a key that comes twice shows
-    except (ValueError, RecursionError):
-        raise Missing("not one answer" if "{" in answer else "no json", text) from None
     key = QUESTIONS[kind].key
-    values = [value for name, value in pairs if name == key]
+    values = [value for pairs in objects_in(answer) for name, value in pairs if name == key]
+    if "{" not in answer:
+        raise Missing("no json", text)
     if len(values) != 1 or "<think>" in answer:
         raise Missing("not one answer", text)
     value = values[0]
@@ -280,6 +280,19 @@ def read_json(kind, text):
         if type(value) in (int, float) and 0 <= value <= 5:
             return float(value)
     raise Missing("wrong value", text)
+
+
+def objects_in(text):
+    """The JSON objects in a text, each as its (key, value) pairs: a key that comes twice shows."""
+    decoder = json.JSONDecoder(object_pairs_hook=list)
+    found, at = [], text.find("{")
+    while at >= 0:
+        end = at + 1
+        with contextlib.suppress(ValueError, RecursionError):
+            pairs, end = decoder.raw_decode(text, at)
+            found.append(pairs)
+        at = text.find("{", end)
+    return found
 
 
 def read_reward(reply):
@@ -307,4 +320,5 @@ def read_reward(reply):
 
 def read_models(reply):
     """The names in a server's list of models."""
-    return [dig(entry, "id", kind=str) for entry in dig(reply, "data", kind=list)]
+    entries = dig(reply, "data", kind=list)
+    return [entry["id"] for entry in entries if isinstance(entry, dict) and "id" in entry]

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -284,15 +285,19 @@ def claim(out, stack):
     """Hold the run folder until `stack` closes. Raises UserError where another run holds it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / ".lock").touch()
+    except OSError as error:
+        raise UserError(
+            f"--out {out}: cannot be made ({error.strerror}); choose a folder of yours"
+        ) from error
+    try:
         stack.enter_context(filelock.FileLock(out / ".lock", timeout=0))
     except filelock.Timeout as error:
         raise UserError(
             f"--out {out}: another run is writing there; let it end, or choose another folder"
         ) from error
-    except OSError as error:
-        raise UserError(
-            f"--out {out}: cannot be made ({error.strerror}); choose a folder of yours"
-        ) from error
+    except OSError as error:  # a file system without locks
+        print(f"warning: --out {out}: cannot be locked ({error.strerror})", file=sys.stderr)
 
 
 def open_run(settings):

@@ -51,10 +51,10 @@ class PlaySettings:
         "without agreement: write the final completion all the same, or none and reward zero",
         choices=("complete", "zero"),
     )
-    temperature: float = option(0.7, "of the dialogue", above=0)
-    top_p: float = option(1.0, "nucleus of the dialogue, the learner's too", above=0, high=1)
-    final_temperature: float = option(0.5, "of the final completion (0: greedy)", low=0)
-    final_top_p: float = option(1.0, "nucleus of the final completion", above=0, high=1)
+    temperature: float = option(0.9, "of the dialogue", above=0)
+    top_p: float = option(0.8, "nucleus of the dialogue, the learner's too", above=0, high=1)
+    final_temperature: float = option(0.7, "of the final completion (0: greedy)", low=0)
+    final_top_p: float = option(0.8, "nucleus of the final completion", above=0, high=1)
     date: str = option(str(datetime.date.today()), "the day, for chat templates that print one")
 
 
@@ -65,8 +65,8 @@ SYSTEM = (
     "out.{marker}"
 )
 MARKER_RULE = " When you accept the plan on the table, end your turn with the word AGREED."
-# The dilemma opens the first user message, and a question ends each but the last: a small model
-# hardly reads its system prompt, and what it says drifts.
+# The dilemma opens the first user message, and a question ends each one: a small model hardly
+# reads its system prompt, and what it says drifts.
 CASE = (
     "{dilemma}\n\nTalk it over with {other}. Say in one or two sentences what you propose and "
     "why.\n\n"
@@ -89,7 +89,7 @@ ALONE = (
 )
 
 
-def view(chat, me, scenario, marker, alone=False):
+def view_of(chat, me, scenario, marker, alone=False):
     """The View of agent `me`. marker: it is told to say AGREED. alone: there is no negotiation."""
     mine, other = scenario.personas[me], scenario.personas[1 - me]
     words = {
@@ -168,7 +168,7 @@ def imitate(demonstration, chat, settings):
     """
     scenario = demonstration.scenario
     turns = [written(chat, i % 2, text) for i, text in enumerate(demonstration.turns)]
-    views = [view(chat, me, scenario, settings.agreement == "marker") for me in (0, 1)]
+    views = [view_of(chat, me, scenario, settings.agreement == "marker") for me in (0, 1)]
     final = written(chat, 0, demonstration.final)
     closing = final_request(scenario, FINAL)
     dialogue = Dialogue(scenario, step=0, group=0, member=0, turns=turns)
@@ -198,13 +198,13 @@ def final_request(scenario, template):
 
 @dataclasses.dataclass
 class Await:
-    """Event: the dialogue waits for the judge's answer, a Future; it is sent the Verdict."""
+    """Event: the dialogue waits for the judge's answer, and is sent the Verdict."""
 
-    verdict: concurrent.futures.Future
+    answer: concurrent.futures.Future
 
 
 def room(settings):
-    """Tokens to keep free for a turn and its template: the other side may read three a token."""
+    """Tokens to keep free for a turn: encoded for the other side, it may take three times that."""
     return 3 * settings.turn_tokens + 16 if settings.max_turns else 0
 
 
@@ -217,7 +217,7 @@ class Match:
         self.limits = [context_limit(voice.model) for voice in voices]
         scenario, alone = dialogue.scenario, settings.max_turns == 0
         marker = settings.agreement == "marker"
-        self.views = [view(voices[me].chat, me, scenario, marker, alone) for me in (0, 1)]
+        self.views = [view_of(voices[me].chat, me, scenario, marker, alone) for me in (0, 1)]
         self.request = final_request(scenario, ALONE if alone else FINAL)
 
     def rng(self, number):
@@ -276,18 +276,18 @@ def negotiate(match):
     dialogue.final_truncated = final.truncated
     dialogue.final_sample = views[0].until(turns, final, train=False, closing=match.request)
     if match.judge:
-        case = dialogue.scenario
-        dialogue.verdict = match.judge.score(case.dilemma, case.personas, turns, final.text)
+        dilemma, personas = dialogue.scenario.dilemma, dialogue.scenario.personas
+        dialogue.verdict = match.judge.score(dilemma, personas, turns, final.text)
 
 
 def talk(match):
     """The turns, until the agents agree, have had their turns, or a context is full.
 
-    The judge thinks about a turn while the next one is spoken already; if it finds agreement, the
-    new turn does not count. Returns the Verdict on the last turn, or None if nobody was asked.
+    Turn n + 1 is spoken while the judge reads turn n. If it finds agreement there, turn n + 1 is
+    dropped. Returns the Verdict on the last turn, or None if nobody was asked.
     """
-    dialogue, settings = match.dialogue, match.settings
-    case, turns = dialogue.scenario, dialogue.turns
+    dialogue, settings, turns = match.dialogue, match.settings, match.dialogue.turns
+    dilemma, personas = dialogue.scenario.dilemma, dialogue.scenario.personas
     dialogue.stop = "max_turns"
     check = None  # Future of the Verdict whether `turns` end in agreement
     for number in range(settings.max_turns):
@@ -298,8 +298,10 @@ def talk(match):
         partner_speaks = match.partner and say.speaker == 1
         if not partner_speaks:
             turn = yield say
-        if check and (yield Await(check)).value:
-            break
+        if check:
+            verdict = yield Await(check)
+            if verdict.value:
+                break
         if partner_speaks:
             text = match.partner(dialogue)
             turn = Turn(1, text, False, ids=match.views[0].chat.plain(text))
@@ -308,9 +310,9 @@ def talk(match):
             dialogue.agreed = True
             break
         if settings.agreement == "judge" and len(turns) > 1:
-            check = match.judge.agreed(case.dilemma, case.personas, turns[:])
+            check = match.judge.agreed(dilemma, personas, turns[:])
     verdict = None
-    if check:
+    if check:  # of the last turn that counts; where it broke the loop, it is answered already
         verdict = yield Await(check)
         dialogue.agreed = bool(verdict.value)
     if dialogue.agreed:
@@ -337,7 +339,7 @@ class Seat:
     def ready(self):
         """Whether the dialogue can go on."""
         if isinstance(self.event, Await):
-            return self.event.verdict.done()
+            return self.event.answer.done()
         return self.event is None or self.event.over()
 
     def advance(self):
@@ -347,7 +349,7 @@ class Seat:
             if isinstance(self.event, Say):
                 answer = self.event.turn
             elif self.event:
-                answer = self.event.verdict.result()
+                answer = self.event.answer.result()
             try:
                 self.event = self.script.send(answer)
             except StopIteration:
@@ -394,8 +396,8 @@ def play(
             if batch:
                 speak(batch, on_token)
             elif seats:
-                verdicts = [seat.event.verdict for seat in seats]
-                concurrent.futures.wait(verdicts, return_when=concurrent.futures.FIRST_COMPLETED)
+                answers = [seat.event.answer for seat in seats]
+                concurrent.futures.wait(answers, return_when=concurrent.futures.FIRST_COMPLETED)
     return dialogues
 
 

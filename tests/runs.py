@@ -52,7 +52,10 @@ def flags(tiny, url, folder, **more):
         "dtype": "fp32",
         "lr": 1e-3,
         "warmup_steps": 3,
+        "temperature": 0.7,
+        "top_p": 1.0,
         "final_temperature": 0.8,
+        "final_top_p": 1.0,
         **more,
     }
     return as_flags(made)

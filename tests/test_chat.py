@@ -231,7 +231,7 @@ def test_a_stream_is_what_the_template_renders(family, template, capsys):
         return
     turns = [Turn(i % 2, words, False, chat.turn(words)) for i, words in enumerate(WORDS)]
     for me in (0, 1):
-        view = selfplay.view(chat, me, helpers.scenario(), False)
+        view = selfplay.view_of(chat, me, helpers.scenario(), False)
         for count in range(me, 5, 2):
             expected = rendered(chat, view, WORDS[:count])
             if family == "byte-level BPE":  # the seam between the case and what follows it
@@ -275,7 +275,7 @@ def test_no_text_becomes_a_control_token_or_a_marker(family, template):
         scene = dataclasses.replace(helpers.scenario(dilemma=words), personas=(persona, persona))
         said = chat.turn("Yes.")
         turns = [Turn(i % 2, words, False, said) for i in range(3)]
-        ids = selfplay.view(chat, 0, scene, True).before(turns, closing=words).ids
+        ids = selfplay.view_of(chat, 0, scene, True).before(turns, closing=words).ids
         return [token for token in ids if token in never]
 
     assert controls(BAD) == controls("Be fair.")
@@ -322,7 +322,7 @@ def test_a_template_that_opens_a_thought_is_said_at_the_start(family, capsys):
 @pytest.mark.parametrize("template", ["Qwen3", "R1"])
 def test_a_thought_is_trained_and_not_part_of_the_past(template):
     chat = chat_format("tiktoken", template)
-    view = selfplay.view(chat, 0, helpers.scenario(), False)
+    view = selfplay.view_of(chat, 0, helpers.scenario(), False)
     ids = chat.encode([("<think>I lie.</think>Hello.", True)]) + [chat.end]
     first = Turn(0, chat.text(ids), False, ids, [-1.0] * len(ids))
     second = Turn(1, "No.", False, chat.turn("No."))

@@ -288,7 +288,6 @@ LINE_FAULTS = [
     ),
     ("personas.jsonl", {"personas": TWINS}, "creeds alike; they must say different things"),
     ("eval_open.jsonl", {"question": "Why?"}, "question too short (1 words); write 6 to 40"),
-    ("eval_general.jsonl", {"kind": "riddle"}, 'no kind "riddle"; use choice or exact'),
     ("eval_general.jsonl", {"answer": "Mars"}, '"answer" is text instead of a number; correct it'),
     (
         "demonstrations.jsonl",

@@ -22,7 +22,9 @@ CFG = Settings(
     final_tokens=12,
     agreement="none",
     temperature=1.0,
+    top_p=1.0,
     final_temperature=1.0,
+    final_top_p=1.0,
     dtype="fp32",
 )
 

@@ -298,7 +298,9 @@ def settings(**more):
         "final_tokens": 8,
         "agreement": "none",
         "temperature": 1.0,
+        "top_p": 1.0,
         "final_temperature": 1.0,
+        "final_top_p": 1.0,
         "dtype": "fp32",
         "lr": 1e-3,
         "warmup_steps": 0,
@@ -717,11 +719,11 @@ def said(voice, speaker, word):
 def game(voice, word):
     """A dialogue in which both agents and the final say the word."""
     d = helpers.dialogues(1, 1)[0]
-    views = [selfplay.view(voice.chat, me, d.scenario, False) for me in (0, 1)]
+    views = [selfplay.view_of(voice.chat, me, d.scenario, False) for me in (0, 1)]
     d.turns = [said(voice, 0, word), said(voice, 1, word)]
     d.streams = [[views[0].until([], d.turns[0])], [views[1].until(d.turns[:1], d.turns[1])]]
     request = selfplay.final_request(d.scenario, selfplay.FINAL)
-    d.final_sample = views[0].until(d.turns, said(voice, 0, word), train=[], closing=request)
+    d.final_sample = views[0].until(d.turns, said(voice, 0, word), train=False, closing=request)
     return d
 
 

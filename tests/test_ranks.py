@@ -467,7 +467,9 @@ def test_the_reference_of_an_adapted_model_is_its_base(tiny):
 
 def with_advantages(model):
     """Four short dialogues of this model with advantages."""
-    how = selfplay.PlaySettings(max_turns=2, turn_tokens=6, final_tokens=6, agreement="none")
+    how = selfplay.PlaySettings(
+        max_turns=2, turn_tokens=6, final_tokens=6, agreement="none", top_p=1.0
+    )
     voice = chat.voice(model, helpers.tokenizer())
     group = selfplay.play((voice, voice), helpers.dialogues(1, 4), how)
     for dialogue, advantage in zip(group, (1.0, -1.0, 0.5, -0.5)):

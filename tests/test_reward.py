@@ -768,6 +768,15 @@ def test_a_rubric_with_a_fault_is_told_by_its_key(tmp_path, key, value, said):
         rubric.load_rubric(path)
 
 
+def test_a_reward_model_takes_no_rubric(tmp_path):
+    path = write_rubric(tmp_path / "rubric.json")
+    with JudgeServer(offers=("pooling",)) as server:
+        flags = dataclasses.replace(settings(server.url), rubric=str(path))
+        told = pytest.raises(cli.UserError, match="^--rubric: a reward model reads none")
+        with told, reward.open_judge(flags):
+            pass
+
+
 def test_a_rubric_that_cannot_be_read_is_told(tmp_path):
     Path(tmp_path, "half.json").write_text("{")
     for name in ("half.json", "none.json"):

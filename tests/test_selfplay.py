@@ -46,7 +46,9 @@ def settings(**more):
         final_tokens=8,
         agreement="none",
         temperature=0.6,
+        top_p=1.0,
         final_temperature=0.7,
+        final_top_p=1.0,
     )
     return selfplay.PlaySettings(**{**short, **more})
 
@@ -237,7 +239,7 @@ def test_masked_ids_decode_to_this_agents_utterances(template, context_turns):
 @pytest.mark.parametrize("me", [0, 1])
 def test_views_read_as_the_template_renders_them(template, me):
     chat, space = talker(template=TEMPLATES[template]).chat, " " if template == "mistral" else ""
-    view = selfplay.view(chat, me, helpers.scenario(), False)
+    view = selfplay.view_of(chat, me, helpers.scenario(), False)
     slots = {
         "me": helpers.PERSONAS[me]["name"],
         "other": helpers.PERSONAS[1 - me]["name"],
@@ -384,7 +386,7 @@ def test_each_token_is_computed_once_per_stream(monkeypatch, context_turns, chec
     assert [content(d) for d in played] == [content(d) for d in expected]
     heads, most = 0, 0  # tokens of shared heads, and of all samples behind theirs
     for d in played:
-        views = [selfplay.view(speaker.chat, me, d.scenario, False) for me in (0, 1)]
+        views = [selfplay.view_of(speaker.chat, me, d.scenario, False) for me in (0, 1)]
         if d.member == 0:
             assert [fed.count(view.head) for view in views] == [1, 1]  # once for the whole group
             heads += sum(len(view.head) for view in views)
@@ -586,7 +588,7 @@ def test_the_models_own_generation_defaults_do_not_count():
     ids = first_tokens(greedy, cfg, 400)
     assert ids == first_tokens(speaker, cfg, 400)
     scenario = helpers.dialogues(1, 1)[0].scenario
-    before = selfplay.view(speaker.chat, 0, scenario, False).before([]).ids
+    before = selfplay.view_of(speaker.chat, 0, scenario, False).before([]).ids
     p = (speaker.model(torch.tensor([before])).logits[0, -1] / 1.3).softmax(0).detach()
     statistic, bound = chi_square(torch.bincount(torch.tensor(ids), minlength=len(p)), p)
     assert statistic < bound
@@ -715,7 +717,7 @@ def test_a_full_context_ends_the_dialogue_and_cuts_no_persona(monkeypatch, room,
         assert not d.agreed and d.final is not None
         assert all(len(sample.ids) <= room for sample in samples(d))
         for me, stream in enumerate([[*d.streams[0], d.final_sample], d.streams[1]]):
-            head = selfplay.view(speaker.chat, me, d.scenario, False).head
+            head = selfplay.view_of(speaker.chat, me, d.scenario, False).head
             assert all(sample.ids[: len(head)] == head for sample in stream)
         check_logprobs(speaker.model, d, cfg)
     assert max(longest) < room
