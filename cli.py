@@ -37,7 +37,7 @@ def command_line(settings_class, argv=None, prog=None, base=None):
     """
     parser = OneLineParser(
         prog=prog,
-        usage=f"{prog or '%(prog)s'} [--flag X ...]",
+        usage="%(prog)s [--flag X ...]",
         formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False,
     )

@@ -289,15 +289,12 @@ def closing_words(rows, step, settings, scenarios):
 
 
 def log_package(kind):
-    """The module behind --log, None for "none". Raises UserError where it is not installed."""
-    if kind == "none":
-        return None
+    """The module behind --log. Raises UserError where its package is not installed."""
     try:
         return importlib.import_module("torch.utils.tensorboard" if kind == "tensorboard" else kind)
     except ImportError as error:
-        raise UserError(
-            f"--log {kind}: its package is missing; pip install {kind}, or leave --log away"
-        ) from error
+        missing = f"--log {kind}: its package is missing; pip install {kind}, or leave --log away"
+        raise UserError(missing) from error
 
 
 def numbers(row, prefix=""):
@@ -312,23 +309,18 @@ def numbers(row, prefix=""):
 
 
 class Log:
-    """Shows a run in TensorBoard or Weights & Biases until `stack` closes.
-
-    A resumed run goes on in TensorBoard's files; in W&B it is a run of its own of the same name.
-    """
+    """Shows a run in TensorBoard or W&B (a resumed one as a new one there) until `stack` closes."""
 
     def __init__(self, kind, folder, done, stack):
         self.package, self.wandb = log_package(kind), kind == "wandb"
-        if self.wandb:
+        if not self.wandb:
+            run = self.package.SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        else:
             try:
                 run = self.package.init(project="negotiation", name=folder.name, dir=str(folder))
-            except self.package.Error as error:
-                raise UserError(
-                    f"--log wandb: {str(error).splitlines()[0]}; mend it (wandb login, or "
-                    f"WANDB_MODE=offline), then --resume {folder}"
-                ) from error
-        else:
-            run = self.package.SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+            except self.package.Error as error:  # no login, no network
+                mend = f"wandb login, or WANDB_MODE=offline; then --resume {folder}"
+                raise UserError(f"--log wandb: {str(error).splitlines()[0]}; {mend}") from error
         self.run = stack.enter_context(run)
 
     def write(self, row, text):
@@ -336,8 +328,7 @@ class Log:
         step, found = row["step"], numbers(row)
         if self.wandb:
             page = {"transcript": self.package.Html(f"<pre>{html.escape(text)}</pre>")}
-            self.run.log({**found, **(page if text else {})}, step=step)
-            return
+            return self.run.log({**found, **(page if text else {})}, step=step)
         for name, value in found.items():
             self.run.add_scalar(name, value, step)
         if text:

@@ -109,7 +109,7 @@ class Run:
                 f"multiple of {world.size}"
             )
         self.settings, self.world, self.stack = settings, world, stack
-        if world.rank == 0:
+        if world.rank == 0 and settings.log != "none":
             progress.log_package(settings.log)
         self.log, self.scenarios = None, []
         self.files = check_contents(settings)

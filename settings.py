@@ -115,7 +115,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     nproc: int = option(1, "cards that --plan reckons with", low=1)
     log: str = option(
         "none",
-        "show the metrics, and one transcript a step, there too (needs its package)",
+        "show metrics and transcripts there too (torchrun needs a -- before train.py then)",
         choices=("none", "tensorboard", "wandb"),
     )
 

@@ -559,7 +559,7 @@ def test_a_refusal_of_wandb_is_one_line(tmp_path, monkeypatch):
 
     module = types.SimpleNamespace(Error=UsageError, init=refuse)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    says = "--log wandb: no API key configured; mend it .*, then --resume"
+    says = "--log wandb: no API key configured; wandb login, or WANDB_MODE=offline; then --resume"
     with pytest.raises(cli.UserError, match=says), contextlib.ExitStack() as stack:
         progress.Log("wandb", tmp_path, 0, stack)
 
