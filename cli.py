@@ -36,21 +36,38 @@ def command_line(settings_class, argv=None, prog=None, base=None):
     of the defaults. Raises UserError for an unknown flag and for a bad value.
     """
     parser = OneLineParser(
-        prog=prog, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+        prog=prog,
+        usage="%(prog)s [--flag X ...]",
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
     )
     fields = dataclasses.fields(settings_class)
+    groups = groups_of(parser, settings_class)
     for field in fields:
         choices = field.metadata.get("choices")
         how = {"type": field.type, "choices": choices, "metavar": None if choices else "X"}
         if field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        doc = f"{field.metadata['doc']} [{field.default}]".replace("%", "%%")
-        parser.add_argument(flag(field), default=argparse.SUPPRESS, help=doc, **how)
+        default = "" if field.default == "" else f" [{field.default}]"
+        doc = f"{field.metadata['doc']}{default}".replace("%", "%%")
+        group = groups[field.name]
+        group.add_argument(flag(field), default=argparse.SUPPRESS, help=doc, **how)
     given = vars(parser.parse_args(argv))
     settings = settings_class(**{**(base(given) if base else {}), **given})
     for field in fields:
         check_range(field, getattr(settings, field.name))
     return settings
+
+
+def groups_of(parser, settings_class):
+    """{field: group of --help}: a class's fields stand under its docstring, its bases' below."""
+    groups = {}
+    for owner in settings_class.__mro__:
+        if dataclasses.is_dataclass(owner):
+            group = parser.add_argument_group(owner.__doc__.splitlines()[0].rstrip("."))
+            for name in owner.__annotations__:
+                groups.setdefault(name, group)
+    return groups
 
 
 def flag(field):

@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 import audit
 import chat
-import dataset
 import model as lm
 import report
 import reward
@@ -41,7 +40,16 @@ from cli import UserError, run_cli
 from client import BudgetSpent
 from dataset import DATA
 from measure import diversity, figure, minus, text_measures
-from sides import Items, Side, picked, read_settings, refuse_lost, verdicts
+from sides import (
+    Items,
+    Side,
+    picked,
+    read_settings,
+    refuse_lost,
+    rows_of,
+    scenarios_of,
+    verdicts,
+)
 
 # ---- negotiations and answers --------------------------------------------------------------------
 
@@ -281,20 +289,6 @@ def compared(records, sides, items, judge, questions):
     return rows
 
 
-def rows_of(settings, file, shape):
-    """{id: line} of a shipped set, or of --data."""
-    shape = {"id": str, **shape}
-    path = settings.data or DATA / file
-    rows = dataset.load_jsonl(path, lambda row: dataset.shape_fault(row, shape))
-    return {row["id"]: row for row in dataset.spread(rows, settings.limit)}
-
-
-def scenarios_of(settings):
-    """{id: Scenario} of the sealed set, or of --data."""
-    scenarios = dataset.load_scenarios(settings.data or DATA / "eval_conflict.jsonl")
-    return {scenario.id: scenario for scenario in dataset.spread(scenarios, settings.limit)}
-
-
 # ---- the commands --------------------------------------------------------------------------------
 
 
@@ -435,8 +429,10 @@ def main(argv=None):
     if command in ("-h", "--help"):
         return print(__doc__)
     if command not in COMMANDS:
+        wrong = f"{command}: there is no such command; " if command else ""
         raise UserError(
-            f"say what: python eval.py {'|'.join(COMMANDS)}|report ...; each has a --help"
+            f"{wrong}say what: python eval.py {'|'.join(COMMANDS)}|report; "
+            "what each does: python eval.py --help, its flags: python eval.py conflict --help"
         )
     settings, out = read_settings(command, flags)
     sheet = settings["A"].read

@@ -1,12 +1,16 @@
 """What the steps of a run were like: numbers for metrics.jsonl, lines and warnings for a person.
 
-    dialogues.jsonl's records  ->  summary: a row  ->  metrics.jsonl, and Terminal.show
+    dialogues.jsonl's records  ->  summary: a row  ->  metrics.jsonl, Terminal.show, Log.write
 
 Everything here reads; nothing changes what a run computes.
 """
 
 import collections
+import dataclasses
+import html
+import importlib
 import math
+import re
 import statistics
 import textwrap
 import time
@@ -14,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from cli import UserError
 from measure import collapse, diversity
 
 
@@ -83,21 +88,31 @@ def printable(text):
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+def whole_words(text, truncated):
+    """A text for a person; one that met its limit of tokens without the word that it ended in."""
+    text = printable(text)
+    return re.sub(r" [\w'’-]{1,30}$", "", text) + " [cut off]" if truncated else text
+
+
 def transcript(dialogue, indent=""):
     """One dialogue as wrapped lines of text: who said what, how it ended, the final, its score."""
     names = [persona["name"] for persona in dialogue.scenario.personas]
     lines = [f"dilemma: {dialogue.scenario.dilemma}"]
     for turn in dialogue.turns:
-        cut_off = " [cut off]" if turn.truncated else ""
-        lines.append(f"{names[turn.speaker]}: {turn.text}{cut_off}")
+        lines.append(f"{names[turn.speaker]}: {whole_words(turn.text, turn.truncated)}")
     score = "no score" if dialogue.reward is None else f"{dialogue.reward:.2f}"
-    final = "(none)" if dialogue.final is None else dialogue.final
+    final = "(none)"
+    if dialogue.final is not None:
+        final = whole_words(dialogue.final, dialogue.final_truncated)
     lines.append(f"joint solution ({dialogue.stop}, {score}): {final}")
     wrapper = textwrap.TextWrapper(
-        120, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
+        120,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
     )
-    short = [textwrap.shorten(printable(line), 1000, placeholder=" ...") for line in lines]
-    return "\n".join(wrapper.fill(line) for line in short)
+    return "\n".join(wrapper.fill(printable(line)) for line in lines)
 
 
 class Terminal:
@@ -190,15 +205,31 @@ def warnings(row, dialogues, first):
     return [worry for worry, there in worries.items() if there]
 
 
-def epoch_news(rows, step, settings, scenarios):
-    """A line on what the epoch that ends with this step earned beside the first one; else "".
+# ---- what training earned ------------------------------------------------------------------------
 
-    rows: the lines of metrics.jsonl. Scenarios differ by more than a few steps teach; a second
-    visit to the same ones does not.
+
+@dataclasses.dataclass
+class Gain:
+    """What an epoch earned beside the first one, on the scenarios that have a reward in both."""
+
+    epoch: int
+    before: float  # mean reward in the first epoch
+    after: float  # and in this one
+    error: float  # standard error of the difference, over scenarios
+    scenarios: int
+    higher: int  # how many of them earned more
+
+    @property
+    def difference(self):
+        """What this epoch earned more."""
+        return self.after - self.before
+
+
+def gain_of(rows, epoch):
+    """The Gain of an epoch by the lines of metrics.jsonl; None without two scenarios to compare.
+
+    Scenarios differ by more than a few steps teach; a second visit to the same ones does not.
     """
-    epoch, left = divmod(step * settings.scenarios_per_step, scenarios)
-    if epoch < 2 or left >= settings.scenarios_per_step:
-        return ""
     visits = collections.defaultdict(list)
     for row in rows:
         for scenario, earned in row.get("rewards", {}).items():
@@ -209,12 +240,97 @@ def epoch_news(rows, step, settings, scenarios):
             first.append(earned[0])
             now.append(earned[epoch - 1])
     if len(first) < 2:
-        return ""
+        return None
     gains = [after - before for before, after in zip(first, now)]
     error = statistics.stdev(gains) / len(gains) ** 0.5
-    before, after = statistics.fmean(first), statistics.fmean(now)
+    higher = sum(gain > 0 for gain in gains)
+    return Gain(epoch, statistics.fmean(first), statistics.fmean(now), error, len(gains), higher)
+
+
+def epoch_news(rows, step, settings, scenarios):
+    """A line on the Gain of the epoch that ends with this step; else ""."""
+    epoch, left = divmod(step * settings.scenarios_per_step, scenarios)
+    if epoch < 2 or left >= settings.scenarios_per_step:
+        return ""
+    gain = gain_of(rows, epoch)
+    if gain is None:
+        return ""
     return (
-        f"    epoch {epoch}: reward {after:.2f}, in the first epoch {before:.2f} on the same "
-        f"{len(gains)} scenarios: {after - before:+.2f} (standard error {error:.2f}), "
-        f"higher on {sum(gain > 0 for gain in gains)}"
+        f"    epoch {epoch}: reward {gain.after:.2f}, in the first epoch {gain.before:.2f} on the "
+        f"same {gain.scenarios} scenarios: {gain.difference:+.2f} (standard error "
+        f"{gain.error:.2f}), higher on {gain.higher}"
     )
+
+
+def closing_words(rows, step, settings, scenarios):
+    """What a run of `step` steps earned from its first whole epoch to its last, in plain words."""
+    epoch = step * settings.scenarios_per_step // scenarios
+    gain = gain_of(rows, epoch) if epoch > 1 else None
+    if gain is None:
+        return (
+            "whether training earned anything cannot be told: too few scenarios were scored in two "
+            f"epochs ({scenarios} scenarios are an epoch, {settings.scenarios_per_step} a step)"
+        )
+    if abs(gain.difference) <= 2 * gain.error or gain.difference == 0:
+        meaning = "no gain that can be told from chance"
+    elif gain.difference > 0:
+        meaning = "a gain, more than chance explains"
+    else:
+        meaning = "a loss, more than chance explains"
+    return (
+        f"{meaning}: on the {gain.scenarios} scenarios it trained on, the mean reward went from "
+        f"{gain.before:.2f} (first epoch) to {gain.after:.2f} (epoch {epoch}), a difference of "
+        f"{gain.difference:+.2f} with a standard error of {gain.error:.2f}; "
+        f"{gain.higher} of {gain.scenarios} earned more"
+    )
+
+
+# ---- other programs that show a run --------------------------------------------------------------
+
+
+def log_package(kind):
+    """The module behind --log. Raises UserError where its package is not installed."""
+    try:
+        return importlib.import_module("torch.utils.tensorboard" if kind == "tensorboard" else kind)
+    except ImportError as error:
+        missing = f"--log {kind}: its package is missing; pip install {kind}, or leave --log away"
+        raise UserError(missing) from error
+
+
+def numbers(row, prefix=""):
+    """{name: number} of a line of metrics.jsonl, those of a dict in it as "dict/name"."""
+    found = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found |= numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            found[prefix + name] = value
+    return found
+
+
+class Log:
+    """Shows a run in TensorBoard or W&B (a resumed one as a new one there) until `stack` closes."""
+
+    def __init__(self, kind, folder, done, stack):
+        self.package, self.wandb = log_package(kind), kind == "wandb"
+        if not self.wandb:
+            run = self.package.SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        else:
+            try:
+                run = self.package.init(project="negotiation", name=folder.name, dir=str(folder))
+            except self.package.Error as error:  # no login, no network
+                mend = f"wandb login, or WANDB_MODE=offline; then --resume {folder}"
+                raise UserError(f"--log wandb: {str(error).splitlines()[0]}; {mend}") from error
+        self.run = stack.enter_context(run)
+
+    def write(self, row, text):
+        """Show a line of metrics.jsonl, and a transcript: as it stands, no HTML, no Markdown."""
+        step, found = row["step"], numbers(row)
+        if self.wandb:
+            page = {"transcript": self.package.Html(f"<pre>{html.escape(text)}</pre>")}
+            return self.run.log({**found, **(page if text else {})}, step=step)
+        for name, value in found.items():
+            self.run.add_scalar(name, value, step)
+        if text:
+            self.run.add_text("transcript", textwrap.indent(text, "    "), step)  # a block of code
+        self.run.flush()

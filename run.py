@@ -110,6 +110,9 @@ class Run:
                 f"multiple of {world.size}"
             )
         self.settings, self.world, self.stack = settings, world, stack
+        if world.rank == 0 and settings.log != "none":
+            progress.log_package(settings.log)
+        self.log, self.scenarios = None, []
         self.files = check_contents(settings)
         if settings.resume and world.rank == 0:
             claim(Path(settings.resume), stack)
@@ -172,6 +175,8 @@ class Run:
         """Write config.json; from now on signals end the run in order."""
         if self.world.rank == 0:
             begin(self.folder, self.settings, self.files, self.policy.model, self.stack)
+            if self.settings.log != "none":
+                self.log = progress.Log(self.settings.log, self.folder, self.done, self.stack)
         self.stop = Stop(self.world)
         self.terminal = progress.Terminal(self.settings, self.done)
 
@@ -183,6 +188,12 @@ class Run:
         """Append records to a file of the run's folder, on rank 0."""
         if self.world.rank == 0:
             append(self.folder / name, records)
+
+    def append_metrics(self, row, dialogue=None):
+        """Append a line to metrics.jsonl; show it, and a dialogue, where --log says."""
+        self.append("metrics.jsonl", [row])
+        if self.log:
+            self.log.write(row, progress.transcript(dialogue) if dialogue else "")
 
     def say(self, text):
         """Print on rank 0."""
@@ -208,7 +219,7 @@ class Run:
         memory = progress.peak_memory_gb(self.world.device)
         row["peak_memory_gb"] = max(self.world.gather(memory))
         self.append("dialogues.jsonl", records)
-        self.append("metrics.jsonl", [row])
+        self.append_metrics(row, dialogues[0])
         self.done = step
         if self.world.rank == 0:
             self.terminal.show(row, self.rows, dialogues[0], len(self.scenarios))
@@ -231,7 +242,7 @@ class Run:
         held = heldout_row(records)
         held |= progress.judge_totals(world.gather(self.judge.take_stats()))
         self.append("heldout.jsonl", [{**record, "step": step} for record in records])
-        self.append("metrics.jsonl", [{"step": step, "heldout": held}])
+        self.append_metrics({"step": step, "heldout": held})
         self.say(progress.heldout_line(step, held))
 
     def is_best(self):
@@ -271,6 +282,9 @@ class Run:
             code, reason = ended.code, ended.reason
         if self.saved != self.done and not self.save() and not code:
             code, reason = 3, "the last checkpoint could not be saved; make room, then --resume"
+        if self.scenarios:
+            played = self.done, self.settings, len(self.scenarios)
+            self.say(progress.closing_words(self.rows(), *played))
         self.say(
             f"{reason}: {self.folder}/metrics.jsonl (one line a step), {self.folder}/checkpoints/ "
             "(use one with --model)"

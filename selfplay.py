@@ -408,9 +408,7 @@ def play(
 class WatchSettings(PlaySettings, reward.JudgeSettings):
     """Watch one negotiation in the terminal, token by token."""
 
-    model: str = option(
-        WARM_MODEL, f"{WARM_MODEL}, smollm2-135m, a folder (a checkpoint), or a Hugging Face id"
-    )
+    model: str = option(WARM_MODEL, "this one, smollm2-135m, a folder, or a Hugging Face id")
     dilemma: str = option("", "the dilemma (empty: one of the shipped ones, drawn by --seed)")
     persona_a: str = option("", "who opens, as 'Name: creed' (empty: the scenario's)")
     persona_b: str = option("", "who answers, as 'Name: creed' (empty: the scenario's)")

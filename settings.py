@@ -115,6 +115,11 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks (FSDP2)")
     plan: bool = option(False, "print the memory that a card needs, and end")
     nproc: int = option(1, "cards that --plan reckons with", low=1)
+    log: str = option(
+        "none",
+        "show metrics and transcripts there too (torchrun needs a -- before train.py then)",
+        choices=("none", "tensorboard", "wandb"),
+    )
 
     save_every: int = option(0, "steps between checkpoints (0: only at the end)", low=0)
     keep: int = option(2, "checkpoints to keep, beside the best by held-out reward", low=1)
@@ -125,7 +130,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
 # What may differ on resume: where and how fast a run computes. A server or a file may move; what a
 # file holds may not change (`check_contents`).
 FREE_ON_RESUME = {
-    *("resume", "force", "out", "steps", "save_every", "keep"),
+    *("resume", "force", "out", "steps", "save_every", "keep", "log"),
     *("micro_tokens", "gradient_checkpointing", "rubric", "scenarios", "demonstrations"),
     *("judge_url", "judge_concurrency", "judge_timeout", "judge_deadline", "judge_wait"),
     *("judge_attempts", "judge_budget", "judge_cache"),

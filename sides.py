@@ -100,6 +100,20 @@ def read_settings(command, argv):
     return sides, results_path(command, settings, found, given)
 
 
+def rows_of(settings, file, shape):
+    """{id: line} of a shipped set, or of --data."""
+    shape = {"id": str, **shape}
+    path = settings.data or DATA / file
+    rows = dataset.load_jsonl(path, lambda row: dataset.shape_fault(row, shape))
+    return {row["id"]: row for row in dataset.spread(rows, settings.limit)}
+
+
+def scenarios_of(settings):
+    """{id: Scenario} of the sealed set, or of --data."""
+    scenarios = dataset.load_scenarios(settings.data or DATA / "eval_conflict.jsonl")
+    return {scenario.id: scenario for scenario in dataset.spread(scenarios, settings.limit)}
+
+
 def results_path(command, settings, found, given):
     """--out, or a file named after what is compared, and by which flags: other flags, other file.
 

@@ -275,7 +275,7 @@ def imitation_step(run, step, dialogues):
     row["loss"] = row["entropy"]  # -log-prob a token
     row["seconds_step"] = time.perf_counter() - start
     row["peak_memory_gb"] = peak_memory_gb(world.device)
-    run.append("metrics.jsonl", [row])
+    run.append_metrics(row)
     run.done = step
 
 
@@ -283,7 +283,7 @@ def log_heldout_loss(run, dialogues, epoch):
     """Measure the loss on held-out demonstrations, log and show it."""
     total, tokens = run.learner.surprise(dialogues)
     held = {"loss": total / tokens, "tokens": tokens}
-    run.append("metrics.jsonl", [{"step": run.done, "heldout": held}])
+    run.append_metrics({"step": run.done, "heldout": held})
     epochs = f"{run.done / epoch:.0f} epochs"
     run.say(f"after step {run.done} ({epochs}): held-out loss {held['loss']:.3f} nats a token")
 

@@ -86,7 +86,9 @@ class Run:
             launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
             launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
             if patch:
-                launcher += ["--no-python", sys.executable]
+                launcher += ["--no-python", "--", sys.executable]
+            else:
+                launcher += ["--"]  # or torchrun would take --log for one of its own
         env = {**os.environ, "NEGOTIATE_MARK": self.mark, "OMP_NUM_THREADS": "1"}
         env |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         if ranks > torch.cuda.device_count():

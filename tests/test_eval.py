@@ -346,7 +346,8 @@ def test_a_copy_of_a_checkpoint_is_not_taken_for_one(tmp_path):
     "argv, says",
     [
         (["conflicts"], r"conflict\|open\|general\|cross\|audit\|blind\|report"),
-        ([], "say what"),
+        (["conflicts"], "conflicts: there is no such command; say what"),
+        ([], "^say what: .*python eval.py --help"),
         (["report"], "name the folder of a run"),
         (["report", "nowhere"], "no metrics.jsonl"),
         (["conflict", "--seeds", "0"], "--seeds 0: must be at least 1"),

@@ -124,6 +124,14 @@ def test_no_text_becomes_part_of_the_page(run):
     assert set(places) == {"data:", "x one"}
 
 
+def test_a_run_without_held_out_evaluations_says_so(run):
+    assert "not measured" not in make(run)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(s for s in lines if "heldout" not in s) + "\n")
+    page = make(run)
+    assert "<b>not measured</b><span>held-out reward (train.py --eval-every N" in page
+
+
 def test_the_pages_policy_knows_its_script(run):
     """The digest is of the script as it stands in the page."""
     page = make(run)

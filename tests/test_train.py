@@ -8,6 +8,8 @@ import json
 import math
 import re
 import signal
+import statistics
+import sys
 import time
 import types
 
@@ -25,6 +27,7 @@ import grpo
 import model as lm
 import progress
 import train
+from chat import Turn
 from policy import World
 from rubric import RUBRIC
 from run import Ended, Run, Stop, claim, open_run
@@ -143,6 +146,13 @@ def test_a_checkpoint_says_in_both_spellings_what_transformers_4_and_5_call_othe
 
 def test_the_terminal_shows_each_step_and_a_transcript(finished):
     out, said = finished
+    assert said.splitlines()[-2].startswith(("no gain that can be told", "a gain,", "a loss,"))
+    assert said.splitlines()[-1].startswith("done: ")
+    for step in (1, 2, 3):  # two lines of numbers, the transcript, news of the epoch
+        shown = said.split(f"step {step}/3  ")[1].split("\nstep ")[0].split("    dilemma:")
+        assert len(shown[0].splitlines()) == 2 and shown[1].count("standard error") <= 1 + (
+            step == 3
+        )
     assert all(f"step {step}/3" in said for step in (1, 2, 3))
     assert said.count("dilemma:") == 3 and "checkpoint" in said and str(out) in said
     assert "2 scenarios over and over (--epoch-steps 0: all), 2 x 3 dialogues a step" in said
@@ -417,6 +427,154 @@ def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
     assert (
         progress.epoch_news(rows[:3], 4, cfg, 4) == ""
     )  # the lines of an older run have no rewards, or too few
+
+
+def two_epochs(*gains):
+    """Lines of metrics.jsonl: a scenario for each gain, all of them in each of two steps."""
+    before = {str(i): 1.0 for i in range(len(gains))}
+    return [{"rewards": before}, {"rewards": {str(i): 1 + gain for i, gain in enumerate(gains)}}]
+
+
+@pytest.mark.parametrize(
+    "gains, words",
+    [
+        ((0.1, 0.2, 0.3), "a gain, more than chance explains: on the 3 scenarios it trained on"),
+        ((-0.1, -0.2, -0.3), "a loss, more than chance explains"),
+        ((0.3, -0.2, 0.1), "no gain that can be told from chance"),
+        ((0.0, 0.0, 0.0), "no gain that can be told from chance"),
+        ((0.0, 0.2), "no gain that can be told from chance"),  # one standard error
+        ((0.1,), "whether training earned anything cannot be told"),
+    ],
+)
+def test_a_run_closes_with_what_it_earned_in_words(gains, words):
+    settings, rows = Settings(scenarios_per_step=len(gains)), two_epochs(*gains)
+    said = progress.closing_words(rows, 2, settings, len(gains))
+    assert said.startswith(words)
+    if len(gains) > 1:
+        error = statistics.stdev(gains) / len(gains) ** 0.5
+        difference = f"{statistics.fmean(gains):+.2f} with a standard error of {error:.2f}"
+        assert difference in said and "1.00 (first epoch)" in said and "(epoch 2)" in said
+    early = progress.closing_words(rows[:1], 1, settings, len(gains))
+    assert early.startswith("whether training earned anything cannot be told")
+    # half an epoch more changes nothing
+    half = dataclasses.replace(settings, scenarios_per_step=1)
+    late = [*rows, {"rewards": {"0": 5.0}}]
+    assert progress.closing_words(late, 2 * len(gains) + 1, half, len(gains)).startswith(words)
+
+
+def test_a_transcript_is_never_cut_in_mid_word():
+    long = "word " * 700 + "w" * 300 + " end."
+    turns = [Turn(0, long, False), Turn(1, "We shall sha", True), Turn(0, "Yes, all of it.", True)]
+    dialogue = helpers.dialogues(1, 1)[0]
+    dialogue.turns, dialogue.final, dialogue.final_truncated = turns, "Both get hal", True
+    shown = progress.transcript(dialogue, indent="    ")
+    words = shown.split()
+    assert "w" * 300 in words and words.count("word") == 700
+    assert "We shall [cut off]" in shown and "Yes, all of it. [cut off]" in shown
+    assert shown.endswith("Both get [cut off]")
+    assert all(len(line) <= 120 for line in shown.splitlines() if "www" not in line)
+
+
+# ---- --log ---------------------------------------------------------------------------------------
+
+STAND_IN = """
+import json, pathlib, sys, types
+class Shown:
+    def __init__(self, *where, **how): self.note("open", *where, how)
+    def note(self, *what):
+        with open(FILE, "a") as file: print(json.dumps(what), file=file)
+    def __enter__(self): return self
+    def __exit__(self, kind, error, trace): self.note("close", kind and kind.__name__)
+    def add_scalar(self, name, value, step): self.note(step, name, value)
+    def add_text(self, name, text, step): self.note(step, name, text)
+    def log(self, found, step): [self.note(step, *pair) for pair in found.items()]
+    def flush(self): self.note("flush")
+module = types.ModuleType("stand-in")
+module.SummaryWriter = module.init = Shown
+module.Html = lambda text: text
+sys.modules["torch.utils.tensorboard"] = sys.modules["wandb"] = module
+"""
+BROKEN = "import run\ndef broken(*_): raise ValueError('x')\nrun.Run.save = broken\n"
+
+
+def stand_in(file):
+    return STAND_IN.replace("FILE", repr(str(file)))
+
+
+@pytest.mark.parametrize("kind, ranks", [("tensorboard", 0), ("wandb", 2)])
+def test_metrics_and_a_transcript_a_step_are_shown_elsewhere(kind, ranks, tiny, judge, tmp_path):
+    out, file = tmp_path / "run", tmp_path / "shown.jsonl"
+    more = dict(log=kind, steps=2, eval_every=2, eval_scenarios=2)
+    run = runs.Run(runs.flags(tiny, judge.url, out, **more), ranks, stand_in(file))
+    code, said, err = run.wait()
+    assert code == 0, err
+    shown = [json.loads(line) for line in file.read_text().splitlines()]
+    opened = [what for what in shown if what[0] == "open"]
+    assert len(opened) == 1 and str(out) in json.dumps(opened)  # by one rank
+    assert shown[-1] == ["close", None]
+    metrics = {(step, name): value for step, name, value in (s for s in shown if len(s) == 3)}
+    for row in runs.rows(out):
+        for name, value in progress.numbers(row).items():
+            assert metrics[row["step"], name] == value
+    assert (2, "reward_mean") in metrics and (0, "heldout/reward") in metrics
+    texts = [(step, text) for (step, name), text in metrics.items() if name == "transcript"]
+    assert [step for step, _ in texts] == [1, 2]
+    for _, text in texts:
+        assert "dilemma: " in text and text.startswith("<pre>" if kind == "wandb" else "    ")
+    if kind == "tensorboard":
+        assert shown.count(["flush"]) == 4  # each step and each evaluation
+
+
+@pytest.mark.parametrize("ending", ["signal", "error"])
+def test_what_is_shown_elsewhere_is_closed_on_every_way_out(ending, tiny, judge, tmp_path):
+    out, file = tmp_path / "run", tmp_path / "shown.jsonl"
+    flags = runs.flags(
+        tiny, judge.url, out, log="tensorboard", steps=10000 if ending == "signal" else 1
+    )
+    run = runs.Run(flags, patch=stand_in(file) + (BROKEN if ending == "error" else ""))
+    if ending == "signal":
+        assert runs.wait_for(lambda: len(runs.rows(out)) >= 1)
+        run.process.send_signal(signal.SIGTERM)
+    code = run.wait()[0]
+    assert code == (130 if ending == "signal" else 1)
+    last = json.loads(file.read_text().splitlines()[-1])
+    assert last == ["close", None if ending == "signal" else "ValueError"]
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_a_missing_package_of_log_is_one_line(kind, tiny, judge, tmp_path, monkeypatch, capfd):
+    for name in ("tensorboard", "torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)  # import fails
+    line = complaint(runs.flags(tiny, judge.url, tmp_path / "run", log=kind), capfd)
+    assert f"--log {kind}: its package is missing; pip install {kind}" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refusal_of_wandb_is_one_line(tmp_path, monkeypatch):
+    def refuse(**how):
+        raise UsageError("no API key configured\nUse `wandb login`")
+
+    class UsageError(Exception):
+        pass
+
+    module = types.SimpleNamespace(Error=UsageError, init=refuse)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    says = "--log wandb: no API key configured; wandb login, or WANDB_MODE=offline; then --resume"
+    with pytest.raises(cli.UserError, match=says), contextlib.ExitStack() as stack:
+        progress.Log("wandb", tmp_path, 0, stack)
+
+
+def test_help_is_in_groups_with_what_a_run_is_first(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: train.py [--flag X ...]\n")
+    titles = ["Everything that a run depends on", "How a dialogue is played", "Who judges"]
+    places = [said.index(title) for title in titles]
+    assert places == sorted(places) and "[]" not in said
+    for flag, title, after in (("--lr X", 0, 1), ("--max-turns X", 1, 2)):
+        assert places[title] < said.index(flag) < places[after]
+    assert said.index("--judge-url X") > places[2]
 
 
 def test_an_epoch_has_room_for_every_rank_and_never_cuts_what_somebody_brings(monkeypatch):
