@@ -137,7 +137,7 @@ def write_sheet(path, found):
 
 def score_fault(row):
     """What is wrong with a line of a sheet that was filled in; "" if nothing is."""
-    score = row.get("score")
+    score = row.get("score") if isinstance(row, dict) else None
     if score is None or (type(score) in (int, float) and math.isfinite(score)):
         return dataset.shape_fault(row, {"id": str})
     return f'"score" is no number: {score!r}; write a number, or null where there is none'

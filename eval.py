@@ -439,7 +439,7 @@ def main(argv=None):
     if command != "blind":
         found = evaluate(command, settings, out)
     elif sheet:
-        out = Path(f"{sheet}.json")
+        out = Path(settings["A"].out or f"{sheet}.json")
         found = audit.read_sheet(sheet)
     else:
         audit.refuse_filled(out)

@@ -12,7 +12,6 @@ nothing that could pass for a control token (`clean`), and between markers that 
 (`marked`). What cannot be read is `Missing`; no score is ever made up.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -288,9 +287,13 @@ def objects_in(text):
     found, at = [], text.find("{")
     while at >= 0:
         end = at + 1
-        with contextlib.suppress(ValueError, RecursionError):
+        try:
             pairs, end = decoder.raw_decode(text, at)
             found.append(pairs)
+        except ValueError:
+            pass  # a brace in the prose
+        except RecursionError:
+            break
         at = text.find("{", end)
     return found
 

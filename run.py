@@ -231,9 +231,11 @@ class Run:
         """Play the held-out scenarios, with the same seeds as ever."""
         settings, step, world = self.settings, self.done, self.world
         due = self.held_out and (step % settings.eval_every == 0 or step == settings.steps)
+        if not due:
+            return
         # the step from which a run goes on has its evaluation, unless a signal cut it off
         there = any("heldout" in row and row["step"] == step for row in self.rows())
-        if not due or world.broadcast(there):
+        if world.broadcast(there):
             return
         self.judge.start_batch()
         share = slice(world.rank, None, world.size)

@@ -204,6 +204,7 @@ def test_read_reward_anything_else_is_missing(reply):
         ('<think>Perhaps {"score": 1}? No.</think>\n{"score": 3}', 3),
         ('Perhaps a 1? No.</think>{"score": 3}', 3),
         ('**Answer:** `{"score": 3}`', 3),
+        ('I weigh {a} against {b}. {"score": 3} It fits {both}.', 3),
     ],
 )
 def test_read_json_takes_one_object(text, value):
@@ -243,6 +244,16 @@ def test_read_json_takes_one_object(text, value):
 def test_read_json_anything_else_is_missing(text):
     with pytest.raises(client.Missing):
         rubric.read_json("score", text)
+
+
+def test_the_parts_of_an_answer_are_one_text():
+    parts = [{"type": "text", "text": '{"score"'}, {"type": "text", "text": ": 3}"}]
+    reply = {"choices": [{"message": {"content": parts}}]}
+    assert rubric.read_chat("score", reply).value == 3
+
+
+def test_models_without_a_name_are_passed_over():
+    assert rubric.read_models({"data": [{"object": "model"}, {"id": "a"}]}) == ["a"]
 
 
 def test_read_json_of_the_other_questions():
