@@ -287,7 +287,7 @@ class Client:
         if 300 <= status < 400:
             raise Missing("redirect", self._hide(reply.headers.get("Location", "")))
         if status != 200:
-            again = status in (408, 409, 429) or status >= 500
+            again = status in (408, 409, 429) or (status >= 500 and status != 501)
             pause = retry_after(reply.headers.get("Retry-After"))
             raise Missing(f"http {status}", said, again, pause)
         try:

@@ -9,6 +9,7 @@ line is good enough, and how more are written; data_gen.py knows that.
 """
 
 import dataclasses
+import difflib
 import json
 import random
 import re
@@ -162,6 +163,10 @@ def load_scenarios(path=None, seed=0, personas=None) -> list[Scenario]:
         fault = shape_fault(row, shape)
         if fault:
             return fault
+        for key in row.keys() - shape.keys() - {"personas"}:
+            meant = difflib.get_close_matches(key, [*shape, "personas"], cutoff=0.8)
+            if meant:
+                return f'"{key}" is unknown; is "{meant[0]}" meant?'
         if row["id"] in ids:
             return f'id "{row["id"]}" occurs twice; give every line an id of its own'
         if "personas" in row and "personas" not in shape:

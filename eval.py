@@ -97,9 +97,9 @@ def endorse(records, judge):
     for record in records:
         for persona in record["personas"]:
             asked.append(judge.endorse(record["dilemma"], persona, record["final"]))
-    said = verdicts(asked)
-    for record, first, second in zip(records, said[::2], said[1::2]):
-        record["endorse"] = [first.value, second.value]
+    said = iter(verdicts(asked))
+    for record in records:
+        record["endorse"] = [next(said).value for _ in record["personas"]]
 
 
 def heldout(voice, scenarios, settings, judge, samples=2, seed=0, share=slice(None)):

@@ -327,7 +327,9 @@ class Judge:
             base = url + "/v1"
         if miss.reason == "http 404" and base != url:
             advice = f"try --judge-url {base}"
-        asked = f"{self.model} gives no usable answer to --judge-mode {', '.join(misses)}"
+        asked = f"{self.model or 'it'} gives no usable answer to --judge-mode {', '.join(misses)}"
+        if miss.reason in NOT_THERE:
+            asked = "nobody answers there"
         advice = fill(advice, {"key": self.client.key})
         return f"--judge-url {url}: {asked} ({miss.reason}: {said}); {advice}"
 

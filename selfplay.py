@@ -4,9 +4,14 @@
                 agent 1's stream: system(persona 1) | dilemma, heard: turn 0 | turn 1 | ...
              -> when they agree, or at the limit, agent 0 writes the joint solution (the final)
 
+    play -> Seat.advance -> negotiate -> talk -> Match.say_turn -> View.before -> a Say
+         -> speak, a token each time -> a Turn, sent back into talk -> ... -> Judge.score
+
 `negotiate` is one dialogue, top to bottom: a generator that yields what it waits for, to speak
-(`Say`) or to hear the judge (`Await`). `play` serves many in one batch. Left out: more than two
-agents, tools, streams that branch.
+(`Say`) or to hear the judge (`Await`). `play` serves many in one batch. A Dialogue is the record, a
+Match what it takes to play it, a Seat a Match in the batch, a Table the cache that the seats share.
+Left out: tools, streams that branch, more than two agents: two is assumed here, in chat.View (which
+does not say who spoke) and in dataset.py; packing, learner and transcripts take any number.
 
     python selfplay.py --dilemma "..." --human b      # watch one negotiation, or take a side
 """

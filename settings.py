@@ -150,7 +150,8 @@ def read_settings(argv=None):
 
 def from_recipe(given):
     """What flags are laid over, {name: value}: a recipe, with enough groups for all ranks."""
-    recipe = RECIPES[given.get("recipe", "debug")]
+    name = given.get("recipe") or ("warm-start" if given.get("demonstrations") else "debug")
+    recipe = {"recipe": name, **RECIPES[name]}
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     groups = recipe.get("scenarios_per_step", Settings.scenarios_per_step)
     settings = {**recipe, "scenarios_per_step": math.ceil(groups / ranks) * ranks}
@@ -170,7 +171,15 @@ def from_run(given):
     free = FREE_ON_RESUME
     if saved.get("lr_decay"):
         free = free - {"steps"}  # the last step decides the learning rate of all
-    differing = [name for name in given if name in saved and given[name] != saved[name]]
+    defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
+    strange = sorted(saved.keys() - defaults.keys() - {"contents"})
+    if strange and not given.get("force"):
+        raise UserError(
+            f"--resume {folder}: {', '.join(strange)} in its config.json is no setting here; go on "
+            "with the code that began the run, or add --force"
+        )
+    began = {**defaults, **saved}  # a setting that is younger than the run had its default
+    differing = [name for name in given if given[name] != began[name]]
     changed = ["--" + name.replace("_", "-") for name in differing if name not in free]
     if changed and not given.get("force"):
         raise UserError(
@@ -183,12 +192,16 @@ def from_run(given):
 
 def saved_config(folder):
     """config.json of a run, as a dictionary. Raises UserError where there is none."""
+    hint = "name the folder of a run, as runs/debug-0, and not a checkpoint in it"
     try:
-        return json.loads(Path(folder, "config.json").read_text())
+        saved = json.loads(Path(folder, "config.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--resume {folder}: its config.json cannot be read ({error}); name the folder of a run"
+            f"--resume {folder}: its config.json cannot be read ({error}); {hint}"
         ) from error
+    if type(saved) is not dict or "recipe" not in saved:  # a checkpoint has one of its own
+        raise UserError(f"--resume {folder}: its config.json is not that of a run; {hint}")
+    return saved
 
 
 def validate(settings):
