@@ -109,6 +109,7 @@ BAD_LINES = [
         '"dilemma" is empty, or holds half a character; correct it or take the line out',
     ),
     (row(1), 'id "d1" occurs twice; give every line an id of its own'),
+    (row(2, persona=PERSONAS), '"persona" is unknown; is "personas" meant?'),
     (
         row(2, personas=PERSONAS),
         "personas, but the lines above have none; give them to all lines or to none",

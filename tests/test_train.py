@@ -226,6 +226,28 @@ def test_bad_input_gets_one_line(case, tiny, judge, tmp_path, capfd):
     assert not (tmp_path / "run").exists()  # so that the mended command line works
 
 
+def test_only_the_folder_of_a_run_of_this_code_is_resumed(tmp_path, capfd):
+    """A checkpoint has a config.json too; a setting that only the run or the code has is told."""
+    file = tmp_path / "config.json"
+    again = ["--resume", str(tmp_path)]
+    for other in ('{"model_type": "llama", "dtype": "float32"}', "[]"):
+        file.write_text(other)
+        line = complaint(again, capfd)
+        assert "is not that of a run; name the folder of a run" in line
+    file.write_text('{"recipe": "debug", "reward_mix": 0.5}')
+    assert "reward_mix in its config.json is no setting here" in complaint(again, capfd)
+    file.write_text('{"recipe": "debug"}')  # older than --ratio
+    changed = complaint([*again, "--ratio", "sequence"], capfd)
+    assert "--ratio would change the mathematics" in changed
+    assert read_settings([*again, "--ratio", "token"]).ratio == "token"
+
+
+def test_demonstrations_alone_mean_the_warm_start():
+    found = read_settings(["--demonstrations", "mine.jsonl"])
+    assert (found.recipe, found.demonstrations) == ("warm-start", "mine.jsonl")
+    assert (found.train_tokens, found.lora_rank) == ("both", 16)
+
+
 def test_the_paper_recipe_is_the_papers():
     """The table of arXiv 2603.10476, as readers' notes have it; what they leave open is ours."""
     paper = read_settings(["--recipe", "paper", "--model", "M"])
