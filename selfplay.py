@@ -58,7 +58,7 @@ class PlaySettings:
     )
     temperature: float = option(0.9, "of the dialogue", above=0)
     top_p: float = option(0.8, "nucleus of the dialogue, the learner's too", above=0, high=1)
-    final_temperature: float = option(0.7, "of the final completion (0: greedy)", low=0)
+    final_temperature: float = option(0.8, "of the final completion (0: greedy)", low=0)
     final_top_p: float = option(0.8, "nucleus of the final completion", above=0, high=1)
     date: str = option(str(datetime.date.today()), "the day, for chat templates that print one")
 

@@ -13,11 +13,12 @@ What differs from the paper (arXiv 2603.10476); `--recipe paper` takes back 3 to
 2. The default model is tiny, so it has imitated written negotiations first (`imitate`).
 3. Agents see the whole dialogue and have 3 turns; the paper: the last two turns, and 7.
 4. Without an agreement they write a solution all the same; the paper: none, and reward 0.
-5. Groups of 6, lr 2e-5, no nucleus, solutions at T 0.5; the paper: 8, 5e-6, top-p 0.95, T 0.1.
+5. Groups of 6, lr 2e-5, dialogues at T 0.9 and solutions at T 0.8, both with top-p 0.8; the paper:
+   8, 5e-6, T 0.7 and 0.1, top-p 0.95.
 6. A small embedded judge reads; the paper: a large model (here: --judge-url).
 7. Rewards no further apart than the judge wobbles are equal; no difference, no step.
 
-Left out: random state. What is drawn depends on (seed, step, scenario, member, turn) alone, never
+Left out: a saved state of random generators. What is drawn depends on (seed, step, scenario, member, turn) alone, never
 on the rank, the clock or the order in which the judge answers.
 """
 
@@ -53,6 +54,7 @@ from settings import read_settings
 def divide(settings):
     """(scenarios to train on, scenarios that --eval-every holds out).
 
+    With --epoch-steps only so many steps' scenarios, drawn by the seed, are played over and over.
     Raises UserError when none would be left to train on.
     """
     scenarios = dataset.load_scenarios(settings.scenarios or None, settings.seed)
@@ -65,7 +67,8 @@ def divide(settings):
     held_out = dataset.spread(scenarios, n) if n else []
     train_on = [scenario for scenario in scenarios if scenario not in held_out]
     if settings.epoch_steps:
-        order = np.random.default_rng([settings.seed, 77]).permutation(len(train_on))
+        rng = np.random.default_rng([settings.seed, 77])  # 77: none of `deal`'s orders
+        order = rng.permutation(len(train_on))
         drawn = order[: settings.epoch_steps * settings.scenarios_per_step]
         train_on = [train_on[i] for i in sorted(drawn)]
     return train_on, held_out
@@ -120,9 +123,10 @@ def settle(group, settings):
     """
     for dialogue in group:
         if dialogue.verdict is not None:
-            spent = isinstance(dialogue.verdict.exception(), BudgetSpent)
-            missing = Verdict(None, "budget spent")
-            verdict = missing if spent else dialogue.verdict.result()
+            try:
+                verdict = dialogue.verdict.result()
+            except BudgetSpent:
+                verdict = Verdict(None, "budget spent")
             failures = [verdict.reason] if verdict.reason else []
             dialogue.reward = verdict.value
             dialogue.judge = {"raw": verdict.raw, "failures": failures}
@@ -137,17 +141,18 @@ def settle(group, settings):
 
 
 def learn(groups, learner, settings, world):
-    """Settle each group as its verdicts come and take its gradient while the judge reads the next.
+    """Settle one group after another, and take its gradient while the judge reads the next.
 
     Returns (means of the last update, seconds spent waiting for the judge).
     """
     lm.release_memory()
-    packed = [grpo.pack(group, settings.train_tokens, settings.micro_tokens) for group in groups]
-    passes = sum(len(trees) for trees in packed)
+    # Packed before the rewards are known, so that the number of passes is the same on all ranks.
+    trees_of = [grpo.pack(group, settings.train_tokens, settings.micro_tokens) for group in groups]
+    passes = sum(len(trees) for trees in trees_of)
     idle = max(world.gather(passes)) - passes  # every rank makes as many as the busiest
     waited, updates = 0.0, []
     for update in range(settings.updates_per_rollout):
-        for group, trees in zip(groups, packed):
+        for group, trees in zip(groups, trees_of):
             if update == 0:
                 start = time.perf_counter()
                 settle(group, settings)
