@@ -18,8 +18,8 @@ What differs from the paper (arXiv 2603.10476); `--recipe paper` takes back 3 to
 6. A small embedded judge reads; the paper: a large model (here: --judge-url).
 7. Rewards no further apart than the judge wobbles are equal; no difference, no step.
 
-Left out: a saved state of random generators. What is drawn depends on (seed, step, scenario, member, turn) alone, never
-on the rank, the clock or the order in which the judge answers.
+Left out: a saved state of random generators. What is drawn depends on (seed, step, scenario,
+member, turn) alone, never on the rank, the clock or the order in which the judge answers.
 """
 
 import contextlib
