@@ -39,6 +39,13 @@ def context_limit(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
+def upload(tensor, device):
+    """A CPU's tensor on a device. A card fetches it from pinned memory, so that nobody waits."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 # ---- attention -----------------------------------------------------------------------------------
 
 
@@ -168,8 +175,9 @@ class RaggedCache(Cache):
     brought side by side (`together`), so that the model reads them as a view, never as a copy.
     """
 
-    def __init__(self, rows, capacity=256):
+    def __init__(self, rows, capacity=256, rounded=capacity_for):
         super().__init__(layers=NoOtherState())
+        self.rounded = rounded  # tokens -> the capacity to grow to
         self.lengths = [0] * rows
         self.capacity = capacity
         self.place = list(range(rows))
@@ -188,8 +196,9 @@ class RaggedCache(Cache):
             seen.append(whole[step.seen, :, : step.keys])
         return seen
 
-    def _grow(self, needed):
-        more = capacity_for(needed) - self.capacity
+    def grow(self, needed):
+        """Make room for rows of `needed` tokens; what is there stays, elsewhere."""
+        more = self.rounded(needed) - self.capacity
         if needed > self.capacity:
             self.capacity += more
             for layer, pair in self.store.items():
@@ -257,20 +266,28 @@ class RaggedCache(Cache):
 
         Returns the hidden state after each token, (b, q, H); beyond the end of a row it is noise.
         """
-        weight = next(model.parameters())
-        device = weight.device
+        device = next(model.parameters()).device
         counts = [len(ids) for ids in tokens]
         lengths = [self.lengths[row] for row in rows]
         width = max(counts)
         longest = max(length + count for length, count in zip(lengths, counts))
-        self._grow(max(lengths) + width)
-        self.step = step = self._step(rows, lengths, width, longest, device)
-        unseen = torch.arange(step.keys, device=device) > step.positions[:, :, None]  # (b, q, K)
-        mask = torch.zeros(unseen.shape, dtype=weight.dtype, device=device)
-        mask.masked_fill_(unseen, -math.inf)
+        self.grow(max(lengths) + width)
+        step = self._step(rows, lengths, width, longest, device)
         padded = [ids + [ids[-1]] * (width - len(ids)) for ids in tokens]
-        hidden = inner(model)(
-            input_ids=torch.tensor(padded, device=device),  # (b, q)
+        hidden = self.forward(model, torch.tensor(padded, device=device), step, longest)
+        for row, count in zip(rows, counts):
+            self.lengths[row] += count
+        return hidden
+
+    def forward(self, model, ids, step, longest):
+        """One forward pass of ids (b, q) that writes where `step` says; hidden states (b, q, H)."""
+        self.step = step
+        weight = next(model.parameters())
+        unseen = torch.arange(step.keys, device=weight.device) > step.positions[:, :, None]
+        mask = torch.zeros(unseen.shape, dtype=weight.dtype, device=weight.device)  # (b, q, K)
+        mask.masked_fill_(unseen, -math.inf)
+        return inner(model)(
+            input_ids=ids,
             attention_mask=mask[:, None],
             # a pad may stand beyond the model's last position, or see no key: any number will do
             position_ids=step.positions.clamp(max=context_limit(model) - 1),
@@ -278,9 +295,6 @@ class RaggedCache(Cache):
             cache=self,
             use_cache=True,
         ).last_hidden_state
-        for row, count in zip(rows, counts):
-            self.lengths[row] += count
-        return hidden
 
     def _step(self, rows, lengths, width, longest, device):
         places = [self.place[row] for row in rows]
@@ -318,7 +332,7 @@ class Tree:
 def read_tree(model, tree):
     """Hidden states of a tree's row, (T, H), with gradients."""
     device = next(model.parameters()).device
-    ids, positions = torch.tensor([tree.row, tree.positions], device=device)[:, None]  # (1, T)
+    ids, positions = upload(torch.tensor([tree.row, tree.positions]), device)[:, None]  # (1, T)
     options = dict(use_cache=False, tree=tree, masks={})
     return inner(model)(input_ids=ids, position_ids=positions, **options).last_hidden_state[0]
 

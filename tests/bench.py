@@ -67,7 +67,7 @@ class Bench:
     final_tokens: int = option(64, "tokens of the final completion", low=2)
     context_turns: int = option(0, "turns that an agent sees (0: all)", low=0)
     micro_tokens: int = option(
-        Settings.micro_tokens, "tokens in one forward and backward pass", low=1
+        Settings.micro_tokens, "tokens of one forward and backward pass (0: by device)", low=0
     )
     repeats: int = option(3, "steps that are timed", low=1)
     judge_latency: float = option(0.0, "seconds that each judge call takes, 8 in flight", low=0)
