@@ -48,7 +48,7 @@ def changes_with_length(module):
 
 def bucket(tokens):
     """The capacity of a cache for so many tokens: few sizes, so that recordings last."""
-    return max(256, 1 << (tokens - 1).bit_length())
+    return -(-tokens // 256) * 256
 
 
 class Decoder:
