@@ -104,7 +104,8 @@ class Decoder:
         if self.capacity != self.cache.capacity:  # the recordings point to tensors that are gone
             self.graphs.clear()
             self.capacity = self.cache.capacity
-            self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
+            if self.use_graphs:  # all recordings share memory, and so a stream
+                self.pool, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         key = (any_greedy, any_nucleus, any(adapter.on for adapter in self.adapters))
         work = functools.partial(self.compute, model, any_greedy, any_nucleus)
         if self.use_graphs and key not in self.graphs:
@@ -118,9 +119,8 @@ class Decoder:
     def compute(self, model, any_greedy, any_nucleus):
         """From `inputs` to `outputs`, on the card alone: no size and no branch depends on data."""
         ids, places, temperature, top_p, uniform = self.inputs.unbind(1)  # (rows,) each
-        rows, capacity = len(ids), self.cache.capacity
-        slots = torch.arange(rows, device=self.device)
-        step = Step(slots, places.long()[:, None], slice(0, rows), capacity)
+        slots, capacity = torch.arange(len(ids), device=self.device), self.cache.capacity
+        step = Step(slots, places.long()[:, None], slice(0, len(ids)), capacity)
         hidden = self.cache.forward(model, ids.long()[:, None], step, capacity)  # (rows, 1, H)
         numbers = temperature.float(), top_p.float(), uniform.float()
         logits = project(model, hidden[:, 0])  # (rows, V)
@@ -129,9 +129,9 @@ class Decoder:
 
     def record(self, work):
         """A CUDA graph of work(), or None, for good, where it cannot be recorded."""
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        here, aside = torch.cuda.current_stream(), self.aside
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the embedded judge's threads may use the card meanwhile
+        # the embedded judge's threads may use the card meanwhile: hence thread_local
         how = dict(pool=self.pool, stream=aside, capture_error_mode="thread_local")
         try:
             aside.wait_stream(here)
