@@ -82,6 +82,9 @@ def attend_to_tree(query, key, value, tree, masks, sliding_window=None, **option
 
     masks: a dict in which one layer leaves its masks for the next.
     """
+    plain = options.get("softcap") is None and options.get("s_aux") is None
+    if query.is_cuda and plain and tree.tokens <= MASKED_ROW:
+        return attend_to_row(query, key, value, tree, masks, sliding_window, **options)
     first = len(tree.prefix)
     prefix_key, prefix_value = key[:, :, :first], value[:, :, :first]
     outputs = []
@@ -99,6 +102,33 @@ def attend_to_tree(query, key, value, tree, masks, sliding_window=None, **option
     return torch.cat(outputs, dim=1)  # (1, T, Hq, D)
 
 
+def attend_to_row(query, key, value, tree, masks, sliding_window=None, scaling=None, **_):
+    """The same in one product under one mask: more arithmetic, but few kernels to launch."""
+    if sliding_window not in masks:
+        masks[sliding_window] = tree_mask(query, tree, sliding_window)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    mask = masks[sliding_window]
+    out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2).contiguous()
+
+
+def tree_mask(query, tree, sliding_window):
+    """(1, 1, T, T) to add to the scores of a whole row."""
+    tokens, device = tree.tokens, query.device
+    owners = [0] * len(tree.prefix)
+    for number, ids in enumerate(tree.continuations, start=1):
+        owners += [number] * len(ids)
+    owner, position = upload(torch.tensor([owners, tree.positions]), device)  # (T,) each
+    place = torch.arange(tokens, device=device)
+    seen = (place <= place[:, None]) & ((owner == 0) | (owner == owner[:, None]))  # (T, T)
+    if sliding_window is not None:
+        seen &= position > position[:, None] - sliding_window
+    aligned = -(-tokens // 16) * 16  # rows as the kernels want them, so that nobody copies them
+    mask = query.new_full((tokens, aligned), -math.inf)[:, :tokens]
+    return mask.masked_fill_(seen, 0.0)[None, None]
+
+
 def causal_mask(query, keys, sliding_window):
     """(1, 1, Q, K) to add to the scores, where the queries are the last Q of K positions."""
     queries = query.shape[2]
@@ -110,6 +140,7 @@ def causal_mask(query, keys, sliding_window):
     return mask[None, None]
 
 
+MASKED_ROW = 4096  # tokens of a row up to which a card reads it under one mask
 SMALL = 1 << 23  # attention scores that fit in a CPU's caches
 
 

@@ -7,6 +7,7 @@ import contextlib
 
 import helpers
 import pytest
+import runs
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +16,7 @@ import chat
 import decode
 import grpo
 import model as lm
+import policy
 import selfplay
 import train
 from settings import Settings
@@ -238,6 +240,17 @@ def test_a_step_that_cannot_be_recorded_runs_eager_and_says_so_once(monkeypatch,
         f"{decode.EAGER}: RuntimeError operation not permitted when stream is capturing"
     ]
     assert cuda.stream != "main" and cuda.replays == 0  # the old stream is the current one again
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_no_cuda_graphs(monkeypatch, tmp_path, wanted):
+    """`--no-cuda-graphs`: the static step, but nothing is recorded."""
+    cuda = StandIn(monkeypatch)
+    monkeypatch.setattr(decode, "ALWAYS", True)
+    made = settings(model=runs.saved_model(tmp_path / "tiny"), cuda_graphs=wanted, dtype="fp32")
+    player = policy.build(made, policy.World(0, 1, torch.device("cpu"))).player
+    played(monkeypatch, player, True, settings(), scenarios=1)
+    assert bool(cuda.replays) == bool(decode.DECODERS[player].graphs) == wanted
 
 
 def test_a_rotary_embedding_that_changes_with_the_length_is_left_alone(monkeypatch, capsys):

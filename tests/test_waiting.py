@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import attention
 import grpo
+import model as lm
 import selfplay
 import train
 from settings import Settings
@@ -144,3 +146,34 @@ def test_micro_tokens_0_go_by_the_device(monkeypatch):
     assert sizes(0) == sizes(200) != sizes(8192)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert sizes(0) == sizes(8192)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 40])  # 40: longer than the sliding windows
+@pytest.mark.parametrize("kind", helpers.KINDS)
+def test_a_row_under_one_mask_is_the_row_span_by_span(monkeypatch, kind, prefix):
+    """What a card computes in one product: values and gradients."""
+    numbers = torch.Generator().manual_seed(0)
+
+    def some_ids(n):
+        return torch.randint(5, 300, (n,), generator=numbers).tolist()
+
+    tree = attention.Tree(some_ids(prefix), [some_ids(n) for n in (30, 1, 9)])
+    wanted = [range(0 if prefix else 1, len(ids)) for ids in tree.continuations]
+    results, calls = [], []
+
+    def at_once(*arguments, **options):
+        calls.append(1)
+        return attention.attend_to_row(*arguments, **options)
+
+    for masked in (False, True):
+        model = helpers.tiny(kind)
+        if masked:
+            monkeypatch.setattr(attention, "attend_to_tree", at_once)
+        logp = torch.cat(lm.token_logprobs(model, tree, wanted))
+        logp.sum().backward()
+        results.append((logp.detach(), [p.grad for p in model.parameters()]))
+    (today, gradients), (masked, others) = results
+    assert len(calls) == 2  # once a layer
+    torch.testing.assert_close(masked, today, rtol=0, atol=2e-5)
+    for a, b in zip(others, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
