@@ -11,7 +11,6 @@ No model is rewritten, so any Hugging Face decoder will do. Two official hooks a
 Left out on purpose: paged caches, encoder models.
 """
 
-import copy
 import itertools
 import math
 from dataclasses import dataclass
@@ -395,7 +394,10 @@ def project(model, hidden):
 
     So heads of several matrices, scales and soft caps are as the model's makers meant them.
     """
-    shell = copy.copy(model)  # the same weights
-    shell._modules = {**model._modules, inner_name(model): Given(hidden[None])}
+    shell = object.__new__(type(model))  # the same weights; a sharded model knows no copy.copy
+    shell.__dict__ = {
+        **model.__dict__,
+        "_modules": {**model._modules, inner_name(model): Given(hidden[None])},
+    }
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     return shell.forward(input_ids=ids, use_cache=False).logits[0].float()
