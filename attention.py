@@ -38,6 +38,13 @@ def context_limit(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
+def upload(tensor, device):
+    """A CPU's tensor on a device. A card fetches it from pinned memory, so that nobody waits."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 # ---- attention -----------------------------------------------------------------------------------
 
 
@@ -74,6 +81,9 @@ def attend_to_tree(query, key, value, tree, masks, sliding_window=None, **option
 
     masks: a dict in which one layer leaves its masks for the next.
     """
+    plain = options.get("softcap") is None and options.get("s_aux") is None
+    if query.is_cuda and plain and tree.tokens <= MASKED_ROW:
+        return attend_to_row(query, key, value, tree, masks, sliding_window, **options)
     first = len(tree.prefix)
     prefix_key, prefix_value = key[:, :, :first], value[:, :, :first]
     outputs = []
@@ -91,6 +101,33 @@ def attend_to_tree(query, key, value, tree, masks, sliding_window=None, **option
     return torch.cat(outputs, dim=1)  # (1, T, Hq, D)
 
 
+def attend_to_row(query, key, value, tree, masks, sliding_window=None, scaling=None, **_):
+    """The same in one product under one mask: more arithmetic, but few kernels to launch."""
+    if sliding_window not in masks:
+        masks[sliding_window] = tree_mask(query, tree, sliding_window)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    mask = masks[sliding_window]
+    out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2).contiguous()
+
+
+def tree_mask(query, tree, sliding_window):
+    """(1, 1, T, T) to add to the scores of a whole row."""
+    tokens, device = tree.tokens, query.device
+    owners = [0] * len(tree.prefix)
+    for number, ids in enumerate(tree.continuations, start=1):
+        owners += [number] * len(ids)
+    owner, position = upload(torch.tensor([owners, tree.positions]), device)  # (T,) each
+    place = torch.arange(tokens, device=device)
+    seen = (place <= place[:, None]) & ((owner == 0) | (owner == owner[:, None]))  # (T, T)
+    if sliding_window is not None:
+        seen &= position > position[:, None] - sliding_window
+    aligned = -(-tokens // 16) * 16  # rows as the kernels want them, so that nobody copies them
+    mask = query.new_full((tokens, aligned), -math.inf)[:, :tokens]
+    return mask.masked_fill_(seen, 0.0)[None, None]
+
+
 def causal_mask(query, keys, sliding_window):
     """(1, 1, Q, K) to add to the scores, where the queries are the last Q of K positions."""
     queries = query.shape[2]
@@ -102,6 +139,7 @@ def causal_mask(query, keys, sliding_window):
     return mask[None, None]
 
 
+MASKED_ROW = 4096  # tokens of a row up to which a card reads it under one mask
 SMALL = 1 << 23  # attention scores that fit in a CPU's caches
 
 
@@ -167,8 +205,9 @@ class RaggedCache(Cache):
     brought side by side (`together`), so that the model reads them as a view, never as a copy.
     """
 
-    def __init__(self, rows, capacity=256):
+    def __init__(self, rows, capacity=256, rounded=capacity_for):
         super().__init__(layers=NoOtherState())
+        self.rounded = rounded  # tokens -> the capacity to grow to
         self.lengths = [0] * rows
         self.capacity = capacity
         self.place = list(range(rows))
@@ -187,8 +226,9 @@ class RaggedCache(Cache):
             seen.append(whole[step.seen, :, : step.keys])
         return seen
 
-    def _grow(self, needed):
-        more = capacity_for(needed) - self.capacity
+    def grow(self, needed):
+        """Make room for rows of `needed` tokens; what is there stays, elsewhere."""
+        more = self.rounded(needed) - self.capacity
         if needed > self.capacity:
             self.capacity += more
             for layer, pair in self.store.items():
@@ -256,20 +296,28 @@ class RaggedCache(Cache):
 
         Returns the hidden state after each token, (b, q, H); beyond the end of a row it is noise.
         """
-        weight = next(model.parameters())
-        device = weight.device
+        device = next(model.parameters()).device
         counts = [len(ids) for ids in tokens]
         lengths = [self.lengths[row] for row in rows]
         width = max(counts)
         longest = max(length + count for length, count in zip(lengths, counts))
-        self._grow(max(lengths) + width)
-        self.step = step = self._step(rows, lengths, width, longest, device)
-        unseen = torch.arange(step.keys, device=device) > step.positions[:, :, None]  # (b, q, K)
-        mask = torch.zeros(unseen.shape, dtype=weight.dtype, device=device)
-        mask.masked_fill_(unseen, -math.inf)
+        self.grow(max(lengths) + width)
+        step = self._step(rows, lengths, width, longest, device)
         padded = [ids + [ids[-1]] * (width - len(ids)) for ids in tokens]
-        hidden = inner(model)(
-            input_ids=torch.tensor(padded, device=device),  # (b, q)
+        hidden = self.forward(model, torch.tensor(padded, device=device), step, longest)
+        for row, count in zip(rows, counts):
+            self.lengths[row] += count
+        return hidden
+
+    def forward(self, model, ids, step, longest):
+        """One forward pass of ids (b, q) that writes where `step` says; hidden states (b, q, H)."""
+        self.step = step
+        weight = next(model.parameters())
+        unseen = torch.arange(step.keys, device=weight.device) > step.positions[:, :, None]
+        mask = torch.zeros(unseen.shape, dtype=weight.dtype, device=weight.device)  # (b, q, K)
+        mask.masked_fill_(unseen, -math.inf)
+        return inner(model)(
+            input_ids=ids,
             attention_mask=mask[:, None],
             # a pad may stand beyond the model's last position, or see no key: any number will do
             position_ids=step.positions.clamp(max=context_limit(model) - 1),
@@ -277,9 +325,6 @@ class RaggedCache(Cache):
             cache=self,
             use_cache=True,
         ).last_hidden_state
-        for row, count in zip(rows, counts):
-            self.lengths[row] += count
-        return hidden
 
     def _step(self, rows, lengths, width, longest, device):
         places = [self.place[row] for row in rows]
@@ -317,7 +362,7 @@ class Tree:
 def read_tree(model, tree):
     """Hidden states of a tree's row, (T, H), with gradients."""
     device = next(model.parameters()).device
-    ids, positions = torch.tensor([tree.row, tree.positions], device=device)[:, None]  # (1, T)
+    ids, positions = upload(torch.tensor([tree.row, tree.positions]), device)[:, None]  # (1, T)
     options = dict(use_cache=False, tree=tree, masks={})
     return inner(model)(input_ids=ids, position_ids=positions, **options).last_hidden_state[0]
 
@@ -349,8 +394,10 @@ def project(model, hidden):
 
     So heads of several matrices, scales and soft caps are as the model's makers meant them.
     """
-    shell = object.__new__(type(model))  # the same weights; copy.copy fails on an FSDP2 model
-    shell.__dict__.update(model.__dict__)
-    shell._modules = {**model._modules, inner_name(model): Given(hidden[None])}
+    shell = object.__new__(type(model))  # the same weights; a sharded model knows no copy.copy
+    shell.__dict__ = {
+        **model.__dict__,
+        "_modules": {**model._modules, inner_name(model): Given(hidden[None])},
+    }
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     return shell.forward(input_ids=ids, use_cache=False).logits[0].float()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from attention import Tree
+from attention import Tree, upload
 from model import adapters_off, cast, token_logprobs
 
 # ---- pure functions ------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def group_advantages(rewards, scale="std", eps=1e-4, noise=0.0):
 
 
 def token_losses(logp, old_logp, advantages, mask, clip_low, clip_high, ref_logp, beta, ratio):
-    """Eq. 2 to 4 for each token: (losses (B, T), stats). See `policy_loss`."""
+    """Eq. 2 to 4 for each token: (losses (B, T), stats as scalars). See `policy_loss`."""
     if advantages.dim() == 1:
         advantages = advantages[:, None]  # (B, 1) one for all tokens of a row
     # Filled, not multiplied by the mask: a NaN at a masked position would survive a product.
@@ -86,8 +86,8 @@ def token_losses(logp, old_logp, advantages, mask, clip_low, clip_high, ref_logp
 
 
 def masked_mean(values, mask):
-    """The mean, as a float, of values (B, T) where mask (B, T) is 1; 0 where it never is."""
-    return ((values * mask).sum() / mask.sum().clamp(min=1)).item()
+    """The mean, a scalar, of values (B, T) where mask (B, T) is 1; 0 where it never is."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 def sum_losses(losses, mask, aggregate, length=None):
@@ -98,10 +98,10 @@ def sum_losses(losses, mask, aggregate, length=None):
     """
     losses = losses * mask
     if aggregate == "token":
-        return losses.sum(), mask.sum().item()
+        return losses.sum(), mask.sum()
     if aggregate == "sequence":
         row_tokens = mask.sum(1)  # (B,)
-        return (losses.sum(1) / row_tokens.clamp(min=1)).sum(), (row_tokens > 0).sum().item()
+        return (losses.sum(1) / row_tokens.clamp(min=1)).sum(), (row_tokens > 0).sum()
     if aggregate == "constant" and length is not None:
         return losses.sum() / length, len(mask)
     raise ValueError(
@@ -136,10 +136,15 @@ def policy_loss(
     total, units = sum_losses(losses, mask, aggregate, denominator)
     if aggregate == "token" and denominator is not None:
         units = denominator
-    return total / (units or 1), stats
+    return total / (float(units) or 1), {name: mean.item() for name, mean in stats.items()}
 
 
 # ---- from dialogues to packed trees --------------------------------------------------------------
+
+# Tokens of one pass: what stays in a CPU's caches, and what fills a card.
+MICRO_TOKENS = {"cpu": 600, "cuda": 8192}
+# Tokens whose logits over the whole vocabulary exist at a time.
+CHUNK = {"cpu": 256, "cuda": 2048}
 
 
 @dataclasses.dataclass
@@ -147,6 +152,7 @@ class Row:
     """One trained chat.Sample of a selfplay.Dialogue, as a continuation of a tree's prefix."""
 
     dialogue: object
+    group: list  # the Dialogues whose rewards are compared with its own
     wanted: list[int]  # where its trained tokens stand in the continuation
     sampler_logp: list[float]  # of each of them, over the nucleus; NaN where nobody sampled it
     cuts: list[float]  # the log-prob at which the nucleus ended, -inf where there was none
@@ -177,11 +183,14 @@ def continued(sample, final):
 
 
 def pack(group, train_tokens, micro_tokens):
-    """The trees of a group's dialogues: [(Tree, its Rows)], each of at most `micro_tokens` tokens.
+    """The trees of a group's dialogues: [(Tree, its Rows)], each of at most `micro_tokens` tokens
+    (0: by device).
 
     The samples of one agent begin alike (persona, rules, dilemma): a tree reads that prefix once.
     A single sample that is longer than `micro_tokens` is a tree of its own.
     """
+    if micro_tokens == 0:
+        micro_tokens = MICRO_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
     views = collections.defaultdict(list)  # an agent's first ids -> its [(Sample, Dialogue)]
     for dialogue in group:
         for sample in trained_samples(dialogue, train_tokens):
@@ -194,7 +203,8 @@ def pack(group, train_tokens, micro_tokens):
         n = len(prefix)
         for share in split_evenly(pairs, n, micro_tokens):
             tree = Tree(prefix, [sample.ids[n:] for sample, _ in share])
-            trees.append((tree, [make_row(sample, dialogue, n) for sample, dialogue in share]))
+            rows = [make_row(sample, dialogue, group, n) for sample, dialogue in share]
+            trees.append((tree, rows))
     return trees
 
 
@@ -217,11 +227,12 @@ def split_evenly(pairs, prefix_tokens, micro_tokens):
     return shares
 
 
-def make_row(sample, dialogue, prefix_tokens):
+def make_row(sample, dialogue, group, prefix_tokens):
     """The Row of a sample whose first `prefix_tokens` ids are the prefix of its tree."""
     trained = [i for i, m in enumerate(sample.mask) if m]
     return Row(
         dialogue,
+        group,
         wanted=[i - prefix_tokens for i in trained],
         # mass: the log of the nucleus's probability, by which the sampler renormalised
         sampler_logp=[sample.logprobs[i] - sample.masses[i] for i in trained],
@@ -231,9 +242,10 @@ def make_row(sample, dialogue, prefix_tokens):
 
 # ---- one update ----------------------------------------------------------------------------------
 
-# Reported as means over the trained tokens of all micro-batches and ranks.
-TOKEN_MEANS = ("logprob_gap", "entropy", "clip_frac", "approx_kl", "ratio_mean", "kl_ref")
-SUMS = ("loss", "units", "tokens", "evidence", *TOKEN_MEANS)
+# Reported as means over the tokens of all passes and ranks; the entropy over all trained tokens.
+TOKEN_MEANS = ("logprob_gap", "clip_frac", "approx_kl", "ratio_mean", "kl_ref")
+# tokens: all trained ones, read: those of a pass
+SUMS = ("loss", "units", "tokens", "read", "evidence", "entropy", *TOKEN_MEANS)
 
 
 class Learner:
@@ -253,38 +265,68 @@ class Learner:
     def backward(self, tree, rows):
         """Forward and backward of one micro-batch: adds the gradient of eq. 5's numerator."""
         tree, rows = with_rewards(tree, rows)
-        if not rows:
-            return self.idle()
         cfg = self.settings
+        if not rows or (cfg.beta == 0 and is_uniform(rows[0].group)):
+            self.count(rows)
+            return self.idle()
         # transformers checkpoints activations in training mode only; all dropouts are 0.
         self.model.train(cfg.gradient_checkpointing)
         logp = self.logprobs(self.model, tree, rows)  # (B, T)
         self.model.eval()
-        mask = padded([[1.0] * len(row.wanted) for row in rows], logp.device)  # (B, T)
-        old_logp = padded([row.sampler_logp for row in rows], logp.device)  # (B, T)
+        mask, old_logp = self.mask_and_old_logp(rows)  # (B, T) each
         if rows[0].dialogue.stop == "written":
             # Nobody sampled it: at ratio 1 the gradient is that of plain likelihood.
             old_logp = torch.where(old_logp.isnan(), logp.detach(), old_logp)
         ref_logp = self.reference_logprobs(tree, rows) if cfg.beta > 0 else None  # (B, T)
-        advantages = torch.tensor([row.dialogue.advantage for row in rows]).to(logp)  # (B,)
+        advantages = torch.tensor([row.dialogue.advantage for row in rows], dtype=logp.dtype)
+        advantages = upload(advantages, logp.device)  # (B,)
 
         low, high = cfg.clip_low, cfg.clip_high
         losses, stats = token_losses(
             logp, old_logp, advantages, mask, low, high, ref_logp, cfg.beta, cfg.ratio
         )
-        row_length = cfg.turn_tokens * max(1, cfg.max_turns)
-        loss_sum, units = sum_losses(losses, mask, cfg.aggregate, row_length)
+        loss_sum, units = sum_losses(losses, mask, cfg.aggregate, self.row_length)
         loss_sum.backward()
 
-        tokens = mask.sum().item()
+        tokens = sum(len(row.wanted) for row in rows)
         stats["logprob_gap"] = masked_mean((logp.detach() - old_logp).abs(), mask)
         stats["entropy"] = masked_mean(-old_logp, mask)
-        self.sums.update({name: mean * tokens for name, mean in stats.items()})
-        evidence = advantages.abs().sum().item()
-        self.sums.update(loss=loss_sum.item(), units=units, tokens=tokens, evidence=evidence)
+        self.add(**{name: mean.double() * tokens for name, mean in stats.items()})
+        evidence = advantages.abs().sum()
+        self.add(loss=loss_sum.detach(), units=units, tokens=tokens, read=tokens, evidence=evidence)
+
+    def count(self, rows):
+        """Take rows that need no pass into the sums: their gradient is 0, but they are part of D.
+
+        So it is in a group of equal rewards, as long as no KL pulls.
+        """
+        if rows:
+            mask, old_logp = self.mask_and_old_logp(rows)
+            _, units = sum_losses(mask, mask, self.settings.aggregate, self.row_length)
+            tokens = sum(len(row.wanted) for row in rows)
+            entropy = masked_mean(-old_logp, mask).double() * tokens
+            self.add(units=units, tokens=tokens, entropy=entropy)
+
+    @property
+    def row_length(self):
+        """The length of a row for --aggregate constant: all that it may have."""
+        return self.settings.turn_tokens * max(1, self.settings.max_turns)
+
+    def mask_and_old_logp(self, rows):
+        """(B, T) each, padded with 0: 1 at trained tokens; the sampler's log-probs of them."""
+        device = self.optimizer.device
+        mask = padded([[1.0] * len(row.wanted) for row in rows], device)
+        return mask, padded([row.sampler_logp for row in rows], device)
+
+    def add(self, **values):
+        """Add to the sums of a step. They may be scalar tensors: nobody waits for a card."""
+        for name, value in values.items():
+            self.sums[name] += value.double() if torch.is_tensor(value) else value
 
     def idle(self):
         """A pass with a gradient of 0: under FSDP all ranks must make equally many."""
+        if not is_sharded(self.model):
+            return
         (logp,) = score(self.model, Tree([0], [[0]]), [[0]])
         (logp.sum() * 0.0).backward()
 
@@ -295,7 +337,9 @@ class Learner:
             temperature = self.settings.final_temperature
         wanted = [row.wanted for row in rows]
         cuts = [row.cuts for row in rows]
-        return pad_sequence(score(model, tree, wanted, temperature, cuts), batch_first=True)
+        chunk = CHUNK[next(model.parameters()).device.type]
+        logp = score(model, tree, wanted, temperature, cuts, chunk)
+        return pad_sequence(logp, batch_first=True)
 
     def reference_logprobs(self, tree, rows):
         """The reference's log-probs of the same tokens, (B, T); asked once and kept in the rows."""
@@ -324,14 +368,13 @@ class Learner:
         no_evidence: all advantages were 0 and no KL pulls, so there is nothing to learn from.
         With either, weights, moments and warm-up stay as they are.
         """
-        sums = torch.tensor([self.sums[name] for name in SUMS], dtype=torch.float64)
+        sums = torch.tensor([float(self.sums[name]) for name in SUMS], dtype=torch.float64)
         self.sums.clear()
         if dist.is_initialized():
             sums = sums.to(self.optimizer.device)
             dist.all_reduce(sums)
         sums = dict(zip(SUMS, sums.tolist()))
         denominator = max(sums["units"], 1.0)  # D of eq. 5, over micro-batches and ranks
-        tokens = max(sums["tokens"], 1.0)
         finite = math.isfinite(sums["loss"])
         evidence = sums["evidence"] > 0 or self.settings.beta > 0 or not finite
         grad_norm = 0.0
@@ -343,7 +386,8 @@ class Learner:
             "loss": sums["loss"] / denominator,
             "grad_norm": grad_norm,
             "trained_tokens": int(sums["tokens"]),
-            **{name: sums[name] / tokens for name in TOKEN_MEANS},
+            "entropy": sums["entropy"] / max(sums["tokens"], 1.0),
+            **{name: sums[name] / max(sums["read"], 1.0) for name in TOKEN_MEANS},
             "skipped": not math.isfinite(grad_norm),
             "no_evidence": not evidence,
         }
@@ -355,15 +399,25 @@ def with_rewards(tree, rows):
     return Tree(tree.prefix, [tree.continuations[i] for i in known]), [rows[i] for i in known]
 
 
+def is_uniform(group):
+    """Whether no dialogue of a settled group is better or worse than another."""
+    return not any(dialogue.advantage for dialogue in group)
+
+
 def padded(lists, device):
     """Lists of numbers as one (B, T) tensor, filled up with 0."""
-    rows = [torch.tensor(numbers, dtype=torch.float32, device=device) for numbers in lists]
-    return pad_sequence(rows, batch_first=True)
+    rows = [torch.tensor(numbers, dtype=torch.float32) for numbers in lists]
+    return upload(pad_sequence(rows, batch_first=True), device)
+
+
+def is_sharded(model):
+    """Whether FSDP gathers the model's weights for each pass (see policy.shard)."""
+    return hasattr(model, "token_logprobs")
 
 
 def score(model, *arguments):
     """`token_logprobs` of a model; a sharded one has its own, which gathers the weights for it."""
-    if hasattr(model, "token_logprobs"):
+    if is_sharded(model):
         return model.token_logprobs(*arguments)
     return token_logprobs(model, *arguments)
 

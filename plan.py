@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import dataset
 import selfplay
-from attention import Tree, capacity_for, inner
+from attention import Tree, inner
+from decode import bucket
+from grpo import CHUNK, MICRO_TOKENS
 from model import add_lora, find, prepare
 
 TURN_GLUE, FINAL_GLUE = 8, 80  # tokens of template and request around a turn and a final
@@ -19,7 +21,7 @@ ADVICE = {
     "activations": "--gradient-checkpointing, or a smaller --micro-tokens",
     "logits": "a smaller --micro-tokens",
     "KV cache": "a smaller --group-size or --scenarios-per-step, or more cards",
-    "play logits": "a smaller --group-size or more cards",
+    "drawing tokens": "a smaller --group-size or more cards",
     "reference": "--beta 0, or --lora-rank 16 (the base is the reference)",
 }
 
@@ -42,6 +44,8 @@ def show_plan(settings):
         print(f"  fits in {size} GB: {'yes' if peak < 0.9 * size else 'no'}")
     largest = max(plan, key=plan.get)
     advice = ADVICE.get(largest, "--fsdp on more cards, or --lora-rank 16")
+    host = host_bytes(config, settings, dtype.itemsize) / 1e9
+    print(f"  host memory, of {settings.nproc} rank(s) as they load or save: {host:.1f} GB")
     print(f"largest: {largest}; to need less: {advice}")
     return 0
 
@@ -50,10 +54,7 @@ def memory_plan(config, settings, dtype, prompt):
     """{what: bytes} of one of `settings.nproc` cards; prompt: tokens before each dialogue."""
     text, size = config.get_text_config(), dtype.itemsize
     layers = text.num_hidden_layers
-    with torch.device("meta"):
-        model = prepare(AutoModelForCausalLM.from_config(config, dtype=dtype))
-    if settings.lora_rank:
-        add_lora(model, settings.lora_rank)
+    model = shell(config, settings, dtype)
     shards = settings.nproc if settings.fsdp else 1
     weights = weight_bytes(model, settings, size, shards)
 
@@ -62,7 +63,8 @@ def memory_plan(config, settings, dtype, prompt):
     row = settings.max_turns * turn + (final if settings.train_tokens != "dialogue" else 0)
     if settings.context_turns:
         row = min(row, settings.context_turns * turn)
-    rows = max(1, min(settings.group_size, (settings.micro_tokens - prompt) // row))
+    micro_tokens = settings.micro_tokens or MICRO_TOKENS["cuda"]
+    rows = max(1, min(settings.group_size, (micro_tokens - prompt) // row))
     activations = kept_bytes(model, Tree([0] * prompt, [[0] * row] * rows))
     if settings.gradient_checkpointing:  # of one layer, and what goes into each
         into_layer = (prompt + rows * row) * text.hidden_size * size
@@ -70,20 +72,43 @@ def memory_plan(config, settings, dtype, prompt):
     learn = {
         "gradients": weights["optimizer"] // 2,
         "activations": activations,
-        "logits": 4 * 4 * text.vocab_size * min(256, rows * row),
+        "logits": 4 * 4 * text.vocab_size * min(CHUNK["cuda"], rows * row),
     }
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     width *= getattr(text, "num_key_value_heads", None) or heads
     dialogues = -(-settings.scenarios_per_step // settings.nproc) * settings.group_size
-    slots = 2 * dialogues * capacity_for(prompt + settings.max_turns * turn + final)  # two streams
+    block = 2 * dialogues  # rows, of two streams; a step of decoding takes all
+    places = block * bucket(prompt + settings.max_turns * turn + final)
+    cuts = min(settings.top_p, settings.final_top_p) < 1
     play = {
-        "KV cache": 2 * layers * width * size * slots,
-        "play logits": 5 * 4 * text.vocab_size * dialogues,
+        "KV cache": 2 * layers * width * size * places,
+        # logits, log-probs, weights, their sums; for a nucleus a full sort as well
+        "drawing tokens": (11 if cuts else 5) * 4 * text.vocab_size * block,
     }
-    # playing and learning take turns
-    peak = sum(weights.values()) + max(sum(learn.values()), sum(play.values()))
+    # the cache and the recorded steps stay while the model learns (decode.py)
+    peak = sum(weights.values()) + sum(learn.values()) + sum(play.values())
     return {**weights, **learn, **play, "peak": peak}
+
+
+def shell(config, settings, dtype):
+    """The model without data."""
+    with torch.device("meta"):
+        model = prepare(AutoModelForCausalLM.from_config(config, dtype=dtype))
+    return add_lora(model, settings.lora_rank) if settings.lora_rank else model
+
+
+def host_bytes(config, settings, size):
+    """Bytes of a machine's own memory that its ranks take, beside Python and the libraries.
+
+    Loading: each rank reads the model in fp32 (see policy.build), with --fsdp the player beside it.
+    Saving: rank 0 gathers the weights, and of what is trained the masters and two moments.
+    """
+    parameters = list(shell(config, settings, torch.float32).parameters())
+    every = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    player = size if settings.fsdp and settings.nproc > 1 else 0
+    return max(settings.nproc * (4 + player) * every, 4 * every + 12 * trained)
 
 
 def weight_bytes(model, settings, size, shards):

@@ -19,6 +19,7 @@ import grpo
 import model as lm
 from attention import inner
 from cli import UserError
+from decode import decoder_of
 
 # ---- ranks ---------------------------------------------------------------------------------------
 
@@ -131,6 +132,9 @@ def build(settings, world, weights=None):
         dtype=compute_dtype,
         decay_steps=decay_steps,
     )
+    decoder = decoder_of(player)
+    if decoder and not settings.cuda_graphs:
+        decoder.use_graphs = False
     return Policy(model, player, tokenizer, optimizer, reference, sharded)
 
 

@@ -8,13 +8,14 @@ What a row draws depends on its own logits and its own random numbers, never on 
 
 import concurrent.futures
 import dataclasses
-import math
 
 import numpy as np
 import torch
 
 from attention import RaggedCache
 from chat import Turn
+from decode import decoder_of
+from drawing import draw
 
 # ---- one row ------------------------------------------------------------------------------------
 
@@ -71,7 +72,8 @@ class Table:
 
     def __init__(self, voice, rows):
         self.voice = voice
-        self.cache = RaggedCache(rows)
+        self.decoder = decoder_of(voice.model)
+        self.cache = self.decoder.cache_for(rows) if self.decoder else RaggedCache(rows)
         self.held = [[] for _ in range(rows)]
 
     def read_heads(self, heads):
@@ -113,11 +115,24 @@ def choose_batch(says):
 def speak(batch, on_token=None):
     """One forward pass for Says of one table: read what is unread, draw a token for each."""
     table = batch[0].table
-    batch, logits = read(batch, table)
-    for say, token, logprob, cut, mass in zip(batch, *draw_for(batch, logits)):
+    if table.decoder and all(len(say.unread) == 1 for say in batch):
+        drawn = decode(batch, table)
+    else:
+        batch, logits = read(batch, table)
+        drawn = zip(*draw_for(batch, logits))
+    for say, (token, logprob, cut, mass) in zip(batch, drawn):
         say.add(token, logprob, cut, mass)
         if on_token:
             on_token(say, token)
+
+
+def decode(batch, table):
+    """The static step of the table's decoder: (id, log-prob, cut, mass) of each."""
+    wishes = {}
+    for say in batch:
+        wishes[say.row] = (say.unread[0], say.temperature, say.top_p, say.rng.random())
+        table.held[say.row] += say.unread
+    return table.decoder.step(table.voice.model, wishes)
 
 
 def read(batch, table):
@@ -140,50 +155,3 @@ def draw_for(batch, logits):
     uniforms = [say.rng.random() for say in batch]
     numbers = torch.tensor([temperatures, top_ps, uniforms], device=logits.device)  # (3, b) fp32
     return [column.tolist() for column in draw(logits, *numbers)]
-
-
-def draw(logits, temperature, top_p, uniform):
-    """Draw one token per row by inverse CDF; temperature 0 takes the most likely one.
-
-    logits (b, V) fp32; temperature, top_p and uniform (b,). A uniform number per row makes the
-    draw independent of the batch. Returns, (b,) each: ids; log-probs at that temperature over the
-    full vocabulary; cuts, the log-prob at which the row's nucleus ends (-inf without one); masses,
-    the log of the nucleus's probability.
-    """
-    greedy = temperature == 0
-    logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
-    logp = logits - logits.logsumexp(1, keepdim=True)  # (b, V)
-    weights = logp.exp()
-    cut = torch.full_like(uniform, -math.inf)
-    mass = torch.zeros_like(uniform)
-    rows = (top_p < 1).nonzero()[:, 0]
-    if len(rows):
-        cut[rows] = nucleus(logp[rows], top_p[rows])
-        weights[rows] = torch.where(logp[rows] >= cut[rows, None], weights[rows], 0.0)
-        mass[rows] = weights[rows].sum(1).log()
-    cdf = weights.cumsum(1)  # (b, V)
-    total = cdf[:, -1]
-    # Below the total, so that rounding never reaches a last token of weight 0.
-    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    ids = torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
-    if greedy.any():
-        ids = torch.where(greedy, logits.argmax(1), ids)
-    return ids, logp.gather(1, ids[:, None])[:, 0], cut, mass
-
-
-def nucleus(logp, top_p):
-    """The log-prob at which each row's nucleus ends: the fewest likeliest tokens that have top_p.
-
-    logp (m, V), top_p (m,) -> (m,): half-way between the last token inside and the first outside,
-    so that rounding moves no token over it; -inf where all are inside (arXiv 1904.09751).
-    """
-    vocabulary = logp.shape[1]
-    for k in (min(256, vocabulary), vocabulary):  # the nucleus is nearly always small
-        top = logp.topk(k).values  # (m, k) descending
-        before = top.exp().cumsum(1) - top.exp()  # probability of the tokens before each
-        size = (before < top_p[:, None]).sum(1, keepdim=True).clamp(min=1)  # (m, 1)
-        if (size < k).all():
-            break
-    last_inside = top.gather(1, size - 1)
-    first_outside = top.gather(1, size.clamp(max=k - 1))
-    return torch.where(size < k, (last_inside + first_outside) / 2, -math.inf)[:, 0]

@@ -110,8 +110,11 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
         "of the computation (auto: bf16 where it is fast, else fp32); trained weights are fp32",
         choices=("auto", "fp32", "bf16"),
     )
-    micro_tokens: int = option(600, "tokens in one forward and backward pass", low=1)
+    micro_tokens: int = option(
+        0, "tokens of one forward and backward pass (0: 600 on a CPU, 8192 on a card)", low=0
+    )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    cuda_graphs: bool = option(True, "on a card, decode by replaying recorded steps")
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks (FSDP2)")
     plan: bool = option(False, "print the memory that a card needs, and end")
     nproc: int = option(1, "cards that --plan reckons with", low=1)
@@ -131,7 +134,8 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
 # file holds may not change (`check_contents`).
 FREE_ON_RESUME = {
     *("resume", "force", "out", "steps", "save_every", "keep", "log"),
-    *("micro_tokens", "gradient_checkpointing", "rubric", "scenarios", "demonstrations"),
+    *("micro_tokens", "gradient_checkpointing", "cuda_graphs"),
+    *("rubric", "scenarios", "demonstrations"),
     *("judge_url", "judge_concurrency", "judge_timeout", "judge_deadline", "judge_wait"),
     *("judge_attempts", "judge_budget", "judge_cache"),
 }

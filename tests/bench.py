@@ -14,6 +14,7 @@ machine's own matrix rate and read bandwidth, both measured here.
 
 import concurrent.futures
 import dataclasses
+import json
 import statistics
 import sys
 import time
@@ -67,10 +68,11 @@ class Bench:
     final_tokens: int = option(64, "tokens of the final completion", low=2)
     context_turns: int = option(0, "turns that an agent sees (0: all)", low=0)
     micro_tokens: int = option(
-        Settings.micro_tokens, "tokens in one forward and backward pass", low=1
+        Settings.micro_tokens, "tokens of one forward and backward pass (0: by device)", low=0
     )
     repeats: int = option(3, "steps that are timed", low=1)
     judge_latency: float = option(0.0, "seconds that each judge call takes, 8 in flight", low=0)
+    json: str = option("", "a file to add the results to, as one line of JSON")
     profile: bool = option(False, "print the costliest operations of a step")
 
 
@@ -158,7 +160,9 @@ def settings_of(bench):
         final_tokens=bench.final_tokens,
         context_turns=bench.context_turns,
         temperature=1.0,
+        top_p=1.0,
         final_temperature=1.0,
+        final_top_p=1.0,
         group_size=bench.group,
         scenarios_per_step=bench.scenarios,
         micro_tokens=bench.micro_tokens,
@@ -240,7 +244,7 @@ def show_times(work, steps):
 
 
 def show_floor(work, steps):
-    """The line of the floor."""
+    """The line of the floor. Returns its seconds."""
     device = work.world.device
     flops = matrix_rate(next(work.model.parameters()).dtype, device)
     bandwidth = read_bandwidth(device)
@@ -250,6 +254,26 @@ def show_floor(work, steps):
         f"floor  {play + learn:6.1f} s  (play {play:.1f}, learn {learn:.1f}): {share:.0%} of the "
         f"step; {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s"
     )
+    return play + learn
+
+
+def write_json(work, steps, floor):
+    """Add a line of JSON to the file of --json."""
+    device, bench = work.world.device, work.bench
+    sampled = bench.scenarios * bench.group * (bench.turns * bench.turn_tokens + bench.final_tokens)
+    row = {
+        "what": f"bench {bench.scenarios} x {bench.group}",
+        "model": bench.model,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "play_s": median(steps, "play"),
+        "learn_s": median(steps, "learn"),
+        "step_s": median(steps, "whole"),
+        "floor_s": floor,
+        "sampled_tokens_per_s": sampled / median(steps, "play"),
+        "peak_memory_gb": peak_memory_gb(device),
+    }
+    with open(bench.json, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def show_slow_judge(work, steps):
@@ -279,7 +303,9 @@ def main(argv=None):
     work = Workload(bench)
     steps = work.steps(SlowJudge(0.0))
     show_times(work, steps)
-    show_floor(work, steps)
+    floor = show_floor(work, steps)
+    if bench.json:
+        write_json(work, steps, floor)
     if bench.judge_latency:
         show_slow_judge(work, steps)
     if bench.profile:

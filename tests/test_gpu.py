@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import chat
+import decode
 import grpo
 import selfplay
 import train
@@ -93,3 +94,42 @@ def test_in_bf16_sampler_and_learner_stay_close():
     means = learner.step()
     assert 0 < means["logprob_gap"] < 0.05
     assert not means["skipped"]
+
+
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.8, "final_temperature": 0.0}])
+@pytest.mark.parametrize("kind", helpers.KINDS)
+def test_a_replayed_step_draws_bitwise_what_the_eager_step_draws(kind, more):
+    """Also after the weights have changed in place."""
+    cfg = Settings(**{**vars(CFG), **more})
+    model = helpers.tiny(kind).cuda()
+    voice = chat.voice(model, helpers.tokenizer())
+    decoder = decode.decoder_of(model)
+    for _ in range(2):
+        streams = []
+        for graphs in (True, False):
+            decoder.use_graphs = graphs
+            decoder.graphs.clear()
+            decoder.capacity = 0
+            dialogues = selfplay.play((voice, voice), helpers.dialogues(2, 4), cfg)
+            streams.append(
+                [[s.record() for s in (*d.streams[0], d.final_sample)] for d in dialogues]
+            )
+            assert decoder.use_graphs == graphs and bool(decoder.graphs) == graphs
+        assert streams[0] == streams[1]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.02)
+
+
+def test_a_recorded_step_asks_the_card_to_wait_once():
+    model = helpers.tiny().cuda()
+    decoder = decode.decoder_of(model)
+    decoder.cache_for(4)
+    wishes = {0: (5, 0.7, 0.8, 0.3), 2: (6, 0.0, 1.0, 0.9)}
+    decoder.step(model, wishes)
+    with torch.profiler.profile() as profile:
+        decoder.step(model, wishes)
+    names = [event.key for event in profile.key_averages() for _ in range(event.count)]
+    assert sum(name.startswith("cudaMemcpy") for name in names) == 2
+    assert sum(name == "cudaGraphLaunch" for name in names) == 1
+    assert sum(name.startswith("cudaLaunchKernel") for name in names) < 3

@@ -562,6 +562,6 @@ def test_a_plan_names_the_setting_to_change(tmp_path, capsys):
     _, shards = plan("--nproc", "8", "--fsdp", less, "--scenarios-per-step", "8")
     assert 50 < peak(shards) < 85
     _, lora = plan("--lora-rank", "16", less)
-    assert 28 < peak(lora) < 40 and "fits in 80 GB: yes" in lora
+    assert 28 < peak(lora) < 45 and "fits in 80 GB: yes" in lora
     _, large = plan("--lora-rank", "16", "--micro-tokens", "30000", "--group-size", "64")
     assert less in large.splitlines()[-1]
