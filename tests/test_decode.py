@@ -21,7 +21,16 @@ import selfplay
 import train
 from settings import Settings
 
-CFG = dict(max_turns=3, turn_tokens=10, final_tokens=8, agreement="none", final_temperature=1.0)
+CFG = dict(
+    max_turns=3,
+    turn_tokens=10,
+    final_tokens=8,
+    agreement="none",
+    temperature=0.7,
+    top_p=1.0,
+    final_temperature=1.0,
+    final_top_p=1.0,
+)
 CASES = {
     "plain": {},
     "nucleus": {"top_p": 0.8, "final_top_p": 0.6},

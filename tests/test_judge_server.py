@@ -2,6 +2,7 @@
 crowd; refitting gives the shipped heads; bad requests and dying parents."""
 
 import concurrent.futures
+import json
 import os
 import signal
 import socket
@@ -20,9 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import cli
 import judge_server
 
 ROOT = Path(judge_server.__file__).parent
+READS = {"score": [(1, None)], "agreed": [(1, None)]}
 CASE = "Dilemma: One well is left. Who gets the water?\nRosa: You farm."
 
 
@@ -32,7 +35,8 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("judge")
     runs.saved_model(made / "base")
     torch.manual_seed(1)
-    save_file({"score": torch.randn(65), "agreed": torch.randn(65)}, made / "heads.safetensors")
+    heads = {"score": torch.randn(65), "agreed": torch.randn(65)}
+    save_file(heads, made / "heads.safetensors", metadata={"reads": json.dumps(READS)})
     return made
 
 
@@ -60,7 +64,7 @@ class Served:
 
 @pytest.fixture
 def served(folder, monkeypatch):
-    monkeypatch.setattr(judge_server, "READS", {"score": [(1, None)], "agreed": [(1, None)]})
+    monkeypatch.setattr(judge_server, "READS", READS)
     monkeypatch.setattr(judge_server, "default_model_folder", lambda: folder / "base")
     monkeypatch.setattr(judge_server, "HEADS", folder / "heads.safetensors")
     monkeypatch.setattr(judge_server, "compute_dtype", lambda name: torch.float32)
@@ -107,6 +111,12 @@ def test_concurrent_requests_get_the_answers_that_they_get_alone(served):
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         together = list(pool.map(lambda job: served.score(*job).json()["data"][0]["data"][0], jobs))
     assert together == alone  # bit by bit: each is read by itself
+
+
+def test_heads_of_other_features_are_refused(served, monkeypatch):
+    monkeypatch.setattr(judge_server, "READS", {**READS, "agreed": [(1, 12)]})
+    with pytest.raises(cli.UserError, match="fitted to other features .*; run python judge_server"):
+        judge_server.Engine(1)
 
 
 def test_an_empty_text_has_a_score_too(served):

@@ -468,7 +468,7 @@ def test_the_reference_of_an_adapted_model_is_its_base(tiny):
 def with_advantages(model):
     """Four short dialogues of this model with advantages."""
     how = selfplay.PlaySettings(
-        max_turns=2, turn_tokens=6, final_tokens=6, agreement="none", top_p=1.0
+        max_turns=2, turn_tokens=6, final_tokens=6, agreement="none", temperature=0.7, top_p=1.0
     )
     voice = chat.voice(model, helpers.tokenizer())
     group = selfplay.play((voice, voice), helpers.dialogues(1, 4), how)

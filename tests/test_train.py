@@ -670,7 +670,7 @@ def test_resume_removes_what_a_kill_left_and_nothing_else(tmp_path):
         (out / "checkpoints" / name / "COMPLETE").write_text("")
     (out / "checkpoints" / "notes.txt").write_text("mine")
     (out / "checkpoints" / "latest").symlink_to("step_000002")
-    (out / "config.json").write_text("{}")
+    (out / "config.json").write_text('{"recipe": "debug"}')
     cfg = read_settings(["--resume", str(out)])
     assert open_run(cfg) == (out, out / "checkpoints" / "step_000002")
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == [
