@@ -445,13 +445,16 @@ def test_a_merged_checkpoint_computes_what_the_adapters_do(kind, tmp_path):
     assert (merged - adapted).abs().max() < 1e-5 * adapted.abs().max()
 
 
+WHOLE = dict(temperature=0.7, top_p=1.0, final_top_p=1.0)  # without a nucleus
+
+
 def test_the_reference_of_an_adapted_model_is_its_base(tiny):
     """The gradient with a copy of the base as reference is that with the adapters turned off."""
-    _, policy, _ = built(tiny, lora_rank=4, lr=0.01, beta=0.1)
+    _, policy, _ = built(tiny, lora_rank=4, lr=0.01, beta=0.1, **WHOLE)
     group = with_advantages(policy.model)
     gradients = []
     for with_copy in (False, True):
-        settings, policy, _ = built(tiny, lora_rank=4, lr=0.01, beta=0.1)
+        settings, policy, _ = built(tiny, lora_rank=4, lr=0.01, beta=0.1, **WHOLE)
         model, optimizer, reference = policy.model, policy.optimizer, policy.reference
         assert reference is model
         if with_copy:
