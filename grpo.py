@@ -51,7 +51,10 @@ def group_advantages(rewards, scale="std", eps=1e-4, noise=0.0):
 
 
 def token_losses(logp, old_logp, advantages, mask, clip_low, clip_high, ref_logp, beta, ratio):
-    """Eq. 2 to 4 for each token: (losses (B, T), stats as scalars). See `policy_loss`."""
+    """Eq. 2 to 4 for each token: (losses (B, T), stats as scalars). Change the loss here.
+
+    The arguments: see `policy_loss`.
+    """
     if advantages.dim() == 1:
         advantages = advantages[:, None]  # (B, 1) one for all tokens of a row
     # Filled, not multiplied by the mask: a NaN at a masked position would survive a product.
@@ -122,8 +125,10 @@ def policy_loss(
     ratio="token",
     denominator=None,
 ):
-    """Eq. 2 to 5 of a whole batch: (loss, stats).
+    """Eq. 2 to 5 of a whole batch, for tests and readers: (loss, stats).
 
+    Training does not call it: `Learner.backward` adds up the same two functions piece by piece, and
+    `Learner.step` divides.
     logp, old_logp, ref_logp, mask (B, T), advantages (B,) or (B, T). aggregate: see `sum_losses`;
     `denominator` is D for "token" (else the number of tokens), the length for "constant".
     ratio "token": eq. 2; "sequence": its geometric mean over a row (GSPO, arXiv 2507.18071).
@@ -290,6 +295,7 @@ class Learner:
 
         tokens = sum(len(row.wanted) for row in rows)
         stats["logprob_gap"] = masked_mean((logp.detach() - old_logp).abs(), mask)
+        # One sample's estimate of the entropy; of written text it is the loss.
         stats["entropy"] = masked_mean(-old_logp, mask)
         self.add(**{name: mean.double() * tokens for name, mean in stats.items()})
         evidence = advantages.abs().sum()

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import exactness
-from attention import inner, project, read_tree
+from attention import inner, project, read_tree, upload
 from cli import UserError
 
 transformers.utils.logging.disable_progress_bar()
@@ -287,9 +287,9 @@ def _can_reorder(module):
 
 
 def _chosen_logprobs(model, temperature, hidden, targets, cuts):
-    """log-prob of `targets` (N,) after `hidden` (N, H); cuts (N,): -inf where nothing is cut."""
+    """log-prob of `targets` (N,) after `hidden` (N, H); cuts (N,) or None: nothing is cut."""
     logits = project(model, hidden).div_(temperature)  # (N, V)
-    if torch.isfinite(cuts).any():
+    if cuts is not None:
         inside = logits.detach().log_softmax(1) >= cuts[:, None]
         inside.scatter_(1, targets[:, None], True)  # it was sampled, so it was inside
         logits = logits.masked_fill(~inside, -math.inf)
@@ -301,8 +301,9 @@ def token_logprobs(model, tree, wanted, temperature=1.0, cuts=None, chunk=256):
 
     wanted: per continuation, the indices (into it, ascending) of the tokens to score; index 0 needs
     a non-empty prefix. temperature divides the logits, as the sampler's does.
-    cuts: with top-p sampling, per continuation and wanted token, the full log-prob of the least
-    likely token of the sampler's nucleus, over which the log-prob is then renormalised.
+    cuts: with top-p sampling, per continuation and wanted token, the log-prob over the whole
+    vocabulary at which `drawing.nucleus` cut (-inf: nowhere). The log-prob is renormalised over the
+    tokens above it.
     Returns a list of 1-D fp32 tensors, one per continuation.
 
     The vocabulary is projected for `chunk` tokens at a time, and again in the backward pass, so
@@ -316,15 +317,15 @@ def token_logprobs(model, tree, wanted, temperature=1.0, cuts=None, chunk=256):
             sources.append(before)  # the place whose hidden state predicts the token
             targets.append(tree.row[start + i])
     device = hidden.device
-    chosen = hidden[torch.tensor(sources, dtype=torch.long, device=device)]  # (N, H)
-    targets = torch.tensor(targets, dtype=torch.long, device=device)  # (N,)
-    if cuts is None:
-        cuts = torch.full(targets.shape, -math.inf, device=device)  # (N,)
-    else:
-        cuts = torch.tensor(list(itertools.chain.from_iterable(cuts)), device=device)  # (N,)
+    chosen = hidden[upload(torch.tensor(sources, dtype=torch.long), device)]  # (N, H)
+    targets = upload(torch.tensor(targets, dtype=torch.long), device)  # (N,)
+    cuts = list(itertools.chain.from_iterable(cuts or []))
+    cut_pieces = itertools.repeat(None)
+    if any(math.isfinite(cut) for cut in cuts):
+        cut_pieces = upload(torch.tensor(cuts), device).split(chunk)  # (N,) in all
     options = dict(use_reentrant=False, preserve_rng_state=False)
     score = functools.partial(checkpoint, _chosen_logprobs, model, temperature, **options)
-    pieces = zip(chosen.split(chunk), targets.split(chunk), cuts.split(chunk))
+    pieces = zip(chosen.split(chunk), targets.split(chunk), cut_pieces)
     logprobs = torch.cat([score(*piece) for piece in pieces])  # (N,)
     return list(logprobs.split([len(indices) for indices in wanted]))
 

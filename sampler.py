@@ -104,8 +104,8 @@ class Table:
 
 
 def choose_batch(says):
-    """Who is in the next forward pass, all of one table: those who have one id to read, or, once
-    they are a quarter as many, those who have more."""
+    """Who is in the next forward pass, all of one table: those who have one id to read, or first
+    those who have more, as soon as these are a quarter as many."""
     says = [say for say in says if say.table is says[0].table]
     reading = [say for say in says if len(say.unread) > 1]
     talking = [say for say in says if len(say.unread) == 1]
@@ -113,7 +113,7 @@ def choose_batch(says):
 
 
 def speak(batch, on_token=None):
-    """One forward pass for Says of one table: read what is unread, draw a token for each."""
+    """One token for each of these Says of one table: read what is unread in one pass, then draw."""
     table = batch[0].table
     if table.decoder and all(len(say.unread) == 1 for say in batch):
         drawn = decode(batch, table)
