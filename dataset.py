@@ -158,6 +158,7 @@ def load_scenarios(path=None, seed=0, personas=None) -> list[Scenario]:
     ids = set()
 
     def fault_of(row):
+        """What is wrong with a line, given those before it: the first decides about personas."""
         if not ids and type(row) is dict and "personas" in row:
             shape["personas"] = list  # the first line decides for all
         fault = shape_fault(row, shape)
@@ -207,6 +208,7 @@ def load_demonstrations(path=None, scenarios=None) -> list[Demonstration]:
     known = {scenario.id: scenario for scenario in load_scenarios(scenarios)}
 
     def fault_of(row):
+        """What is wrong with a line; "" if nothing is."""
         fault = shape_fault(row, DEMONSTRATION)
         if fault:
             return fault

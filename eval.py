@@ -258,6 +258,7 @@ def against(name, pairs, sides, items, judge):
     """The win rate of A against B by a judge, who sees both finals in both orders."""
 
     def work(cases):
+        """The judge's answers to pairs of finals, (A first, B first) each."""
         judge.start_batch()
         asked = []
         for a, b in cases:

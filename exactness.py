@@ -78,7 +78,7 @@ def refusing(model):
             yield
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # somebody else's model code may raise whatever it likes
         problem = f"--model: {model.config.model_type} cannot be read as we read models"
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:140]
         raise UserError(f"{problem} ({reason}); use another model") from error

@@ -283,6 +283,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send(200, {"object": "list", "data": models})
 
     def do_POST(self):
+        """The number that was asked for, or the reason why there is none."""
         size = self.headers.get("Content-Length", "")
         if not size.isdigit() or int(size) > LONGEST_REQUEST:
             self.close_connection = True

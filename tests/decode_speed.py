@@ -27,6 +27,8 @@ import drawing
 import model as lm
 from cli import command_line, option, run_cli
 
+# what both sizes of Qwen3 share
+QWEN3 = dict(num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)
 SHAPES = {
     "tiny": LlamaConfig(
         hidden_size=64,
@@ -52,20 +54,14 @@ SHAPES = {
         intermediate_size=3072,
         num_hidden_layers=28,
         num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-        tie_word_embeddings=True,
+        **QWEN3,
     ),
     "qwen3-4b": Qwen3Config(
         hidden_size=2560,
         intermediate_size=9728,
         num_hidden_layers=36,
         num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-        tie_word_embeddings=True,
+        **QWEN3,
     ),
 }
 

@@ -881,7 +881,8 @@ def test_clean_cuts_a_long_text_behind_a_word():
 
 
 def test_clean_is_quick_on_hostile_texts():
-    pieces = ["the plan is ", "score ", "a ", "(([{", "é", "\u0430a", ". ", "\ud800", "!", "\u202e"]
+    pieces = ["the plan is ", "score ", "a ", "(([{", "é", "\u0430a"]
+    pieces += [". ", "\ud800", "!", "\u202e"]
     began = time.monotonic()
     for piece in pieces:
         rubric.clean(piece * 20000)
