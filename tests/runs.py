@@ -1,7 +1,10 @@
 """Runs of train.py as processes of their own, on a tiny model and a scripted judge."""
 
 import contextlib
+import functools
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import subprocess
@@ -10,6 +13,7 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
+from unittest import mock
 
 import helpers
 import torch
@@ -72,18 +76,77 @@ def as_flags(settings):
     return flags
 
 
-class Run:
-    """train.py at work, by itself or under torchrun, with a mark in its processes' environment."""
+def become(program, arguments, cwd, env, said, err):
+    """Turn this process, just forked, into a run of `program` with its own session and output."""
+    os.setsid()
+    for path, descriptor in ((said, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY), descriptor)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv[1:] = arguments
+    exec(program, {"__name__": "__main__"})
 
-    def __init__(self, arguments, ranks=0, patch="", cwd=ROOT):
+
+# what transformers and torch import no sooner than they need it
+LAZY = ["transformers.models.llama.modeling_llama", "torch.distributed.run"]
+
+
+@functools.cache
+def fork_server():
+    """What starts processes that need not import anything: that would take 5 s each time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["runs", "train", *LAZY])
+    env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    with mock.patch.dict(os.environ, env):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+class Forked:
+    """A process of the fork server, with the methods of subprocess.Popen that are used here."""
+
+    def __init__(self, *run):
+        self.process = fork_server().Process(target=become, args=run, daemon=True)
+        self.process.start()
+        self.pid, self.kill = self.process.pid, self.process.kill
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("a run", timeout)
+
+
+TORCHRUN = "import torch.distributed.run as torchrun\ntorchrun.main()"
+
+
+class Run:
+    """train.py at work, by itself or under torchrun, with a mark in its processes' environment.
+
+    train.py, or torchrun, is forked from a process that has imported everything; the ranks are not,
+    nor is a `fresh` run, nor anything where there is a card: CUDA does not outlive a fork.
+    """
+
+    def __init__(self, arguments, ranks=0, patch="", cwd=ROOT, fresh=False):
         self.mark = f"run-{uuid.uuid4().hex}"
         script = [str(ROOT / "train.py")]
+        program = f"import cli, checkpoint, model as lm, train\n{patch}\ncli.run_cli(train.main)"
         if patch:
-            imports = "import cli, checkpoint, model as lm, train"
-            script = ["-c", f"{imports}\n{patch}\ncli.run_cli(train.main)"]
-        launcher = [sys.executable]
+            script = ["-c", program]
+        launcher = []
         if ranks:
-            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+            launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
             launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
             if patch:
                 launcher += ["--no-python", "--", sys.executable]
@@ -96,11 +159,17 @@ class Run:
         # files, because a pipe that nobody reads would fill up
         self.folder = tempfile.TemporaryDirectory()
         self.said, self.err = Path(self.folder.name, "stdout"), Path(self.folder.name, "stderr")
-        command = launcher + script + arguments
         with self.said.open("w") as said, self.err.open("w") as err:
-            self.process = subprocess.Popen(
-                command, cwd=cwd, env=env, stdout=said, stderr=err, start_new_session=True
-            )
+            if fresh or torch.cuda.is_available():
+                command = [sys.executable, *launcher, *script, *arguments]
+                self.process = subprocess.Popen(
+                    command, cwd=cwd, env=env, stdout=said, stderr=err, start_new_session=True
+                )
+            elif ranks:
+                line = [*launcher[2:], *script, *arguments]
+                self.process = Forked(TORCHRUN, line, cwd, env, said.name, err.name)
+            else:
+                self.process = Forked(program, arguments, cwd, env, said.name, err.name)
 
     def wait(self, timeout=150):
         """(exit code, stdout, stderr)"""
@@ -117,7 +186,10 @@ class Run:
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has just ended, or is not ours to see
                 state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-                if state != "Z" and self.mark.encode() in (folder / "environ").read_bytes():
+                # a fork's environ is that of the process it comes from
+                ours = int(folder.name) == self.process.pid
+                ours = ours or self.mark.encode() in (folder / "environ").read_bytes()
+                if state != "Z" and ours:
                     line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                     found[int(folder.name)] = line
         return found

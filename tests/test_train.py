@@ -710,7 +710,8 @@ def test_resume_refuses_what_would_change_the_mathematics(finished, capfd):
 
 
 def test_bad_input_to_the_program_itself(tiny, judge, tmp_path):
-    code, said, err = runs.Run(runs.flags(tiny, judge.url, tmp_path / "run", group_size=1)).wait()
+    flags = runs.flags(tiny, judge.url, tmp_path / "run", group_size=1)
+    code, said, err = runs.Run(flags, fresh=True).wait()
     assert code == 2 and err == "error: --group-size 1: must be at least 2\n" and said == ""
 
 
