@@ -15,6 +15,7 @@ from pathlib import Path
 
 import helpers
 import pytest
+import runs
 import torch
 import torch.distributed as dist
 from servers import JudgeServer
@@ -522,7 +523,9 @@ def rank_gradients(rank, size, folder):
 
 def test_two_ranks_compute_what_one_does_and_skip_together(tmp_path):
     """PITFALLS 11 and 20."""
-    torch.multiprocessing.spawn(rank_gradients, (2, str(tmp_path)), nprocs=2)
+    runs.fork_server()
+    how = dict(nprocs=2, start_method="forkserver")
+    torch.multiprocessing.start_processes(rank_gradients, (2, str(tmp_path)), **how)
     groups = played(settings())
     for name, cfg in RANKED.items():
         alone, means = gradients(groups, cfg)

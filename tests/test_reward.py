@@ -1,5 +1,6 @@
 """The judge: three ways to read an answer, faults of the server, attacks of the policy."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 import helpers
 import pytest
 from attacks import ATTACKS, CLEAN, NEUTRAL
-from servers import FAULTS, EchoServer, JudgeServer, texts_of
+from servers import FAULTS, HANGING, EchoServer, JudgeServer, texts_of
 
 import cli
 import client
@@ -232,9 +233,9 @@ def test_read_json_takes_one_object(text, value):
         '{"score": "6"}',
         '{"score": {"score": 3}}',
         '{"score": 3',
-        "[" * 100000,
-        "{" * 100000,
-        '{"a":' * 100000 + "}",
+        "[" * 20000,
+        "{" * 20000,
+        '{"a":' * 20000 + "}",
         '{"score": 1e999}',
         '{"agreed": true}',
         '<think>Perhaps {"score": 3}',
@@ -339,8 +340,13 @@ def test_every_fault_that_the_server_knows_is_tested():
     assert set(FAULTS) == set(AGAIN) | set(FINAL) | {"429 seconds", "429 date", "503 long"}
 
 
-@pytest.mark.parametrize("fault", AGAIN)
-def test_a_passing_fault_is_retried_and_a_lasting_one_is_missing(fault):
+@pytest.mark.parametrize("faults", [HANGING, *([f] for f in AGAIN if f not in HANGING)])
+def test_a_passing_fault_is_retried_and_a_lasting_one_is_missing(faults):
+    with concurrent.futures.ThreadPoolExecutor(len(faults)) as pool:  # they hang side by side
+        list(pool.map(retried_and_then_missing, faults))
+
+
+def retried_and_then_missing(fault):
     with judged() as (server, judge):
         server.faults = [fault, None]
         assert ask(judge).value == 3
@@ -668,8 +674,8 @@ def test_a_server_that_still_loads_is_waited_for(capsys):
     """PITFALLS 38."""
     more = {"judge_model": "m", "judge_wait": 20.0, "judge_attempts": 1}
     with JudgeServer(models=None) as server, new_judge(server.url, **more) as judge:
-        server.faults = lambda number, path: "503" if number < 3 else None
-        assert judge.preflight().endswith("read by expect") and len(server.requests) == 4
+        server.faults = lambda number, path: "503" if number < 2 else None
+        assert judge.preflight().endswith("read by expect") and len(server.requests) == 3
         assert capsys.readouterr().err.count("waiting for the judge") == 1
         assert ask(judge).value == pytest.approx(3, abs=2e-3)
 
