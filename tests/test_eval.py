@@ -1,6 +1,7 @@
 """Evaluation end to end: tiny models, a judge whose rule everybody can read, and a kill."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import types
@@ -38,6 +39,12 @@ def models(tmp_path_factory):
         tokenizer().save_pretrained(folder)
         folders.append(folder)
     return folders
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """test_measure.py is about the intervals; here they took most of the time."""
+    monkeypatch.setattr(measure, "bootstrap", functools.partial(measure.bootstrap, rounds=50))
 
 
 @pytest.fixture
