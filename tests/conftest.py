@@ -14,7 +14,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Two workers unless -n says otherwise: half of the time goes to starting Python."""
+    """Two workers unless -n says otherwise: many tests wait for a process or a server."""
     is_worker = "PYTEST_XDIST_WORKER" in os.environ  # a worker must not start workers
     if not is_worker and getattr(config.option, "numprocesses", 0) is None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
