@@ -455,7 +455,7 @@ def forgetful(monkeypatch):
 def test_when_a_verdict_arrives_changes_nothing(monkeypatch, forgetful, template, context_turns):
     speaker = talker(template=TEMPLATES[template])
     cfg = settings(agreement="judge", max_turns=6, context_turns=context_turns)
-    expected = play(speaker, helpers.dialogues(3, 3), cfg, Script(sometimes))
+    expected = play(speaker, helpers.dialogues(3, 2), cfg, Script(sometimes))
     assert {d.stop for d in expected} == {"agreed", "max_turns"}
     for d in expected:
         check_logprobs(speaker.model, d, cfg)
@@ -466,10 +466,10 @@ def test_when_a_verdict_arrives_changes_nothing(monkeypatch, forgetful, template
     def anybody(says):
         return order.sample(says, (len(says) + 1) // 2)
 
-    for moment, seed in [("last", 0), ("random", 0), ("random", 1), ("random", 2)]:
+    for moment, seed in [("last", 0), ("random", 0), ("random", 1)]:
         if seed:  # and neither does who is served first
             monkeypatch.setattr(selfplay, "choose_batch", anybody)
-        got = play(speaker, helpers.dialogues(3, 3), cfg, Script(sometimes, moment, seed))
+        got = play(speaker, helpers.dialogues(3, 2), cfg, Script(sometimes, moment, seed))
         for d, e in zip(got, expected):
             assert plain(d) == plain(e)
             assert len(samples(d)) == len(samples(e))
