@@ -27,6 +27,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from cli import UserError, command_line, option, run_cli
+from client import Missing, dig
 from dataset import DATA
 from model import compute_dtype, default_model_folder
 from reward import EMBEDDED
@@ -173,21 +174,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(404, "unknown path; this server has /pooling")
         try:
             body = json.loads(data)
-            # No tokenizer takes half a surrogate pair.
-            json.dumps(body, ensure_ascii=False).encode()
-        except (ValueError, RecursionError):
-            raise Refusal(400, "the body is not JSON, or holds half a character") from None
-        messages = body.get("messages") if isinstance(body, dict) else None
-        if not isinstance(messages, list) or not messages:
-            raise Refusal(400, "messages must be a list of {role, content}")
-        texts = [m.get("content") if isinstance(m, dict) else None for m in messages]
-        if not all(isinstance(text, str) for text in texts):
-            raise Refusal(400, "each message must have a text as its content")
+            messages = dig(body, "messages", kind=list)
+            *before, judged = [dig(message, "content", kind=str) for message in messages]
+            " ".join([*before, judged]).encode()  # no tokenizer takes half a surrogate pair
+        except (ValueError, RecursionError, Missing):
+            form = '{"messages": [{"role": ..., "content": TEXT}, ...]}, without half a character'
+            raise Refusal(400, f"the body must be JSON like {form}") from None
         model = str(body.get("model", engine.name))
         head = model.removeprefix(engine.name).removeprefix(":") or "score"
         if head not in engine.heads:
             raise Refusal(404, f"the model {model[:80]} is not served here; {engine.name} is")
-        return head, "\n".join(texts[:-1]), texts[-1]
+        return head, "\n".join(before), judged
 
     def send(self, status, content):
         """Reply with JSON, an error in the OpenAI shape."""
