@@ -184,21 +184,11 @@ def each_side(sides, items, judge, kind, rows, work, seeds=None):
     """{side: values of work(side, judge, [(row, seed number), ...])} for rows {id: row}."""
     values = {}
     for name, side in sides.items():
-        tries = side.settings.best_of
-        pairs = itertools.product(rows.items(), range((seeds or side.settings.seeds) * tries))
+        pairs = itertools.product(rows.items(), range(seeds or side.settings.seeds))
         todo = {(side.id, kind, row_id, k): (row, k) for (row_id, row), k in pairs}
-        found = items.finish(f"{kind}, {name}", todo, functools.partial(work, side, judge))
-        values[name] = best_of(tries, found) if tries > 1 else found
+        title = f"{kind}, {name}"
+        values[name] = items.finish(title, todo, functools.partial(work, side, judge))
     return values
-
-
-def best_of(tries, records):
-    """The best by the judge of each `tries` records in a row, numbered as the other side's."""
-    chosen = []
-    for start in range(0, len(records), tries):
-        best = max(records[start : start + tries], key=report.rank_of)
-        chosen.append({**best, "member": best["member"] // tries})
-    return chosen
 
 
 def measured(records):
@@ -268,7 +258,7 @@ def against(name, pairs, sides, items, judge):
         said = [verdict.value for verdict in verdicts(asked)]
         return list(zip(said[::2], said[1::2]))
 
-    both = sides["A"].id, sides["B"].id, sides["B"].settings.best_of
+    both = sides["A"].id, sides["B"].id
     todo = {}
     outcomes = []
     for a, b in pairs:
@@ -277,7 +267,7 @@ def against(name, pairs, sides, items, judge):
         else:
             todo[(*both, name, a["scenario_id"], a["member"])] = (a, b)
     said = items.finish(f"A against B, {name}", todo, work)
-    outcomes += [(key[4], outcome(*answer)) for key, answer in zip(todo, said, strict=True)]
+    outcomes += [(key[3], outcome(*answer)) for key, answer in zip(todo, said, strict=True)]
     return win_rate(f"win_rate_{name}", outcomes)
 
 
