@@ -443,8 +443,9 @@ def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
     ]
     assert [progress.epoch_news(rows, step, cfg, 4) for step in (1, 2, 3)] == [""] * 3
     assert progress.epoch_news(rows, 4, cfg, 4) == (
-        "    epoch 2: reward 2.50, in the first epoch 2.00 on the same 3 scenarios: +0.50 "
-        "(standard error 0.29), higher on 2"
+        "    so far: on the 3 scenarios it trained on, the mean reward went from 2.00 (first "
+        "epoch) to 2.50 (epoch 2), a difference of +0.50 with a standard error of 0.29; 2 of 3 "
+        "earned more"
     )  # differences 1, 0.5, 0; d has no first reward
     assert (
         progress.epoch_news(rows[:3], 4, cfg, 4) == ""
