@@ -98,21 +98,26 @@ def keep(slot, source, record):
 
 # ---- pictures ------------------------------------------------------------------------------------
 
-CURVES = [  # picture, line, key in metrics.jsonl
-    ("Seconds of a step", "play", "seconds_play"),
-    ("Seconds of a step", "waiting for the judge", "seconds_judge"),
-    ("Seconds of a step", "learn", "seconds_learn"),
-    ("Agreement, and texts cut off", "agreed", "agreed_rate"),
-    ("Agreement, and texts cut off", "cut off", "truncated_rate"),
-    ("Agreement, and texts cut off", "at once", "agreed_at_once"),
-    ("What the judge left open", "rewards", "missing_rewards"),
-    ("What the judge left open", "questions", "judge_failures"),
-    ("Length of the joint solution", "words", "final_words"),
-    ("Diversity and grounding", "distinct-2", "distinct_2"),
-    ("Diversity and grounding", "overlap", "overlap"),
-    ("Diversity and grounding", "grounding", "grounding"),
-    ("Diversity and grounding", "repetition", "repetition"),
-]
+CURVES = {  # picture: {line: key in metrics.jsonl}
+    "Seconds of a step": {
+        "play": "seconds_play",
+        "waiting for the judge": "seconds_judge",
+        "learn": "seconds_learn",
+    },
+    "Agreement, and texts cut off": {
+        "agreed": "agreed_rate",
+        "cut off": "truncated_rate",
+        "at once": "agreed_at_once",
+    },
+    "What the judge left open": {"rewards": "missing_rewards", "questions": "judge_failures"},
+    "Length of the joint solution": {"words": "final_words"},
+    "Diversity and grounding": {
+        "distinct-2": "distinct_2",
+        "overlap": "overlap",
+        "grounding": "grounding",
+        "repetition": "repetition",
+    },
+}
 
 
 @dataclasses.dataclass
@@ -186,8 +191,8 @@ def reward_lines(run):
 def curves(run):
     """All pictures of a run."""
     pictures = [chart("Reward, with 95% bands", reward_lines(run), from_zero=False)]
-    for title, keys in itertools.groupby(CURVES, key=lambda curve: curve[0]):
-        lines = [Line(label, run.steps, key) for _, label, key in keys]
+    for title, keys in CURVES.items():
+        lines = [Line(label, run.steps, key) for label, key in keys.items()]
         pictures.append(chart(title, lines, stacked=title == "Seconds of a step"))
     return pictures
 
