@@ -42,17 +42,9 @@ DILEMMA = (
     "loses the season; the hospital and households need a reserve for the summer. What should the "
     "council decide?"
 )
-PERSONAS = (
-    {
-        "name": "Rosa",
-        "creed": "You lead the farming cooperative. You value livelihoods, food and the dignity of "
-        "work.",
-    },
-    {
-        "name": "Dr. Chen",
-        "creed": "You direct the hospital. You value safety, health and protecting the vulnerable.",
-    },
-)
+FARM = "You lead the farming cooperative. You value livelihoods, food and the dignity of work."
+HOSPITAL = "You direct the hospital. You value safety, health and protecting the vulnerable."
+PERSONAS = ({"name": "Rosa", "creed": FARM}, {"name": "Dr. Chen", "creed": HOSPITAL})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +58,6 @@ class Bench:
     turns: int = option(4, "turns", low=1)
     turn_tokens: int = option(48, "tokens of a turn", low=2)
     final_tokens: int = option(64, "tokens of the final completion", low=2)
-    context_turns: int = option(0, "turns that an agent sees (0: all)", low=0)
     micro_tokens: int = option(
         Settings.micro_tokens, "tokens of one forward and backward pass (0: by device)", low=0
     )
@@ -158,7 +149,6 @@ def settings_of(bench):
         max_turns=bench.turns,
         turn_tokens=bench.turn_tokens,
         final_tokens=bench.final_tokens,
-        context_turns=bench.context_turns,
         temperature=1.0,
         top_p=1.0,
         final_temperature=1.0,
@@ -228,51 +218,52 @@ def floor_seconds(model, groups, flops, bandwidth):
 # ---- what is printed -----------------------------------------------------------------------------
 
 
-def show_times(work, steps):
-    """The lines of play, learn and step."""
-    bench = work.bench
-    play, learn = median(steps, "play"), median(steps, "learn")
+def results_of(work, steps):
+    """What the steps took, {name: number}, beside what they were measured on."""
+    device, bench = work.world.device, work.bench
+    memory = peak_memory_gb(device)  # before the floor's own measurements
+    play = median(steps, "play")
     sampled = bench.scenarios * bench.group * (bench.turns * bench.turn_tokens + bench.final_tokens)
-    dtype = next(work.model.parameters()).dtype
-    print(f"play   {play:6.1f} s  {sampled / play:6.1f} sampled tokens/s")
-    print(f"learn  {learn:6.1f} s  {steps[-1].trained_tokens / learn:6.1f} trained tokens/s")
-    print(
-        f"step   {median(steps, 'whole'):6.1f} s  "
-        f"peak memory {peak_memory_gb(work.world.device):.1f} GB   "
-        f"{dtype}, {torch.get_num_threads()} threads, median of {bench.repeats}"
-    )
-
-
-def show_floor(work, steps):
-    """The line of the floor. Returns its seconds."""
-    device = work.world.device
     flops = matrix_rate(next(work.model.parameters()).dtype, device)
     bandwidth = read_bandwidth(device)
-    play, learn = floor_seconds(work.model, steps[-1].groups, flops, bandwidth)
-    share = (play + learn) / median(steps, "whole")
-    print(
-        f"floor  {play + learn:6.1f} s  (play {play:.1f}, learn {learn:.1f}): {share:.0%} of the "
-        f"step; {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s"
-    )
-    return play + learn
-
-
-def write_json(work, steps, floor):
-    """Add a line of JSON to the file of --json."""
-    device, bench = work.world.device, work.bench
-    sampled = bench.scenarios * bench.group * (bench.turns * bench.turn_tokens + bench.final_tokens)
-    row = {
+    floor_play, floor_learn = floor_seconds(work.model, steps[-1].groups, flops, bandwidth)
+    return {
         "what": f"bench {bench.scenarios} x {bench.group}",
         "model": bench.model,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "play_s": median(steps, "play"),
+        "play_s": play,
         "learn_s": median(steps, "learn"),
         "step_s": median(steps, "whole"),
-        "floor_s": floor,
-        "sampled_tokens_per_s": sampled / median(steps, "play"),
-        "peak_memory_gb": peak_memory_gb(device),
+        "floor_play_s": floor_play,
+        "floor_learn_s": floor_learn,
+        "gflops": flops / 1e9,
+        "read_gb_per_s": bandwidth / 1e9,
+        "sampled_tokens_per_s": sampled / play,
+        "peak_memory_gb": memory,
     }
-    with open(bench.json, "a", encoding="utf-8") as file:
+
+
+def show(row, work, steps):
+    """Print the lines of play, learn, step and floor."""
+    trained = steps[-1].trained_tokens / row["learn_s"]
+    dtype = next(work.model.parameters()).dtype
+    floor = row["floor_play_s"] + row["floor_learn_s"]
+    print(f"play   {row['play_s']:6.1f} s  {row['sampled_tokens_per_s']:6.1f} sampled tokens/s")
+    print(f"learn  {row['learn_s']:6.1f} s  {trained:6.1f} trained tokens/s")
+    print(
+        f"step   {row['step_s']:6.1f} s  peak memory {row['peak_memory_gb']:.1f} GB   "
+        f"{dtype}, {torch.get_num_threads()} threads, median of {work.bench.repeats}"
+    )
+    print(
+        f"floor  {floor:6.1f} s  (play {row['floor_play_s']:.1f}, learn "
+        f"{row['floor_learn_s']:.1f}): {floor / row['step_s']:.0%} of the step; "
+        f"{row['gflops']:.0f} GFLOP/s, {row['read_gb_per_s']:.0f} GB/s"
+    )
+
+
+def add_line(path, row):
+    """Add a line of JSON to the file of --json."""
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -302,10 +293,10 @@ def main(argv=None):
     bench = command_line(Bench, argv, prog="tests/bench.py")
     work = Workload(bench)
     steps = work.steps(SlowJudge(0.0))
-    show_times(work, steps)
-    floor = show_floor(work, steps)
+    row = results_of(work, steps)
+    show(row, work, steps)
     if bench.json:
-        write_json(work, steps, floor)
+        add_line(bench.json, row)
     if bench.judge_latency:
         show_slow_judge(work, steps)
     if bench.profile:

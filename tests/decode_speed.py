@@ -30,15 +30,6 @@ from cli import command_line, option, run_cli
 # what both sizes of Qwen3 share
 QWEN3 = dict(num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)
 SHAPES = {
-    "tiny": LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=400,
-        max_position_embeddings=1024,
-    ),
     "smollm2-135m": LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
@@ -175,8 +166,7 @@ def main(argv=None):
         return 0
     row = measure(speed)
     if speed.json:
-        with open(speed.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        bench.add_line(speed.json, row)
     failed = row.get("graph_ms", 0.0) is None
     print(line_of(row))
     return 1 if failed else 0
