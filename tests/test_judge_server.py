@@ -265,8 +265,8 @@ def test_the_embedded_judge_ends_with_its_parent(how):
     # A shell's background process ignores SIGINT.
     ours = "signal.signal(signal.SIGINT, signal.default_int_handler)"
     code = (
-        f"import reward, signal; {ours}; s = reward.start_embedded(); "
-        "print(s.process.pid, s.url, flush=True); input(); s.close()"
+        f"import reward, signal; {ours}\n"
+        "with reward.embedded_server() as url: print(url, flush=True); input()"
     )
     pipe = subprocess.PIPE
     parent = subprocess.Popen(
@@ -277,7 +277,8 @@ def test_the_embedded_judge_ends_with_its_parent(how):
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    child, url = parent.stdout.readline().split()
+    url = parent.stdout.readline().strip()
+    (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
     assert alive(int(child)) and requests.get(url + "/models", timeout=20).status_code == 200
     if how == "close":
         parent.communicate("\n", timeout=30)
