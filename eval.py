@@ -213,7 +213,8 @@ def measured(records):
 def table(columns, differences=(("A", "B"),)):
     """Rows of each figure of {column: {(scenario, seed): {figure: number}}}, and of differences."""
     rows = []
-    for name in next(iter(next(iter(columns.values())).values()), {}):
+    first_column, *_ = columns.values()
+    for name in next(iter(first_column.values()), {}):
         given = {}  # {what the row is of: [(scenario, number)]}
         for of, column in columns.items():
             given[of] = [(key[0], item[name]) for key, item in column.items()]

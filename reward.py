@@ -25,7 +25,6 @@ from pathlib import Path
 
 from cli import UserError, option
 from client import Client, Missing
-from model import cache_folder
 from rubric import (
     QUESTIONS,
     Case,
@@ -68,7 +67,6 @@ class JudgeSettings:
     judge_attempts: int = option(4, "attempts per question", low=1)
     judge_budget: int = option(0, "judge calls in all, then the run stops (0: no limit)", low=0)
     judge_tokens: int = option(64, "tokens of a JSON answer, with a judge's thoughts", low=8)
-    judge_cache: str = option("auto", "answers on disk: auto (of judges by URL), off, or a folder")
     rubric: str = option("", "JSON file that replaces RUBRIC of rubric.py")
 
 
@@ -132,11 +130,6 @@ class Judge:
         self.rubric = load_rubric(settings.rubric)
         self.way = Way(settings.judge_model, settings.judge_mode)
         self.answers = {}  # digest of a question -> Future
-        cache = settings.judge_cache
-        if cache == "off" or (cache == "auto" and not settings.judge_url):
-            cache = None
-        elif cache == "auto":
-            cache = cache_folder() / "judge"
         self.client = Client(
             url,
             concurrency=settings.judge_concurrency,
@@ -144,7 +137,6 @@ class Judge:
             attempts=settings.judge_attempts,
             batch_seconds=settings.judge_deadline,
             budget=settings.judge_budget,
-            cache=cache,
             key=key,
         )
         self.start_batch = self.client.start_batch

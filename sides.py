@@ -54,7 +54,7 @@ BASELINE = {"baseline", "baseline_temperature"}  # settings that change nothing 
 FREE = {  # settings that change no single item
     *("limit", "seeds", "batch", "read", "out", "judge2_url", "judge2_model"),
     *("judge_concurrency", "judge_timeout", "judge_deadline", "judge_wait", "judge_attempts"),
-    *("judge_budget", "judge_cache"),
+    "judge_budget",
     "date",  # a command that goes on the next day goes on where it was
 }
 # Taken from a run's config.json: how it played, and the judge that trained it. Not its end without

@@ -47,7 +47,7 @@ def run(tmp_path, models):
     def call(command, server, *flags, baseline=True):
         out = tmp_path / f"{command}.json"
         pair = ["--model", models[0]] + ["--baseline", models[1]] * baseline
-        judged = ["--judge-url", server.url, "--judge-mode", "json", "--judge-cache", "off"]
+        judged = ["--judge-url", server.url, "--judge-mode", "json"]
         settings = [*judged, "--out", str(out), *SHORT.split()]
         assert evaluation.main([command, *pair, *settings, *flags]) == 0
         found = json.loads(out.read_text())
@@ -456,7 +456,7 @@ def test_blind(models, tmp_path):
     sheet = tmp_path / "sheet.jsonl"
     pair = ["--model", models[0], "--baseline", models[1], "--limit", "4", "--seeds", "2"]
     with JudgeServer(lambda text: 2, offers=("json",)) as server:
-        judged = ["--judge-url", server.url, "--judge-mode", "json", "--judge-cache", "off"]
+        judged = ["--judge-url", server.url, "--judge-mode", "json"]
         flags = ["blind", *pair, *judged, "--out", str(sheet), *SHORT.split()]
         assert evaluation.main(flags) == 0
         with pytest.raises(UserError, match="sheet.jsonl: is there already, perhaps with ratings"):
@@ -642,7 +642,6 @@ HELD_OUT = sides.Settings(
     turn_tokens=6,
     final_tokens=8,
     judge_mode="json",
-    judge_cache="off",
     judge_attempts=1,
     agreement="none",
 )
