@@ -1,9 +1,11 @@
 """How the heads of the embedded judge were fitted, and how good they are.
 
-data/judge_labels.jsonl, agreement_labels.jsonl -> what judge_server.py reads of each text (F,)
-    -> ridge regression, a head each            -> data/judge_heads.safetensors
+    data/judge_labels.jsonl, agreement_labels.jsonl -> what judge_server.py reads of each text (F,)
+        -> ridge regression, a head each            -> data/judge_heads.safetensors
 
-python judge_fit.py
+Run it when the labels change. What it prints stands in RESULTS.md.
+
+    python judge_fit.py
 """
 
 import collections

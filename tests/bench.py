@@ -8,8 +8,7 @@
     python tests/bench.py --profile             # the costliest operations
 
 Every turn has exactly --turn-tokens tokens. Printed are the medians of --repeats steps after one to
-warm up. `floor`: the seconds that the step's arithmetic and weight reads would take at this
-machine's own matrix rate and read bandwidth, both measured here.
+warm up.
 """
 
 import concurrent.futures
@@ -24,7 +23,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import attention
 import chat
 import dataset
 import grpo
@@ -95,7 +93,6 @@ class Step:
     learn: float
     waited: float  # for the judge, part of learn
     trained_tokens: int
-    groups: list  # lists of Dialogues
 
     @property
     def whole(self):
@@ -133,7 +130,7 @@ class Workload:
         middle = time.perf_counter()
         means, waited = train.learn(groups, self.learner, self.settings, self.world)
         end = time.perf_counter()
-        return Step(middle - start, end - middle, waited, means["trained_tokens"], groups)
+        return Step(middle - start, end - middle, waited, means["trained_tokens"])
 
     def steps(self, judge):
         """--repeats steps, after one to warm up."""
@@ -165,68 +162,14 @@ def median(steps, what):
     return statistics.median(getattr(step, what) for step in steps)
 
 
-# ---- the floor -----------------------------------------------------------------------------------
-
-
-def fastest(work, device, times=6):
-    """The least seconds that work() takes."""
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def matrix_rate(dtype, device):
-    """FLOP/s of a large product in `dtype`."""
-    n = 2048 if device.type == "cpu" else 8192
-    a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n**3 / fastest(lambda: a @ a, device)
-
-
-def read_bandwidth(device):
-    """Bytes/s of a plain read."""
-    block = torch.randn(1 << 26, device=device)  # 256 MB
-    return block.numel() * block.itemsize / fastest(block.sum, device)
-
-
-def floor_seconds(model, groups, flops, bandwidth):
-    """(play, learn): seconds of the arithmetic, and of reading the weights once a decoded token."""
-    head = model.get_output_embeddings().weight
-    embeddings = attention.inner(model).get_input_embeddings().weight.numel()
-    body = sum(p.numel() for p in attention.inner(model).parameters()) - embeddings
-    dialogues = sum(groups, [])
-    sampled = sum(sum(d.final_sample.mask) for d in dialogues)
-    for dialogue in dialogues:
-        sampled += sum(len(turn.ids) for turn in dialogue.turns)
-    read = trained = 0
-    for group in groups:
-        for tree, rows in grpo.pack(group, "dialogue", 1 << 40):  # every token once
-            read += tree.tokens
-            trained += sum(len(row.wanted) for row in rows)
-    weights = (body + head.numel()) * head.itemsize  # bytes
-    reading = sampled / len(dialogues) * weights / bandwidth
-    arithmetic = (2 * body * (read + sampled / 3) + 2 * head.numel() * sampled) / flops
-    # the vocabulary is projected once more in the backward pass
-    learn = (6 * body * read + 8 * head.numel() * trained) / flops
-    return max(reading, arithmetic), learn
-
-
 # ---- what is printed -----------------------------------------------------------------------------
 
 
 def results_of(work, steps):
     """What the steps took, {name: number}, beside what they were measured on."""
     device, bench = work.world.device, work.bench
-    memory = peak_memory_gb(device)  # before the floor's own measurements
     play = median(steps, "play")
     sampled = bench.scenarios * bench.group * (bench.turns * bench.turn_tokens + bench.final_tokens)
-    flops = matrix_rate(next(work.model.parameters()).dtype, device)
-    bandwidth = read_bandwidth(device)
-    floor_play, floor_learn = floor_seconds(work.model, steps[-1].groups, flops, bandwidth)
     return {
         "what": f"bench {bench.scenarios} x {bench.group}",
         "model": bench.model,
@@ -234,30 +177,20 @@ def results_of(work, steps):
         "play_s": play,
         "learn_s": median(steps, "learn"),
         "step_s": median(steps, "whole"),
-        "floor_play_s": floor_play,
-        "floor_learn_s": floor_learn,
-        "gflops": flops / 1e9,
-        "read_gb_per_s": bandwidth / 1e9,
         "sampled_tokens_per_s": sampled / play,
-        "peak_memory_gb": memory,
+        "peak_memory_gb": peak_memory_gb(device),
     }
 
 
 def show(row, work, steps):
-    """Print the lines of play, learn, step and floor."""
+    """Print the lines of play, learn and step."""
     trained = steps[-1].trained_tokens / row["learn_s"]
     dtype = next(work.model.parameters()).dtype
-    floor = row["floor_play_s"] + row["floor_learn_s"]
     print(f"play   {row['play_s']:6.1f} s  {row['sampled_tokens_per_s']:6.1f} sampled tokens/s")
     print(f"learn  {row['learn_s']:6.1f} s  {trained:6.1f} trained tokens/s")
     print(
         f"step   {row['step_s']:6.1f} s  peak memory {row['peak_memory_gb']:.1f} GB   "
         f"{dtype}, {torch.get_num_threads()} threads, median of {work.bench.repeats}"
-    )
-    print(
-        f"floor  {floor:6.1f} s  (play {row['floor_play_s']:.1f}, learn "
-        f"{row['floor_learn_s']:.1f}): {floor / row['step_s']:.0%} of the step; "
-        f"{row['gflops']:.0f} GFLOP/s, {row['read_gb_per_s']:.0f} GB/s"
     )
 
 

@@ -126,6 +126,17 @@ def milliseconds(model, speed, way):
     return 1000 * statistics.median(seconds)
 
 
+def read_bandwidth(device):
+    """Bytes/s of a plain read, the best of six."""
+    block = torch.randn(1 << 26, device=device)  # 256 MB
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        block.sum().item()
+        seconds.append(time.perf_counter() - start)
+    return block.numel() * block.itemsize / min(seconds)
+
+
 def measure(speed):
     """One line of results, {what: number}."""
     device = torch.device(lm.own_device())
@@ -139,7 +150,7 @@ def measure(speed):
     for way in ("rows", "block", "graph") if on_card else ("rows", "block"):
         row[f"{way}_ms"] = milliseconds(model, speed, way)
     weights = sum(p.numel() * p.itemsize for p in model.parameters())
-    row["limit_ms"] = 1000 * weights / bench.read_bandwidth(device)
+    row["limit_ms"] = 1000 * weights / read_bandwidth(device)
     best = min(row[key] for key in ("rows_ms", "block_ms", "graph_ms") if row.get(key))
     row["share_of_limit"] = row["limit_ms"] / best
     if on_card:
