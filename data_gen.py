@@ -30,7 +30,7 @@ from tqdm import tqdm
 from cli import UserError, command_line, option, run_cli
 from client import Client, Missing, dig
 from dataset import DATA, DEMONSTRATION, load_jsonl, shape_fault, shuffled, turns_fault
-from measure import words
+from measure import ngrams, words
 
 DILEMMA = {"id": str, "tier": str, "topic": str, "dilemma": str}
 PAIR = {"id": str, "axis": str, "personas": list}
@@ -57,8 +57,7 @@ NEAR = 0.3  # word 5-gram Jaccard from which two texts count as the same
 
 def grams(text):
     """The word 5-grams of a text, case and punctuation aside; a shorter text is one gram."""
-    said = words(text)
-    return {tuple(said[i : i + 5]) for i in range(max(1, len(said) - 4))}
+    return set(ngrams([text], 5)) or {tuple(words(text))}
 
 
 def jaccard(a, b):

@@ -18,10 +18,10 @@ start it again. Left out: downloads (IFEval, AIME, GPQA: the README has the comm
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +29,12 @@ import torch
 from tqdm import tqdm
 
 import audit
-import chat
 import model as lm
 import report
 import reward
 import sampler
 import selfplay
-from attention import RaggedCache, Tree
+from attention import Tree
 from cli import UserError, run_cli
 from client import BudgetSpent
 from dataset import DATA
@@ -67,8 +66,9 @@ def played(voices, pairs, settings, judge, seed, partner=None, quiet=False):
     dialogues = [selfplay.Dialogue(scenario, 0, i, k) for i, (scenario, k) in enumerate(pairs)]
     judge.start_batch()
     with tqdm(total=len(dialogues), desc="dialogues", leave=False, disable=quiet) as bar:
-        watch = {"on_done": lambda dialogue: bar.update()}
-        selfplay.play(voices, dialogues, settings, judge, seed, partner, **watch)
+        selfplay.play(
+            voices, dialogues, settings, judge, seed, partner, on_done=lambda _: bar.update()
+        )
     records = []
     for dialogue in dialogues:
         record = dialogue.record()
@@ -140,25 +140,16 @@ def asked_alone(voice, prompt):
 @torch.no_grad()
 def answers(voice, prompts, limit, temperature, top_p, seeds):
     """One answer to each prompt as a chat.Turn, all in one batch, each with its own seed."""
-    rngs = [np.random.default_rng(seed) for seed in seeds]
-    unread = [asked_alone(voice, prompt) for prompt in prompts]
-    turns = [chat.Turn(0, "", True) for _ in prompts]
-    cache = RaggedCache(len(prompts))
-    live = list(range(len(prompts)))
-    while live:
-        logits = cache.feed(voice.model, live, [unread[row] for row in live])  # (live, V)
-        uniform = logits.new_tensor([rngs[row].random() for row in live])
-        heat = torch.full_like(uniform, temperature)
-        nucleus = torch.full_like(uniform, top_p)
-        drawn = sampler.draw(logits, heat, nucleus, uniform)[0].tolist()
-        for row, token in zip(live, drawn, strict=True):
-            unread[row] = [token]
-            turns[row].ids.append(token)
-            turns[row].truncated = token not in voice.chat.ends
-        live = [row for row in live if turns[row].truncated and len(turns[row].ids) < limit]
-    for turn in turns:
-        turn.text = voice.chat.text(turn.ids)
-    return turns
+    table = sampler.Table(voice, len(prompts))
+    says = []
+    for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        numbers = np.random.default_rng(seed)
+        say = sampler.Say(0, asked_alone(voice, prompt), limit, temperature, top_p, numbers)
+        say.seat(table, row)
+        says.append(say)
+    while live := [say for say in says if not say.over()]:
+        sampler.speak(sampler.choose_batch(live))
+    return [say.turn for say in says]
 
 
 def mean_logprobs(voice, prefix, continuations):
@@ -311,9 +302,7 @@ def open_questions(sides, items, judge):
 def answered(side, judge, pairs):
     """Records of (question, seed number) pairs, as of dialogues without a turn."""
     settings = side.settings
-    seeds = []
-    for row, k in pairs:
-        seeds.append([settings.seed, *hashlib.sha256(row["id"].encode()).digest()[:8], k])
+    seeds = [[settings.seed, zlib.crc32(row["id"].encode()), k] for row, k in pairs]
     prompts = [row["question"] for row, _ in pairs]
     sampling = settings.answer_tokens, settings.final_temperature, settings.final_top_p
     turns = answers(side.voice, prompts, *sampling, seeds)

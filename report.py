@@ -25,7 +25,7 @@ import jinja2
 import numpy as np
 from transformers import AutoTokenizer
 
-from checkpoint import config_of, locate, whole_lines
+from checkpoint import config_of, locate, whole_lines, write_atomically
 from cli import UserError, command_line, option
 from dataset import DATA
 
@@ -48,10 +48,8 @@ def writing(path):
 
 def write(path, text):
     """Replace a file at once. Raises UserError where it cannot be written."""
-    part = path.with_name(f".{path.name}.part")
     with writing(path):
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        write_atomically(path, text)
 
 
 # ---- what the page shows of a run ----------------------------------------------------------------
@@ -151,14 +149,12 @@ def chart(title, lines, stacked=False, from_zero=True):
                 axes.bar(steps, values, 0.8, floor, label=line.label)
                 floor = floor + values
                 continue
-            (drawn,) = axes.plot(steps, values, "o-", label=line.label)
-            if len(steps) >= 40:
-                drawn.set_marker("")
+            form = "o-" if len(steps) < 40 else "-"
+            (drawn,) = axes.plot(steps, values, form, label=line.label)
             if line.band:
                 low, high = map(line.column, line.band)
-                axes.fill_between(
-                    steps, low, high, color=drawn.get_color(), alpha=0.18, linewidth=0
-                )
+                colour = drawn.get_color()
+                axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
         if from_zero:
             axes.set_ylim(0, 1.03 * max(1.0, axes.get_ylim()[1]))
         axes.set_xlabel("step")
