@@ -161,8 +161,8 @@ def test_the_terminal_shows_each_step_and_a_transcript(finished):
         earned[record["step"]] += record["reward"] / 6
     for step in (2, 3):
         assert (
-            f"epoch {step}: reward {earned[step]:.2f}, in the first epoch {earned[1]:.2f} "
-            "on the same 2 scenarios" in said
+            "so far: on the 2 scenarios it trained on, the mean reward went from "
+            f"{earned[1]:.2f} (first epoch) to {earned[step]:.2f} (epoch {step})" in said
         )
 
 
