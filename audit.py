@@ -13,7 +13,6 @@ Both are commands of eval.py, which calls this file:
 
 import collections
 import dataclasses
-import itertools
 import json
 import math
 from pathlib import Path
@@ -25,8 +24,7 @@ import report
 import reward
 from cli import UserError
 from dataset import DATA
-from judge_server import spearman
-from measure import figure, minus, words
+from measure import figure, minus, pairs_right, spearman, words
 from sides import verdicts
 
 # ---- the judge itself ----------------------------------------------------------------------------
@@ -58,18 +56,9 @@ def scored(name, rows, side, items, judge):
 
 
 def against_labels(name, scores, rows):
-    """How well a scorer ranks labelled solutions: over all, and in pairs on one dilemma.
-
-    The labels of a pair differ by half a point or more; a tie is half right.
-    """
+    """How well a scorer ranks labelled solutions: over all, and in pairs on one dilemma."""
     ranked = [(row["dilemma"], scores[row["id"]], float(row["score"])) for row in rows]
-    pairs = []
-    for one, other in itertools.combinations(ranked, 2):
-        gap = minus(one[1], other[1])
-        apart = one[2] - other[2]
-        if one[0] == other[0] and abs(apart) >= 0.5:
-            right = None if gap is None else (1 + np.sign(gap * apart)) / 2
-            pairs.append((one[0], right))
+    pairs = pairs_right(ranked)
     return [figure("spearman", name, ranked, spearman), figure("pairs_right", name, pairs)]
 
 
@@ -80,8 +69,7 @@ def audit(sides, items, judge):
     rows = labelled(settings)
     scores = {"judge": scored("judge", rows, side, items, judge)}
     found = {"judge_url": judge.client.url, "judge_model": judge.model, "judge_mode": judge.mode}
-    uncached = dataclasses.replace(settings, **found, judge_cache="off")
-    with reward.open_judge(uncached) as same:  # and in another order
+    with reward.open_judge(dataclasses.replace(settings, **found)) as same:  # in another order
         scores["judge again"] = scored("judge again", rows[::-1], side, items, same)
     if settings.judge2_url:
         found = {"judge_url": settings.judge2_url, "judge_model": settings.judge2_model}

@@ -86,7 +86,7 @@ def locate(name):
 def write_atomically(path, text):
     """Write a file beside `path`, fsync it and rename it into place."""
     scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     sync(scratch)
     scratch.replace(path)
 

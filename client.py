@@ -1,6 +1,6 @@
 """A client for somebody else's server, which may fail in any way: an answer or a reason.
 
-    ask -> kept on disk? -> up to `attempts` requests within a deadline -> parse(reply) or Missing
+    ask -> up to `attempts` requests within a deadline -> parse(reply) or Missing
 
 It speaks to any OpenAI-compatible server. What does not arrive is `Missing`, with a reason that the
 caller counts; nothing is made up in its place. Left out: streaming.
@@ -12,18 +12,15 @@ import contextlib
 import dataclasses
 import email.utils
 import functools
-import hashlib
 import json
 import math
 import os
 import random
 import re
 import socket
-import sys
 import threading
 import time
 import urllib.parse
-from pathlib import Path
 
 import requests
 import urllib3
@@ -145,7 +142,6 @@ class Client:
     attempts: int = 4  # per question
     batch_seconds: float = 600.0  # from `start_batch` until waiting ends
     budget: int = 0  # attempts in all (0: no limit)
-    cache: str | Path | None = None  # folder of answers
     key: str = "JUDGE_API_KEY"  # environment variable that holds the key
 
     def __post_init__(self):
@@ -193,26 +189,14 @@ class Client:
         return self._pool.submit(job, *args, ends)
 
     def ask(self, path, payload, parse, ends=math.inf, root=False):
-        """`parse(reply)` of a POST of `payload` (None: a GET); an answer that parses is kept.
+        """`parse(reply)` of a POST of `payload` (None: a GET).
 
         root: `path` stands beside /v1, not below it. Raises Missing when no answer that parses
         comes in time, BudgetSpent.
         """
         url = (self.url.removesuffix("/v1") if root else self.url) + path
         body = None if payload is None else json.dumps(payload, sort_keys=True).encode()
-        kept = None
-        if self.cache and body:
-            digest = hashlib.sha256(url.encode() + b"\0" + body).hexdigest()
-            kept = Path(self.cache, digest[:2], digest + ".json")
-            with contextlib.suppress(OSError, ValueError, Missing):  # not there, or not whole: ask
-                value = parse(json.loads(kept.read_bytes()))
-                self.count("cache_hits")
-                return value
-        reply = self._persist(url, body, ends)
-        value = parse(reply)
-        if kept:
-            self._keep(kept, reply)
-        return value
+        return parse(self._persist(url, body, ends))
 
     def _persist(self, url, body, ends):
         """The reply of the first attempt that succeeds, with longer and longer pauses between."""
@@ -298,18 +282,6 @@ class Client:
             with contextlib.suppress(Missing):  # not every server tells
                 self.count(name, dig(decoded, "usage", name, kind=int))
         return decoded
-
-    def _keep(self, path, reply):
-        """Write an answer to a temporary name, then rename it: nobody ever sees half of it."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.stem}.{os.getpid()}-{threading.get_ident()}.part")
-            part.write_text(json.dumps(reply))
-            part.replace(path)
-        except OSError as error:  # a full disk costs the cache, not the run
-            self.cache = None
-            fault = f"cannot write ({error.strerror}); going on without it"
-            print(f"warning: --judge-cache: {fault}", file=sys.stderr, flush=True)
 
     def _open_session(self):
         """Give this worker a session of its own: no proxy on loopback, no .netrc."""

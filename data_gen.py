@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import random
 import re
 import string
@@ -30,15 +29,8 @@ from tqdm import tqdm
 
 from cli import UserError, command_line, option, run_cli
 from client import Client, Missing, dig
-from dataset import (
-    DATA,
-    DEMONSTRATION,
-    answer_fault,
-    load_jsonl,
-    shape_fault,
-    shuffled,
-    turns_fault,
-)
+from dataset import DATA, DEMONSTRATION, load_jsonl, shape_fault, shuffled, turns_fault
+from measure import ngrams, words
 
 DILEMMA = {"id": str, "tier": str, "topic": str, "dilemma": str}
 PAIR = {"id": str, "axis": str, "personas": list}
@@ -48,7 +40,7 @@ FILES = {  # shipped file: (how many lines, what a line holds)
     "personas.jsonl": (25, PAIR),
     "eval_conflict.jsonl": (100, DILEMMA | {"personas": list}),
     "eval_open.jsonl": (100, {"id": str, "topic": str, "question": str}),
-    "eval_general.jsonl": (35, {"id": str, "kind": str, "prompt": str}),
+    "eval_general.jsonl": (35, {"id": str, "prompt": str, "choices": list, "answer": int}),
     "demonstrations.jsonl": (640, DEMONSTRATION),
     "judge_labels.jsonl": (1212, LABEL | {"solution": str, "score": float, "endorse": list}),
     "agreement_labels.jsonl": (890, LABEL | {"turns": list, "agreed": bool}),
@@ -65,8 +57,7 @@ NEAR = 0.3  # word 5-gram Jaccard from which two texts count as the same
 
 def grams(text):
     """The word 5-grams of a text, case and punctuation aside; a shorter text is one gram."""
-    words = re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)*", text.lower())
-    return {tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
+    return set(ngrams([text], 5)) or {tuple(words(text))}
 
 
 def jaccard(a, b):
@@ -149,10 +140,11 @@ PATTERNS = {
 def line_fault(row, shape):
     """Is it a line as good as the shipped ones? Returns what is wrong, or ""."""
     fault = shape_fault(row, shape)
-    for key, check_line in LINE_CHECKS:
-        if key in shape:
-            fault = fault or check_line(row)
-    return fault
+    if "turns" in shape:
+        fault = fault or turns_fault(row)
+    if "score" in shape:
+        fault = fault or rating_fault(row)
+    return fault or text_fault(row)
 
 
 def text_fault(row):
@@ -183,24 +175,15 @@ def rating_fault(row):
     return "a rating that is no half point from 0 to 5; correct it"
 
 
-LINE_CHECKS = (  # (what a line holds, what may be wrong with such a line)
-    ("turns", turns_fault),
-    ("final", text_fault),
-    ("id", text_fault),
-    ("kind", answer_fault),
-    ("score", rating_fault),
-)
-
-
 def likeness_faults(sets):
     """Is each id, text and name new?"""
     memory = Memory()
     for file, rows in sets.items():
         for number, row in enumerate(rows, 1):
-            fault = memory.fault(row)
-            if fault:
-                yield f"{file}:{number}: {fault}"
-            memory.add(f"{file}:{number}", row)
+            place = f"{file}:{number}"
+            if fault := memory.fault(row):
+                yield f"{place}: {fault}"
+            memory.add(place, row)
 
 
 def sealed_faults(sets):
@@ -322,32 +305,24 @@ def read_reply(text, start, shape):
     return row, line_fault(row, shape)
 
 
+OURS = b'{"id": "gen-'  # how a line of ours begins
+
+
 def open_output(path, shape):
-    """The lines of earlier runs; the half line that a killed one may have left is cut off."""
+    """The lines of earlier runs; the half line that a broken one may have left is cut off."""
     if Path(path).exists() and not Path(path).is_file():
         raise UserError(f"--out {path}: not a plain file; name another one")
     with open(path, "a+b") as file:
         file.seek(0)
         data = file.read()
-        half = data[data.rfind(b"\n") + 1 :]
-        if half and not half.startswith(b'{"id": "gen-'):
+        whole = data.rfind(b"\n") + 1
+        if not OURS.startswith(data[whole:][: len(OURS)]):
             raise UserError(f"--out {path}: its last line has no end; mend it or take it out")
-        file.truncate(len(data) - len(half))
-    rows = load_jsonl(path, lambda row: shape_fault(row, shape)) if len(data) > len(half) else []
+        file.truncate(whole)
+    rows = load_jsonl(path, lambda row: shape_fault(row, shape)) if whole else []
     if any(set(row) != set(shape) for row in rows):
         raise UserError(f"--out {path}: lines with other keys than ours; name another one")
     return rows
-
-
-def append_line(path, row):
-    """Add a line, whole or not at all."""
-    size = os.path.getsize(path)
-    try:
-        with open(path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError:
-        os.truncate(path, size)
-        raise
 
 
 def generate(command, settings, client):
@@ -405,7 +380,8 @@ def collect(prompts, settings, client, shape, written, memory):
         if fault:
             tqdm.write(f"{start['id']} not written: {fault}")
             continue
-        append_line(settings.out, row)
+        with open(settings.out, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
         written.append(row)
         memory.add(f"{settings.out}:{len(written)}", row)
 

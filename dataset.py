@@ -125,11 +125,6 @@ def turns_fault(row):
     return ""
 
 
-def answer_fault(row):
-    """Does a line of the general set hold its choices?"""
-    return shape_fault(row, {"choices": list, "answer": int})
-
-
 # ---- scenarios and demonstrations -------------------------------------------------------------
 
 

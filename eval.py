@@ -18,10 +18,10 @@ start it again. Left out: downloads (IFEval, AIME, GPQA: the README has the comm
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +29,12 @@ import torch
 from tqdm import tqdm
 
 import audit
-import chat
 import model as lm
 import report
 import reward
 import sampler
 import selfplay
-from attention import RaggedCache, Tree
+from attention import Tree
 from cli import UserError, run_cli
 from client import BudgetSpent
 from dataset import DATA
@@ -67,8 +66,9 @@ def played(voices, pairs, settings, judge, seed, partner=None, quiet=False):
     dialogues = [selfplay.Dialogue(scenario, 0, i, k) for i, (scenario, k) in enumerate(pairs)]
     judge.start_batch()
     with tqdm(total=len(dialogues), desc="dialogues", leave=False, disable=quiet) as bar:
-        watch = {"on_done": lambda dialogue: bar.update()}
-        selfplay.play(voices, dialogues, settings, judge, seed, partner, **watch)
+        selfplay.play(
+            voices, dialogues, settings, judge, seed, partner, on_done=lambda _: bar.update()
+        )
     records = []
     for dialogue in dialogues:
         record = dialogue.record()
@@ -140,25 +140,16 @@ def asked_alone(voice, prompt):
 @torch.no_grad()
 def answers(voice, prompts, limit, temperature, top_p, seeds):
     """One answer to each prompt as a chat.Turn, all in one batch, each with its own seed."""
-    rngs = [np.random.default_rng(seed) for seed in seeds]
-    unread = [asked_alone(voice, prompt) for prompt in prompts]
-    turns = [chat.Turn(0, "", True) for _ in prompts]
-    cache = RaggedCache(len(prompts))
-    live = list(range(len(prompts)))
-    while live:
-        logits = cache.feed(voice.model, live, [unread[row] for row in live])  # (live, V)
-        uniform = logits.new_tensor([rngs[row].random() for row in live])
-        heat = torch.full_like(uniform, temperature)
-        nucleus = torch.full_like(uniform, top_p)
-        drawn = sampler.draw(logits, heat, nucleus, uniform)[0].tolist()
-        for row, token in zip(live, drawn, strict=True):
-            unread[row] = [token]
-            turns[row].ids.append(token)
-            turns[row].truncated = token not in voice.chat.ends
-        live = [row for row in live if turns[row].truncated and len(turns[row].ids) < limit]
-    for turn in turns:
-        turn.text = voice.chat.text(turn.ids)
-    return turns
+    table = sampler.Table(voice, len(prompts))
+    says = []
+    for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        numbers = np.random.default_rng(seed)
+        say = sampler.Say(0, asked_alone(voice, prompt), limit, temperature, top_p, numbers)
+        say.seat(table, row)
+        says.append(say)
+    while live := [say for say in says if not say.over()]:
+        sampler.speak(sampler.choose_batch(live))
+    return [say.turn for say in says]
 
 
 def mean_logprobs(voice, prefix, continuations):
@@ -184,21 +175,11 @@ def each_side(sides, items, judge, kind, rows, work, seeds=None):
     """{side: values of work(side, judge, [(row, seed number), ...])} for rows {id: row}."""
     values = {}
     for name, side in sides.items():
-        tries = side.settings.best_of
-        pairs = itertools.product(rows.items(), range((seeds or side.settings.seeds) * tries))
+        pairs = itertools.product(rows.items(), range(seeds or side.settings.seeds))
         todo = {(side.id, kind, row_id, k): (row, k) for (row_id, row), k in pairs}
-        found = items.finish(f"{kind}, {name}", todo, functools.partial(work, side, judge))
-        values[name] = best_of(tries, found) if tries > 1 else found
+        title = f"{kind}, {name}"
+        values[name] = items.finish(title, todo, functools.partial(work, side, judge))
     return values
-
-
-def best_of(tries, records):
-    """The best by the judge of each `tries` records in a row, numbered as the other side's."""
-    chosen = []
-    for start in range(0, len(records), tries):
-        best = max(records[start : start + tries], key=report.rank_of)
-        chosen.append({**best, "member": best["member"] // tries})
-    return chosen
 
 
 def measured(records):
@@ -223,7 +204,8 @@ def measured(records):
 def table(columns, differences=(("A", "B"),)):
     """Rows of each figure of {column: {(scenario, seed): {figure: number}}}, and of differences."""
     rows = []
-    for name in next(iter(next(iter(columns.values())).values()), {}):
+    first_column, *_ = columns.values()
+    for name in next(iter(first_column.values()), {}):
         given = {}  # {what the row is of: [(scenario, number)]}
         for of, column in columns.items():
             given[of] = [(key[0], item[name]) for key, item in column.items()]
@@ -268,7 +250,7 @@ def against(name, pairs, sides, items, judge):
         said = [verdict.value for verdict in verdicts(asked)]
         return list(zip(said[::2], said[1::2]))
 
-    both = sides["A"].id, sides["B"].id, sides["B"].settings.best_of
+    both = sides["A"].id, sides["B"].id
     todo = {}
     outcomes = []
     for a, b in pairs:
@@ -277,7 +259,7 @@ def against(name, pairs, sides, items, judge):
         else:
             todo[(*both, name, a["scenario_id"], a["member"])] = (a, b)
     said = items.finish(f"A against B, {name}", todo, work)
-    outcomes += [(key[4], outcome(*answer)) for key, answer in zip(todo, said, strict=True)]
+    outcomes += [(key[3], outcome(*answer)) for key, answer in zip(todo, said, strict=True)]
     return win_rate(f"win_rate_{name}", outcomes)
 
 
@@ -320,9 +302,7 @@ def open_questions(sides, items, judge):
 def answered(side, judge, pairs):
     """Records of (question, seed number) pairs, as of dialogues without a turn."""
     settings = side.settings
-    seeds = []
-    for row, k in pairs:
-        seeds.append([settings.seed, *hashlib.sha256(row["id"].encode()).digest()[:8], k])
+    seeds = [[settings.seed, zlib.crc32(row["id"].encode()), k] for row, k in pairs]
     prompts = [row["question"] for row, _ in pairs]
     sampling = settings.answer_tokens, settings.final_temperature, settings.final_top_p
     turns = answers(side.voice, prompts, *sampling, seeds)

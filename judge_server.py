@@ -1,52 +1,38 @@
-"""The embedded judge: a small reward model behind HTTP, and how its heads were fitted.
+"""The embedded judge: a small reward model behind HTTP. How it was fitted: judge_fit.py.
 
     (case, judged text) -> frozen base -> hidden states, averaged over the judged text (F,)
                         -> a linear head each: score, endorse, agreed   data/judge_heads.safetensors
-    data/judge_labels.jsonl, agreement_labels.jsonl -> the same features -> ridge regression     fit
 
 It answers as vLLM serves reward models, so that a real one can take its place: POST /pooling
 {"model": "negotiation-judge-...", "messages": [case, judged text]} -> {"data": [{"data": [3.1]}]}.
 Each text is read by itself, so its score depends on nothing else. Left out: batches (a text of
 some 300 tokens keeps a CPU as busy), every other endpoint.
 
-    python judge_server.py --port 8000      # serve
-    python judge_server.py fit              # refit the heads, and print how good they are
+    python judge_server.py --port 8000
 """
 
 import concurrent.futures
 import dataclasses
 import hashlib
 import http.server
-import itertools
 import json
 import os
-import re
 import sys
 import threading
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-import dataset
-from chat import Turn
 from cli import UserError, command_line, option, run_cli
+from client import Missing, dig
 from dataset import DATA
 from model import compute_dtype, default_model_folder
 from reward import EMBEDDED
-from rubric import Case, case_of, clean, for_reward_model, spoken
 
 HEADS = DATA / "judge_heads.safetensors"
-# What a head reads: (layer, tokens of the judged text from its beginning; None: all of them).
-# Chosen by cross-validation over the dilemmas that are not the test's, as are the two numbers of
-# RIDGE: the penalty, and how many hand-made texts one text of a policy counts for.
-READS = {"score": [(22, None)], "endorse": [(22, None)], "agreed": [(20, 12)]}
-RIDGE = {"score": (10000.0, 8.0), "endorse": (10000.0, 8.0), "agreed": (3000.0, 1.0)}
-POLICIES = ("warm", "trained", "policy")  # sources of labels: texts that a policy wrote
 LONGEST_REQUEST = 1 << 20  # bytes
 LONGEST_TEXT = 1000  # tokens of a case, and of a judged text; of more, the last ones are read
 WAITING = 64  # requests that may wait
@@ -70,13 +56,17 @@ def heads_digest():
 
 
 class Base:
-    """The frozen model, cut off after the last layer that a head reads."""
+    """The frozen model, cut off after the last layer that a head reads.
 
-    def __init__(self):
+    reads: {head: [(layer, tokens of the judged text from its beginning; None: all of them)]}.
+    """
+
+    def __init__(self, reads):
+        self.reads = reads
         folder = default_model_folder()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder, dtype=compute_dtype("auto")).eval()
-        last = max(layer for reads in READS.values() for layer, _ in reads)
+        last = max(layer for parts in reads.values() for layer, _ in parts)
         self.model.layers = self.model.layers[:last]
         self.model.norm = nn.Identity()
 
@@ -93,63 +83,10 @@ class Base:
         ids = torch.tensor([before + judged])  # (1, T)
         states = self.model(ids, use_cache=False, output_hidden_states=True).hidden_states
         means = []
-        for layer, tokens in READS[head]:
+        for layer, tokens in self.reads[head]:
             read = states[layer][0, len(before) :][:tokens]  # (tokens read, H)
             means.append(read.float().mean(0))
         return torch.cat(means)
-
-
-# ---- fitting -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A label: what is read, and what a head should say."""
-
-    scenario: str
-    test: bool  # of the dilemmas that are only looked at once a version
-    source: str  # who wrote it: a policy (warm, trained, policy), or bare, hand, demo
-    before: str
-    judged: str
-    value: float
-
-
-def examples():
-    """{head: [Example]} of the shipped labels."""
-    dilemmas = {scenario.id: scenario.dilemma for scenario in dataset.load_scenarios()}
-    found = {head: [] for head in READS}
-
-    def add(head, row, personas, texts, value):
-        case = Case(case_of(dilemmas[row["scenario_id"]], personas), texts, {})
-        before, judged = for_reward_model(head, case)
-        source = re.split(r"[ -]", row["source"])[0]
-        test = row["split"] == "test"
-        found[head].append(Example(row["scenario_id"], test, source, before, judged, value))
-
-    for number, row in enumerate(dataset.load_jsonl(DATA / "judge_labels.jsonl")):
-        texts = {"solution": clean(row["solution"])}
-        add("score", row, row["personas"], texts, row["score"])
-        seat = number % 2  # one party of each: enough, and half the time
-        add("endorse", row, [row["personas"][seat]], texts, row["endorse"][seat])
-    for row in dataset.load_jsonl(DATA / "agreement_labels.jsonl"):
-        turns = [Turn(i % 2, text, False) for i, text in enumerate(row["turns"])]
-        texts = {"dialogue": spoken(row["personas"], turns)}
-        add("agreed", row, row["personas"], texts, float(row["agreed"]))
-    return found
-
-
-def ridge(features, values, counts, penalty):
-    """Weights (F + 1,), the constant last, of features (N, F) that are standardised on the way.
-
-    They minimise sum_i counts_i (x_i w - y_i)^2 + penalty |w|^2.
-    """
-    share = counts / counts.sum()
-    mean, middle = share @ features, share @ values
-    scale = features.std(0) + 1e-6
-    x, y = (features - mean) / scale, values - middle
-    square = x.T @ (counts[:, None] * x) + penalty * torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(square, x.T @ (counts * y)) / scale
-    return torch.cat([weights, (middle - mean @ weights)[None]])
 
 
 def apply(weights, features):
@@ -157,91 +94,25 @@ def apply(weights, features):
     return features @ weights[:-1] + weights[-1]
 
 
-def spearman(a, b):
-    """Rank correlation of two equally long rows of numbers; equal numbers share their mean rank."""
-    ranks = []
-    for values in (np.asarray(a), np.asarray(b)):
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-def pairs_right(given, rows):
-    """(share, number) of pairs on one scenario, labels half a point or more apart, put right."""
-    right = []
-    for (said, row), (other_said, other) in itertools.combinations(zip(given, rows), 2):
-        apart = row.value - other.value
-        if row.scenario == other.scenario and abs(apart) >= 0.5:
-            right.append((said - other_said) * apart > 0)
-    return sum(right) / max(1, len(right)), len(right)
-
-
-def quality(head, given, rows):
-    """How good the head's numbers for these Examples are, in words."""
-    labels = [row.value for row in rows]
-    if head == "agreed":
-        right = sum((said > 0.5) == (label > 0.5) for said, label in zip(given, labels))
-        return f"{right / len(rows):.2f} right of {len(rows)}"
-    share, pairs = pairs_right(given, rows)
-    return f"{share:.2f} of {pairs} pairs right, Spearman {spearman(given, labels):.2f}"
-
-
-def show_quality(head, given, rows):
-    """Print how good the head is on what it was fitted on, on the test's, and on each policy's."""
-    parts = {
-        "fitted on": [not row.test for row in rows],
-        "test": [row.test for row in rows],
-        **{f"test, {name}": [row.test and row.source == name for row in rows] for name in POLICIES},
-    }
-    for part, inside in parts.items():
-        if any(inside):
-            chosen = list(itertools.compress(rows, inside))
-            said = list(itertools.compress(given, inside))
-            print(f"{head:8} {part:14} {quality(head, said, chosen)}")
-
-
-def fit():
-    """Fit each head on the dilemmas that are not the test's, write it, print how good it is."""
-    base, heads = Base(), {}
-    for head, rows in examples().items():
-        read = [base.features(head, row.before, row.judged) for row in tqdm(rows, desc=head)]
-        features = torch.stack(read).double()  # (N, F)
-        values = torch.tensor([row.value for row in rows]).double()
-        penalty, weight = RIDGE[head]
-        counts = torch.tensor([weight if row.source in POLICIES else 1.0 for row in rows]).double()
-        fitted_on = torch.tensor([not row.test for row in rows])
-        weights = ridge(features[fitted_on], values[fitted_on], counts[fitted_on], penalty)
-        heads[head] = weights.float()
-        show_quality(head, apply(weights, features).tolist(), rows)
-    save_file(heads, HEADS, metadata={"reads": json.dumps(READS)})
-    print(f"{HEADS}: the heads")
-    return 0
-
-
-# ---- serving -------------------------------------------------------------------------------------
-
-
 def load_heads():
-    """{head: weights (F + 1,)}. Raises UserError for a file that is damaged, or of other READS."""
+    """({head: what it reads}, {head: weights (F + 1,)}). Raises UserError for a damaged file."""
     try:
         with safe_open(HEADS, "pt") as file:
-            reads = (file.metadata() or {}).get("reads")
+            reads = json.loads(file.metadata()["reads"])
         heads = {name: head.float() for name, head in load_file(HEADS).items()}
     except SafetensorError as error:
         problem = f"{HEADS}: cannot be read ({error})"
-        raise UserError(f"{problem}; put it back, or run python judge_server.py fit") from error
-    if reads != json.dumps(READS):
-        problem = f"{HEADS}: fitted to other features than judge_server.py reads"
-        raise UserError(f"{problem}; run python judge_server.py fit")
-    return heads
+        raise UserError(f"{problem}; put it back, or run python judge_fit.py") from error
+    return reads, heads
 
 
 class Engine:
     """The base, its heads, and the one worker that reads for all connections."""
 
     def __init__(self, threads=0):
-        self.name, self.base = f"{EMBEDDED}-{heads_digest()}", Base()
-        self.heads = load_heads()
+        self.name = f"{EMBEDDED}-{heads_digest()}"
+        reads, self.heads = load_heads()
+        self.base = Base(reads)
         self.worker = concurrent.futures.ThreadPoolExecutor(
             1, "judge", torch.set_num_threads, [threads or max(1, USABLE // 2)]
         )
@@ -287,8 +158,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         size = self.headers.get("Content-Length", "")
         if not size.isdigit() or int(size) > LONGEST_REQUEST:
             self.close_connection = True
-            status = 413 if size.isdigit() else 411
-            return self.send(status, f"a Content-Length of at most {LONGEST_REQUEST} is needed")
+            return self.send(413, f"a Content-Length of at most {LONGEST_REQUEST} is needed")
         engine = self.server.engine
         try:
             value = engine.ask(*self.question(self.rfile.read(int(size))))
@@ -304,21 +174,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(404, "unknown path; this server has /pooling")
         try:
             body = json.loads(data)
-            # No tokenizer takes half a surrogate pair.
-            json.dumps(body, ensure_ascii=False).encode()
-        except (ValueError, RecursionError):
-            raise Refusal(400, "the body is not JSON, or holds half a character") from None
-        messages = body.get("messages") if isinstance(body, dict) else None
-        if not isinstance(messages, list) or not messages:
-            raise Refusal(400, "messages must be a list of {role, content}")
-        texts = [m.get("content") if isinstance(m, dict) else None for m in messages]
-        if not all(isinstance(text, str) for text in texts):
-            raise Refusal(400, "each message must have a text as its content")
+            messages = dig(body, "messages", kind=list)
+            *before, judged = [dig(message, "content", kind=str) for message in messages]
+            " ".join([*before, judged]).encode()  # no tokenizer takes half a surrogate pair
+        except (ValueError, RecursionError, Missing):
+            form = '{"messages": [{"role": ..., "content": TEXT}, ...]}, without half a character'
+            raise Refusal(400, f"the body must be JSON like {form}") from None
         model = str(body.get("model", engine.name))
         head = model.removeprefix(engine.name).removeprefix(":") or "score"
         if head not in engine.heads:
             raise Refusal(404, f"the model {model[:80]} is not served here; {engine.name} is")
-        return head, "\n".join(texts[:-1]), texts[-1]
+        return head, "\n".join(before), judged
 
     def send(self, status, content):
         """Reply with JSON, an error in the OpenAI shape."""
@@ -363,9 +229,9 @@ def end_with_parent():
     os._exit(0)
 
 
-def serve(argv):
+def main():
     """Serve until Ctrl-C, or until standard input ends."""
-    settings = command_line(ServeSettings, argv, "judge_server.py")
+    settings = command_line(ServeSettings, prog="judge_server.py")
     if settings.until_eof:
         threading.Thread(target=end_with_parent, daemon=True).start()
     try:
@@ -377,11 +243,6 @@ def serve(argv):
     url = f"http://{settings.host}:{server.server_address[1]}/v1"
     print(f"serving {server.engine.name} at {url}", flush=True)
     server.serve_forever()
-
-
-def main():
-    """`fit`, or else serve."""
-    return fit() if sys.argv[1:] == ["fit"] else serve(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Left out: embeddings, perplexity under a third model, p-values.
 
 import collections
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -153,6 +154,29 @@ class Row:
 def minus(one, other):
     """A difference, None where one side is missing."""
     return None if None in (one, other) else one - other
+
+
+def spearman(a, b):
+    """Rank correlation of two equally long rows of numbers; equal numbers share their mean rank."""
+    ranks = []
+    for values in (np.asarray(a), np.asarray(b)):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def pairs_right(scored):
+    """(scenario, 1 if put right, 0 if not, 0.5 if equal) of pairs of (scenario, score, label).
+
+    Of pairs on one scenario whose labels differ by half a point; None where a score is missing.
+    """
+    pairs = []
+    for one, other in itertools.combinations(scored, 2):
+        apart = one[2] - other[2]
+        if one[0] == other[0] and abs(apart) >= 0.5:
+            gap = minus(one[1], other[1])
+            pairs.append((one[0], None if gap is None else (1 + np.sign(gap * apart)) / 2))
+    return pairs
 
 
 def finite(number):

@@ -67,7 +67,7 @@ WARM_STRENGTH = 0.6
 
 
 def cache_folder():
-    """Where the default model and the judge's answers are kept, in $XDG_CACHE_HOME or ~/.cache."""
+    """Where the default model is kept, in $XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "learning-to-negotiate"
 

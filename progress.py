@@ -224,6 +224,14 @@ class Gain:
         """What this epoch earned more."""
         return self.after - self.before
 
+    def __str__(self):
+        return (
+            f"on the {self.scenarios} scenarios it trained on, the mean reward went from "
+            f"{self.before:.2f} (first epoch) to {self.after:.2f} (epoch {self.epoch}), a "
+            f"difference of {self.difference:+.2f} with a standard error of {self.error:.2f}; "
+            f"{self.higher} of {self.scenarios} earned more"
+        )
+
 
 def gain_of(rows, epoch):
     """The Gain of an epoch by the lines of metrics.jsonl; None without two scenarios to compare.
@@ -253,13 +261,7 @@ def epoch_news(rows, step, settings, scenarios):
     if epoch < 2 or left >= settings.scenarios_per_step:
         return ""
     gain = gain_of(rows, epoch)
-    if gain is None:
-        return ""
-    return (
-        f"    epoch {epoch}: reward {gain.after:.2f}, in the first epoch {gain.before:.2f} on the "
-        f"same {gain.scenarios} scenarios: {gain.difference:+.2f} (standard error "
-        f"{gain.error:.2f}), higher on {gain.higher}"
-    )
+    return f"    so far: {gain}" if gain else ""
 
 
 def closing_words(rows, step, settings, scenarios):
@@ -277,12 +279,7 @@ def closing_words(rows, step, settings, scenarios):
         meaning = "a gain, more than chance explains"
     else:
         meaning = "a loss, more than chance explains"
-    return (
-        f"{meaning}: on the {gain.scenarios} scenarios it trained on, the mean reward went from "
-        f"{gain.before:.2f} (first epoch) to {gain.after:.2f} (epoch {epoch}), a difference of "
-        f"{gain.difference:+.2f} with a standard error of {gain.error:.2f}; "
-        f"{gain.higher} of {gain.scenarios} earned more"
-    )
+    return f"{meaning}: {gain}"
 
 
 # ---- other programs that show a run --------------------------------------------------------------

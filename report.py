@@ -25,7 +25,7 @@ import jinja2
 import numpy as np
 from transformers import AutoTokenizer
 
-from checkpoint import config_of, locate, whole_lines
+from checkpoint import config_of, locate, whole_lines, write_atomically
 from cli import UserError, command_line, option
 from dataset import DATA
 
@@ -48,10 +48,8 @@ def writing(path):
 
 def write(path, text):
     """Replace a file at once. Raises UserError where it cannot be written."""
-    part = path.with_name(f".{path.name}.part")
     with writing(path):
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        write_atomically(path, text)
 
 
 # ---- what the page shows of a run ----------------------------------------------------------------
@@ -98,21 +96,26 @@ def keep(slot, source, record):
 
 # ---- pictures ------------------------------------------------------------------------------------
 
-CURVES = [  # picture, line, key in metrics.jsonl
-    ("Seconds of a step", "play", "seconds_play"),
-    ("Seconds of a step", "waiting for the judge", "seconds_judge"),
-    ("Seconds of a step", "learn", "seconds_learn"),
-    ("Agreement, and texts cut off", "agreed", "agreed_rate"),
-    ("Agreement, and texts cut off", "cut off", "truncated_rate"),
-    ("Agreement, and texts cut off", "at once", "agreed_at_once"),
-    ("What the judge left open", "rewards", "missing_rewards"),
-    ("What the judge left open", "questions", "judge_failures"),
-    ("Length of the joint solution", "words", "final_words"),
-    ("Diversity and grounding", "distinct-2", "distinct_2"),
-    ("Diversity and grounding", "overlap", "overlap"),
-    ("Diversity and grounding", "grounding", "grounding"),
-    ("Diversity and grounding", "repetition", "repetition"),
-]
+CURVES = {  # picture: {line: key in metrics.jsonl}
+    "Seconds of a step": {
+        "play": "seconds_play",
+        "waiting for the judge": "seconds_judge",
+        "learn": "seconds_learn",
+    },
+    "Agreement, and texts cut off": {
+        "agreed": "agreed_rate",
+        "cut off": "truncated_rate",
+        "at once": "agreed_at_once",
+    },
+    "What the judge left open": {"rewards": "missing_rewards", "questions": "judge_failures"},
+    "Length of the joint solution": {"words": "final_words"},
+    "Diversity and grounding": {
+        "distinct-2": "distinct_2",
+        "overlap": "overlap",
+        "grounding": "grounding",
+        "repetition": "repetition",
+    },
+}
 
 
 @dataclasses.dataclass
@@ -146,14 +149,12 @@ def chart(title, lines, stacked=False, from_zero=True):
                 axes.bar(steps, values, 0.8, floor, label=line.label)
                 floor = floor + values
                 continue
-            (drawn,) = axes.plot(steps, values, "o-", label=line.label)
-            if len(steps) >= 40:
-                drawn.set_marker("")
+            form = "o-" if len(steps) < 40 else "-"
+            (drawn,) = axes.plot(steps, values, form, label=line.label)
             if line.band:
                 low, high = map(line.column, line.band)
-                axes.fill_between(
-                    steps, low, high, color=drawn.get_color(), alpha=0.18, linewidth=0
-                )
+                colour = drawn.get_color()
+                axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
         if from_zero:
             axes.set_ylim(0, 1.03 * max(1.0, axes.get_ylim()[1]))
         axes.set_xlabel("step")
@@ -186,8 +187,8 @@ def reward_lines(run):
 def curves(run):
     """All pictures of a run."""
     pictures = [chart("Reward, with 95% bands", reward_lines(run), from_zero=False)]
-    for title, keys in itertools.groupby(CURVES, key=lambda curve: curve[0]):
-        lines = [Line(label, run.steps, key) for _, label, key in keys]
+    for title, keys in CURVES.items():
+        lines = [Line(label, run.steps, key) for label, key in keys.items()]
         pictures.append(chart(title, lines, stacked=title == "Seconds of a step"))
     return pictures
 

@@ -25,7 +25,6 @@ from pathlib import Path
 
 from cli import UserError, option
 from client import Client, Missing
-from model import cache_folder
 from rubric import (
     QUESTIONS,
     Case,
@@ -68,7 +67,6 @@ class JudgeSettings:
     judge_attempts: int = option(4, "attempts per question", low=1)
     judge_budget: int = option(0, "judge calls in all, then the run stops (0: no limit)", low=0)
     judge_tokens: int = option(64, "tokens of a JSON answer, with a judge's thoughts", low=8)
-    judge_cache: str = option("auto", "answers on disk: auto (of judges by URL), off, or a folder")
     rubric: str = option("", "JSON file that replaces RUBRIC of rubric.py")
 
 
@@ -132,11 +130,6 @@ class Judge:
         self.rubric = load_rubric(settings.rubric)
         self.way = Way(settings.judge_model, settings.judge_mode)
         self.answers = {}  # digest of a question -> Future
-        cache = settings.judge_cache
-        if cache == "off" or (cache == "auto" and not settings.judge_url):
-            cache = None
-        elif cache == "auto":
-            cache = cache_folder() / "judge"
         self.client = Client(
             url,
             concurrency=settings.judge_concurrency,
@@ -144,7 +137,6 @@ class Judge:
             attempts=settings.judge_attempts,
             batch_seconds=settings.judge_deadline,
             budget=settings.judge_budget,
-            cache=cache,
             key=key,
         )
         self.start_batch = self.client.start_batch
@@ -316,22 +308,26 @@ class Judge:
         telling = [misses[mode] for mode in ("json", "expect", "rm") if mode in misses]
         there = [miss for miss in telling if miss.reason not in NO_SUCH_PLACE]
         miss = (there or telling)[0]
-        url = self.client.url
         said = " ".join(miss.raw.split())[:300]
-        advice = ADVICE.get(miss.reason, OTHERWISE)
-        spent = re.search("quota|billing|insufficient|credit", said, re.IGNORECASE)
-        if spent and miss.reason.startswith("http "):
-            advice = ADVICE["http 402"]
-        base = url.removesuffix("/chat/completions")
-        if base == url and not url.endswith("/v1"):
-            base = url + "/v1"
-        if miss.reason == "http 404" and base != url:
-            advice = f"try --judge-url {base}"
         asked = f"{self.model or 'it'} gives no usable answer to --judge-mode {', '.join(misses)}"
         if miss.reason in NOT_THERE:
             asked = "nobody answers there"
-        advice = fill(advice, {"key": self.client.key})
-        return f"--judge-url {url}: {asked} ({miss.reason}: {said}); {advice}"
+        url = self.client.url
+        return f"--judge-url {url}: {asked} ({miss.reason}: {said}); {self._advice(miss)}"
+
+    def _advice(self, miss):
+        """What a person should do about an answer that is missing."""
+        url = self.client.url
+        base = url.removesuffix("/chat/completions")
+        if base == url and not url.endswith("/v1"):
+            base += "/v1"
+        if miss.reason == "http 404" and base != url:
+            return f"try --judge-url {base}"
+        advice = ADVICE.get(miss.reason, OTHERWISE)
+        spent = re.search("quota|billing|insufficient|credit", miss.raw, re.IGNORECASE)
+        if spent and miss.reason.startswith("http "):
+            advice = ADVICE["http 402"]
+        return fill(advice, {"key": self.client.key})
 
 
 def is_missing(asked):
@@ -344,24 +340,12 @@ def is_missing(asked):
 EMBEDDED = "negotiation-judge"  # how the names of judge_server.py begin
 
 
-@dataclasses.dataclass
-class EmbeddedServer:
-    """judge_server.py as a child process."""
-
-    process: subprocess.Popen
-    url: str
-
-    def close(self):
-        """End it, and wait for it."""
-        self.process.terminate()
-        self.process.communicate()  # which closes the pipes as well
-
-
-def start_embedded():
-    """Start the embedded judge. Raises UserError when it does not start.
+@contextlib.contextmanager
+def embedded_server():
+    """The URL of judge_server.py, a child process until the end of the block.
 
     Its standard input is a pipe that we hold, so it ends when we do, even by kill -9; it has a
-    session of its own, so that Ctrl-C reaches us alone.
+    session of its own, so that Ctrl-C reaches us alone. Raises UserError when it does not start.
     """
     server = Path(__file__).with_name("judge_server.py")
     process = subprocess.Popen(
@@ -371,12 +355,14 @@ def start_embedded():
         text=True,
         start_new_session=True,
     )
-    url = process.stdout.readline().rpartition(" ")[2].strip()
-    server = EmbeddedServer(process, url)
-    if not url:
-        server.close()
-        raise UserError("the embedded judge did not start (its own message stands above)")
-    return server
+    try:
+        url = process.stdout.readline().rpartition(" ")[2].strip()
+        if not url:
+            raise UserError("the embedded judge did not start (its own message stands above)")
+        yield url
+    finally:
+        process.terminate()
+        process.communicate()  # waits, and closes the pipes
 
 
 @contextlib.contextmanager
@@ -393,7 +379,7 @@ def open_judge(settings, rank=0, share=lambda value: value, key="JUDGE_API_KEY")
     with contextlib.ExitStack() as stack:
         url = settings.judge_url
         if rank == 0 and not url:
-            url = stack.enter_context(contextlib.closing(start_embedded())).url
+            url = stack.enter_context(embedded_server())
         judge = stack.enter_context(contextlib.closing(Judge(settings, share(url), key)))
         if rank == 0:
             print(judge.preflight(), flush=True)

@@ -137,7 +137,7 @@ FREE_ON_RESUME = {
     *("micro_tokens", "gradient_checkpointing", "cuda_graphs"),
     *("rubric", "scenarios", "demonstrations"),
     *("judge_url", "judge_concurrency", "judge_timeout", "judge_deadline", "judge_wait"),
-    *("judge_attempts", "judge_budget", "judge_cache"),
+    *("judge_attempts", "judge_budget"),
 }
 
 

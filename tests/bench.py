@@ -8,8 +8,7 @@
     python tests/bench.py --profile             # the costliest operations
 
 Every turn has exactly --turn-tokens tokens. Printed are the medians of --repeats steps after one to
-warm up. `floor`: the seconds that the step's arithmetic and weight reads would take at this
-machine's own matrix rate and read bandwidth, both measured here.
+warm up.
 """
 
 import concurrent.futures
@@ -24,7 +23,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import attention
 import chat
 import dataset
 import grpo
@@ -42,17 +40,9 @@ DILEMMA = (
     "loses the season; the hospital and households need a reserve for the summer. What should the "
     "council decide?"
 )
-PERSONAS = (
-    {
-        "name": "Rosa",
-        "creed": "You lead the farming cooperative. You value livelihoods, food and the dignity of "
-        "work.",
-    },
-    {
-        "name": "Dr. Chen",
-        "creed": "You direct the hospital. You value safety, health and protecting the vulnerable.",
-    },
-)
+FARM = "You lead the farming cooperative. You value livelihoods, food and the dignity of work."
+HOSPITAL = "You direct the hospital. You value safety, health and protecting the vulnerable."
+PERSONAS = ({"name": "Rosa", "creed": FARM}, {"name": "Dr. Chen", "creed": HOSPITAL})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +56,6 @@ class Bench:
     turns: int = option(4, "turns", low=1)
     turn_tokens: int = option(48, "tokens of a turn", low=2)
     final_tokens: int = option(64, "tokens of the final completion", low=2)
-    context_turns: int = option(0, "turns that an agent sees (0: all)", low=0)
     micro_tokens: int = option(
         Settings.micro_tokens, "tokens of one forward and backward pass (0: by device)", low=0
     )
@@ -104,7 +93,6 @@ class Step:
     learn: float
     waited: float  # for the judge, part of learn
     trained_tokens: int
-    groups: list  # lists of Dialogues
 
     @property
     def whole(self):
@@ -142,7 +130,7 @@ class Workload:
         middle = time.perf_counter()
         means, waited = train.learn(groups, self.learner, self.settings, self.world)
         end = time.perf_counter()
-        return Step(middle - start, end - middle, waited, means["trained_tokens"], groups)
+        return Step(middle - start, end - middle, waited, means["trained_tokens"])
 
     def steps(self, judge):
         """--repeats steps, after one to warm up."""
@@ -158,7 +146,6 @@ def settings_of(bench):
         max_turns=bench.turns,
         turn_tokens=bench.turn_tokens,
         final_tokens=bench.final_tokens,
-        context_turns=bench.context_turns,
         temperature=1.0,
         top_p=1.0,
         final_temperature=1.0,
@@ -175,104 +162,41 @@ def median(steps, what):
     return statistics.median(getattr(step, what) for step in steps)
 
 
-# ---- the floor -----------------------------------------------------------------------------------
-
-
-def fastest(work, device, times=6):
-    """The least seconds that work() takes."""
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def matrix_rate(dtype, device):
-    """FLOP/s of a large product in `dtype`."""
-    n = 2048 if device.type == "cpu" else 8192
-    a = torch.randn(n, n, device=device).to(dtype)
-    return 2 * n**3 / fastest(lambda: a @ a, device)
-
-
-def read_bandwidth(device):
-    """Bytes/s of a plain read."""
-    block = torch.randn(1 << 26, device=device)  # 256 MB
-    return block.numel() * block.itemsize / fastest(block.sum, device)
-
-
-def floor_seconds(model, groups, flops, bandwidth):
-    """(play, learn): seconds of the arithmetic, and of reading the weights once a decoded token."""
-    head = model.get_output_embeddings().weight
-    embeddings = attention.inner(model).get_input_embeddings().weight.numel()
-    body = sum(p.numel() for p in attention.inner(model).parameters()) - embeddings
-    dialogues = sum(groups, [])
-    sampled = sum(sum(d.final_sample.mask) for d in dialogues)
-    for dialogue in dialogues:
-        sampled += sum(len(turn.ids) for turn in dialogue.turns)
-    read = trained = 0
-    for group in groups:
-        for tree, rows in grpo.pack(group, "dialogue", 1 << 40):  # every token once
-            read += tree.tokens
-            trained += sum(len(row.wanted) for row in rows)
-    weights = (body + head.numel()) * head.itemsize  # bytes
-    reading = sampled / len(dialogues) * weights / bandwidth
-    arithmetic = (2 * body * (read + sampled / 3) + 2 * head.numel() * sampled) / flops
-    # the vocabulary is projected once more in the backward pass
-    learn = (6 * body * read + 8 * head.numel() * trained) / flops
-    return max(reading, arithmetic), learn
-
-
 # ---- what is printed -----------------------------------------------------------------------------
 
 
-def show_times(work, steps):
-    """The lines of play, learn and step."""
-    bench = work.bench
-    play, learn = median(steps, "play"), median(steps, "learn")
-    sampled = bench.scenarios * bench.group * (bench.turns * bench.turn_tokens + bench.final_tokens)
-    dtype = next(work.model.parameters()).dtype
-    print(f"play   {play:6.1f} s  {sampled / play:6.1f} sampled tokens/s")
-    print(f"learn  {learn:6.1f} s  {steps[-1].trained_tokens / learn:6.1f} trained tokens/s")
-    print(
-        f"step   {median(steps, 'whole'):6.1f} s  "
-        f"peak memory {peak_memory_gb(work.world.device):.1f} GB   "
-        f"{dtype}, {torch.get_num_threads()} threads, median of {bench.repeats}"
-    )
-
-
-def show_floor(work, steps):
-    """The line of the floor. Returns its seconds."""
-    device = work.world.device
-    flops = matrix_rate(next(work.model.parameters()).dtype, device)
-    bandwidth = read_bandwidth(device)
-    play, learn = floor_seconds(work.model, steps[-1].groups, flops, bandwidth)
-    share = (play + learn) / median(steps, "whole")
-    print(
-        f"floor  {play + learn:6.1f} s  (play {play:.1f}, learn {learn:.1f}): {share:.0%} of the "
-        f"step; {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s"
-    )
-    return play + learn
-
-
-def write_json(work, steps, floor):
-    """Add a line of JSON to the file of --json."""
+def results_of(work, steps):
+    """What the steps took, {name: number}, beside what they were measured on."""
     device, bench = work.world.device, work.bench
+    play = median(steps, "play")
     sampled = bench.scenarios * bench.group * (bench.turns * bench.turn_tokens + bench.final_tokens)
-    row = {
+    return {
         "what": f"bench {bench.scenarios} x {bench.group}",
         "model": bench.model,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "play_s": median(steps, "play"),
+        "play_s": play,
         "learn_s": median(steps, "learn"),
         "step_s": median(steps, "whole"),
-        "floor_s": floor,
-        "sampled_tokens_per_s": sampled / median(steps, "play"),
+        "sampled_tokens_per_s": sampled / play,
         "peak_memory_gb": peak_memory_gb(device),
     }
-    with open(bench.json, "a", encoding="utf-8") as file:
+
+
+def show(row, work, steps):
+    """Print the lines of play, learn and step."""
+    trained = steps[-1].trained_tokens / row["learn_s"]
+    dtype = next(work.model.parameters()).dtype
+    print(f"play   {row['play_s']:6.1f} s  {row['sampled_tokens_per_s']:6.1f} sampled tokens/s")
+    print(f"learn  {row['learn_s']:6.1f} s  {trained:6.1f} trained tokens/s")
+    print(
+        f"step   {row['step_s']:6.1f} s  peak memory {row['peak_memory_gb']:.1f} GB   "
+        f"{dtype}, {torch.get_num_threads()} threads, median of {work.bench.repeats}"
+    )
+
+
+def add_line(path, row):
+    """Add a line of JSON to the file of --json."""
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -302,10 +226,10 @@ def main(argv=None):
     bench = command_line(Bench, argv, prog="tests/bench.py")
     work = Workload(bench)
     steps = work.steps(SlowJudge(0.0))
-    show_times(work, steps)
-    floor = show_floor(work, steps)
+    row = results_of(work, steps)
+    show(row, work, steps)
     if bench.json:
-        write_json(work, steps, floor)
+        add_line(bench.json, row)
     if bench.judge_latency:
         show_slow_judge(work, steps)
     if bench.profile:

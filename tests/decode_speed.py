@@ -30,15 +30,6 @@ from cli import command_line, option, run_cli
 # what both sizes of Qwen3 share
 QWEN3 = dict(num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)
 SHAPES = {
-    "tiny": LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=400,
-        max_position_embeddings=1024,
-    ),
     "smollm2-135m": LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
@@ -135,6 +126,17 @@ def milliseconds(model, speed, way):
     return 1000 * statistics.median(seconds)
 
 
+def read_bandwidth(device):
+    """Bytes/s of a plain read, the best of six."""
+    block = torch.randn(1 << 26, device=device)  # 256 MB
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        block.sum().item()
+        seconds.append(time.perf_counter() - start)
+    return block.numel() * block.itemsize / min(seconds)
+
+
 def measure(speed):
     """One line of results, {what: number}."""
     device = torch.device(lm.own_device())
@@ -148,7 +150,7 @@ def measure(speed):
     for way in ("rows", "block", "graph") if on_card else ("rows", "block"):
         row[f"{way}_ms"] = milliseconds(model, speed, way)
     weights = sum(p.numel() * p.itemsize for p in model.parameters())
-    row["limit_ms"] = 1000 * weights / bench.read_bandwidth(device)
+    row["limit_ms"] = 1000 * weights / read_bandwidth(device)
     best = min(row[key] for key in ("rows_ms", "block_ms", "graph_ms") if row.get(key))
     row["share_of_limit"] = row["limit_ms"] / best
     if on_card:
@@ -175,8 +177,7 @@ def main(argv=None):
         return 0
     row = measure(speed)
     if speed.json:
-        with open(speed.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        bench.add_line(speed.json, row)
     failed = row.get("graph_ms", 0.0) is None
     print(line_of(row))
     return 1 if failed else 0

@@ -44,7 +44,6 @@ def flags(tiny, url, folder, **more):
         "model": tiny,
         "judge_url": url,
         "judge_mode": "json",
-        "judge_cache": "off",
         "out": str(folder),
         "max_turns": 2,
         "turn_tokens": 6,

@@ -813,7 +813,7 @@ def train_parrots(model, how):
     def count(text):
         return 5 * min(1, text.split().count(WORDS[word].strip()) / 3)
 
-    asking = reward.JudgeSettings(judge_mode="json", judge_model="scripted", judge_cache="off")
+    asking = reward.JudgeSettings(judge_mode="json", judge_model="scripted")
     with (
         JudgeServer(count, offers=("json",)) as server,
         contextlib.closing(reward.Judge(asking, server.url)) as judge,

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import cli
+import judge_fit
 import judge_server
 
 ROOT = Path(judge_server.__file__).parent
-READS = {"score": [(1, None)], "agreed": [(1, None)]}
+READS = {"score": [(1, None)], "agreed": [(1, 2)]}
 CASE = "Dilemma: One well is left. Who gets the water?\nRosa: You farm."
 
 
@@ -64,7 +65,6 @@ class Served:
 
 @pytest.fixture
 def served(folder, monkeypatch):
-    monkeypatch.setattr(judge_server, "READS", READS)
     monkeypatch.setattr(judge_server, "default_model_folder", lambda: folder / "base")
     monkeypatch.setattr(judge_server, "HEADS", folder / "heads.safetensors")
     monkeypatch.setattr(judge_server, "compute_dtype", lambda name: torch.float32)
@@ -81,7 +81,8 @@ def by_hand(folder, case, text, head):
     judged = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     states = model(torch.tensor([before + judged]), output_hidden_states=True).hidden_states[1][0]
     weights = load_file(folder / "heads.safetensors")[head]
-    return float(states[len(before) :].mean(0).detach() @ weights[:-1] + weights[-1])
+    read = states[len(before) :][: READS[head][0][1]]
+    return float(read.mean(0).detach() @ weights[:-1] + weights[-1])
 
 
 TEXTS = [
@@ -113,9 +114,12 @@ def test_concurrent_requests_get_the_answers_that_they_get_alone(served):
     assert together == alone  # bit by bit: each is read by itself
 
 
-def test_heads_of_other_features_are_refused(served, monkeypatch):
-    monkeypatch.setattr(judge_server, "READS", {**READS, "agreed": [(1, 12)]})
-    with pytest.raises(cli.UserError, match="fitted to other features .*; run python judge_server"):
+def test_damaged_heads_are_told_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(judge_server, "HEADS", tmp_path / "heads.safetensors")
+    with pytest.raises(cli.UserError, match="cannot be read .*; put it back, or name a"):
+        judge_server.Engine(1)
+    judge_server.HEADS.write_bytes(b"half")
+    with pytest.raises(cli.UserError, match="cannot be read .*; .*, or run python judge_fit.py"):
         judge_server.Engine(1)
 
 
@@ -128,12 +132,23 @@ def test_an_empty_text_has_a_score_too(served):
 def test_refitting_gives_the_shipped_heads(tmp_path, monkeypatch):
     """One head, to rounding: the shipped ones were fitted in bf16."""
     shipped = load_file(judge_server.HEADS)["agreed"]
-    agreed = judge_server.examples()["agreed"]
-    monkeypatch.setattr(judge_server, "examples", lambda: {"agreed": agreed})
-    monkeypatch.setattr(judge_server, "HEADS", tmp_path / "heads.safetensors")
-    judge_server.fit()
+    agreed = judge_fit.examples()["agreed"]
+    monkeypatch.setattr(judge_fit, "examples", lambda: {"agreed": agreed})
+    monkeypatch.setattr(judge_fit, "HEADS", tmp_path / "heads.safetensors")
+    judge_fit.main()
     refitted = load_file(tmp_path / "heads.safetensors")["agreed"]
     assert torch.cosine_similarity(refitted, shipped, dim=0) > 0.99
+
+
+def test_ridge_finds_the_line_that_the_labels_lie_on():
+    features = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    line = torch.tensor([1.0, -2.0, 0.0, 0.5], dtype=torch.float64)  # the last one: the constant
+    values = judge_server.apply(line, features)
+    values[0] += 100  # and counts next to nothing
+    counts = torch.ones(50, dtype=torch.float64)
+    counts[0] = 1e-9
+    weights = judge_fit.ridge(features, values, counts, penalty=1e-6)
+    torch.testing.assert_close(weights, line, rtol=0, atol=1e-4)
 
 
 BAD = [
@@ -250,8 +265,8 @@ def test_the_embedded_judge_ends_with_its_parent(how):
     # A shell's background process ignores SIGINT.
     ours = "signal.signal(signal.SIGINT, signal.default_int_handler)"
     code = (
-        f"import reward, signal; {ours}; s = reward.start_embedded(); "
-        "print(s.process.pid, s.url, flush=True); input(); s.close()"
+        f"import reward, signal; {ours}\n"
+        "with reward.embedded_server() as url: print(url, flush=True); input()"
     )
     pipe = subprocess.PIPE
     parent = subprocess.Popen(
@@ -262,7 +277,8 @@ def test_the_embedded_judge_ends_with_its_parent(how):
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    child, url = parent.stdout.readline().split()
+    url = parent.stdout.readline().strip()
+    (child,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
     assert alive(int(child)) and requests.get(url + "/models", timeout=20).status_code == 200
     if how == "close":
         parent.communicate("\n", timeout=30)

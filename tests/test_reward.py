@@ -26,7 +26,7 @@ NOWHERE = "http://127.0.0.1:9/v1"
 
 
 def settings(url, **more):
-    quick = {"judge_cache": "off", "judge_timeout": 0.6, "judge_attempts": 3}
+    quick = {"judge_timeout": 0.6, "judge_attempts": 3}
     return reward.JudgeSettings(judge_url=url, **{**quick, **more})
 
 
@@ -362,8 +362,8 @@ def retried_and_then_missing(fault):
 
 
 @pytest.mark.parametrize("fault", FINAL)
-def test_what_no_retry_mends_is_missing_at_once_and_never_cached(fault, tmp_path):
-    with judged(judge_cache=str(tmp_path)) as (server, judge):
+def test_what_no_retry_mends_is_missing_at_once_and_never_cached(fault):
+    with judged() as (server, judge):
         server.faults = [fault]
         verdict = ask(judge)
         assert (verdict.value, verdict.reason) == (None, FINAL[fault])
@@ -474,42 +474,11 @@ def test_the_same_question_has_the_same_answer():
         assert len(set(values)) == 1 and len(server.requests) == 1
         assert judge.take_stats()["cache_hits"] == 5
         assert ask(judge, "A dam.").value != values[0]
-        server.faults = lambda number, path: "prose" if number == 2 else None
+        turned = judge.score(DILEMMA, PERSONAS[::-1], TURNS, "A well.")
+        assert turned.result(20).value != values[0]  # another order of the personas
+        server.faults = lambda number, path: "prose" if number == 3 else None
         assert ask(judge, "A lake.").value is None
         assert ask(judge, "A lake.").value is not None
-
-
-def test_the_cache_survives_the_run_and_knows_what_it_answers(tmp_path):
-    more = {"judge_cache": str(tmp_path), "judge_mode": "json"}
-    with JudgeServer(lambda text: 4, offers=("json", "expect")) as server:
-        with new_judge(server.url, **more) as first:
-            prepare(first, server)
-            assert ask(first).value == 4 and len(server.requests) == 1
-        with new_judge(server.url, **more) as second:
-            prepare(second, server)
-            assert ask(second).value == 4 and not server.requests
-            assert second.take_stats()["cache_hits"] == 1
-            ask(second, "A dam.")
-            second.score(DILEMMA + " ", PERSONAS[::-1], TURNS, "A well.").result(20)
-            assert len(server.requests) == 2  # another text, another order of the personas
-            second.way = dataclasses.replace(second.way, model="other")
-            second.answers.clear()
-            ask(second)
-            assert len(server.requests) == 3
-        for path in tmp_path.rglob("*.json"):
-            path.write_text('{"choices')  # as if some accident had cut it short
-        with new_judge(server.url, **more) as third:
-            prepare(third, server)
-            assert ask(third).value == 4 and len(server.requests) == 1
-    assert not list(tmp_path.rglob("*.part"))
-
-
-def test_a_cache_that_cannot_be_written_costs_no_score(tmp_path, capsys):
-    Path(tmp_path, "file").write_text("")
-    folder = str(tmp_path / "file" / "folder")
-    with judged(judge_cache=folder) as (server, judge):
-        assert ask(judge).value == 3
-    assert "warning: --judge-cache" in capsys.readouterr().err
 
 
 # ---- the key -------------------------------------------------------------------------------------
@@ -535,12 +504,9 @@ def test_an_address_that_is_none_is_told(url):
     assert "secret" not in str(error.value)
 
 
-def test_the_key_goes_to_the_origin_only_and_is_shown_nowhere(monkeypatch, capsys, tmp_path):
+def test_the_key_goes_to_the_origin_only_and_is_shown_nowhere(monkeypatch, capsys):
     monkeypatch.setenv("JUDGE_API_KEY", "sk-secret")
-    with (
-        JudgeServer(offers=("json",)) as other,
-        judged(judge_cache=str(tmp_path)) as (server, judge),
-    ):
+    with JudgeServer(offers=("json",)) as other, judged() as (server, judge):
         server.elsewhere = other.url
         server.faults = ["redirect", "401", "400", None]
         verdicts = [ask(judge, text) for text in wells(4)]
@@ -553,7 +519,6 @@ def test_the_key_goes_to_the_origin_only_and_is_shown_nowhere(monkeypatch, capsy
         told = preflight_error(server.url)
     assert "JUDGE_API_KEY" in told
     shown += told + "".join(capsys.readouterr())
-    shown += "".join(path.read_text() for path in tmp_path.rglob("*.json"))
     assert "sk-secret" not in shown
 
 

@@ -161,8 +161,8 @@ def test_the_terminal_shows_each_step_and_a_transcript(finished):
         earned[record["step"]] += record["reward"] / 6
     for step in (2, 3):
         assert (
-            f"epoch {step}: reward {earned[step]:.2f}, in the first epoch {earned[1]:.2f} "
-            "on the same 2 scenarios" in said
+            "so far: on the 2 scenarios it trained on, the mean reward went from "
+            f"{earned[1]:.2f} (first epoch) to {earned[step]:.2f} (epoch {step})" in said
         )
 
 
@@ -445,8 +445,9 @@ def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
     ]
     assert [progress.epoch_news(rows, step, cfg, 4) for step in (1, 2, 3)] == [""] * 3
     assert progress.epoch_news(rows, 4, cfg, 4) == (
-        "    epoch 2: reward 2.50, in the first epoch 2.00 on the same 3 scenarios: +0.50 "
-        "(standard error 0.29), higher on 2"
+        "    so far: on the 3 scenarios it trained on, the mean reward went from 2.00 (first "
+        "epoch) to 2.50 (epoch 2), a difference of +0.50 with a standard error of 0.29; 2 of 3 "
+        "earned more"
     )  # differences 1, 0.5, 0; d has no first reward
     assert (
         progress.epoch_news(rows[:3], 4, cfg, 4) == ""
