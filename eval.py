@@ -175,11 +175,21 @@ def each_side(sides, items, judge, kind, rows, work, seeds=None):
     """{side: values of work(side, judge, [(row, seed number), ...])} for rows {id: row}."""
     values = {}
     for name, side in sides.items():
-        pairs = itertools.product(rows.items(), range(seeds or side.settings.seeds))
+        tries = side.settings.best_of
+        pairs = itertools.product(rows.items(), range((seeds or side.settings.seeds) * tries))
         todo = {(side.id, kind, row_id, k): (row, k) for (row_id, row), k in pairs}
-        title = f"{kind}, {name}"
-        values[name] = items.finish(title, todo, functools.partial(work, side, judge))
+        found = items.finish(f"{kind}, {name}", todo, functools.partial(work, side, judge))
+        values[name] = best_of(tries, found) if tries > 1 else found
     return values
+
+
+def best_of(tries, records):
+    """The best by the judge of each `tries` records in a row, numbered as the other side's."""
+    chosen = []
+    for start in range(0, len(records), tries):
+        best = max(records[start : start + tries], key=report.rank_of)
+        chosen.append({**best, "member": best["member"] // tries})
+    return chosen
 
 
 def measured(records):
@@ -250,7 +260,7 @@ def against(name, pairs, sides, items, judge):
         said = [verdict.value for verdict in verdicts(asked)]
         return list(zip(said[::2], said[1::2]))
 
-    both = sides["A"].id, sides["B"].id
+    both = sides["A"].id, sides["B"].id, sides["B"].settings.best_of
     todo = {}
     outcomes = []
     for a, b in pairs:
@@ -259,7 +269,7 @@ def against(name, pairs, sides, items, judge):
         else:
             todo[(*both, name, a["scenario_id"], a["member"])] = (a, b)
     said = items.finish(f"A against B, {name}", todo, work)
-    outcomes += [(key[3], outcome(*answer)) for key, answer in zip(todo, said, strict=True)]
+    outcomes += [(key[4], outcome(*answer)) for key, answer in zip(todo, said, strict=True)]
     return win_rate(f"win_rate_{name}", outcomes)
 
 

@@ -37,6 +37,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     baseline_temperature: float = option(
         0.0, "temperature of all that B says: the control for mere sharpening (0: as it is)", low=0
     )
+    best_of: int = option(1, "conflict, open, blind: B's best of so many, by this judge", low=1)
     data: str = option("", "a JSON Lines file in place of the shipped set of this command")
     limit: int = option(0, "items of the set, evenly spaced (0: all)", low=0)
     seeds: int = option(1, "dialogues, or answers, per scenario", low=1)
@@ -50,7 +51,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     out: str = option("", "results, FILE.json (empty: in eval/ of the run folder, or of runs/)")
 
 
-BASELINE = {"baseline", "baseline_temperature"}  # settings that change nothing of A
+BASELINE = {"baseline", "baseline_temperature", "best_of"}  # settings that change nothing of A
 FREE = {  # settings that change no single item
     *("limit", "seeds", "batch", "read", "out", "judge2_url", "judge2_model"),
     *("judge_concurrency", "judge_timeout", "judge_deadline", "judge_wait", "judge_attempts"),
@@ -76,6 +77,9 @@ def read_settings(command, argv):
         return {}
 
     settings = command_line(Settings, argv, f"eval.py {command}", base=note)
+    compares = settings.baseline and command in ("conflict", "open", "blind")
+    if settings.best_of > 1 and not compares:
+        raise UserError("--best-of: of a --baseline, in conflict, open or blind; leave it out")
     found = {"A": checkpoint.locate(settings.model)}
     if settings.baseline:
         found["B"] = checkpoint.locate(settings.baseline)
@@ -87,7 +91,9 @@ def read_settings(command, argv):
     sides = {}
     for side, (folder, _) in found.items():
         play = picked(trained.get(side, lent), PLAY - given.keys())
-        sides[side] = dataclasses.replace(settings, model=folder, **judge, **play)
+        sides[side] = dataclasses.replace(settings, model=folder, best_of=1, **judge, **play)
+    if settings.baseline:
+        sides["B"] = dataclasses.replace(sides["B"], best_of=settings.best_of)
     heat = settings.baseline_temperature
     if settings.baseline and heat:
         sides["B"] = dataclasses.replace(sides["B"], temperature=heat, final_temperature=heat)

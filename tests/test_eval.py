@@ -161,6 +161,33 @@ def test_missing_verdicts_are_counted_not_zero(run, tmp_path):
     assert row["value"] == pytest.approx(sum(known) / 4, abs=1e-5)
 
 
+def test_the_best_of_n_by_the_same_judge_stands_for_the_baseline(run, models, tmp_path):
+    """A model beside its own best of three: its first dialogue is among them."""
+    with JudgeServer(lambda text: len(text) % 6, offers=("json",)) as server:
+        flags = ("--limit", "3", "--baseline", models[0], "--seeds", "2", "--best-of", "3")
+        found, rows = run("conflict", server, *flags, baseline=False)
+    assert [found["settings"][side]["best_of"] for side in "AB"] == [1, 3]
+    scores = {}
+    for item in negotiated_items(tmp_path / "conflict.items.jsonl"):
+        record = item["value"]
+        scores.setdefault((record["scenario_id"], record["member"] // 3), []).append(
+            record["reward"]
+        )
+    assert [len(three) for three in scores.values()] == [3] * 6
+    best = np.mean([max(three) for three in scores.values()])
+    assert rows["ca_score", "B"]["value"] == pytest.approx(best, abs=1e-5)
+    assert rows["ca_score", "A"]["n"] == rows["win_rate_ca", "A against B"]["pairs"] == 6
+
+
+def test_a_missing_reward_is_never_the_best():
+    records = [{"member": i, "reward": reward} for i, reward in enumerate((None, 0.0, 1.0, 3.0))]
+    assert evaluation.best_of(2, records) == [
+        {"member": 0, "reward": 0.0},
+        {"member": 1, "reward": 3.0},
+    ]
+    assert evaluation.best_of(2, [{"member": 4, "reward": None}]) == [{"member": 2, "reward": None}]
+
+
 # ---- killed and started again --------------------------------------------------------------------
 
 
@@ -270,14 +297,14 @@ def test_a_run_plays_as_it_was_trained(tmp_path, models):
 
 def test_flags_overrule_the_run_and_name_the_results(tmp_path, models):
     step = make_run(tmp_path / "single-0", models[0], ALONE)
-    flags = "--max-turns 2 --baseline-temperature 0.5"
+    flags = "--max-turns 2 --baseline-temperature 0.5 --best-of 4"
     argv = ["--model", models[1], "--baseline", str(step), *flags.split()]
     found, out = sides.read_settings("open", argv)
-    name = "open-tiny-1-single-0-step_000004-max_turns_2-baseline_temperature_0.5.json"
+    name = "open-tiny-1-single-0-step_000004-max_turns_2-baseline_temperature_0.5-best_of_4.json"
     assert str(out) == f"runs/eval/{name}"
     a, b = found["A"], found["B"]
-    assert (b.max_turns, b.temperature, b.final_temperature) == (2, 0.5, 0.5)
-    assert (a.max_turns, a.temperature) == (2, 0.8)  # as its baseline was trained
+    assert (b.max_turns, b.temperature, b.final_temperature, b.best_of) == (2, 0.5, 0.5, 4)
+    assert (a.max_turns, a.temperature, a.best_of) == (2, 0.8, 1)  # as its baseline was trained
 
     def name(*flags):
         return sides.read_settings("open", ["--model", models[1], *flags])[1].name
@@ -331,6 +358,7 @@ def test_a_copy_of_a_checkpoint_is_not_taken_for_one(tmp_path):
         (["report"], "name the folder of a run"),
         (["report", "nowhere"], "no metrics.jsonl"),
         (["conflict", "--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["conflict", "--best-of", "2"], "--best-of: of a --baseline, in conflict, open or blind"),
     ],
 )
 def test_mistakes_are_told_in_one_line(argv, says):
