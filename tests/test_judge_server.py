@@ -67,7 +67,7 @@ def served(folder, monkeypatch):
     monkeypatch.setattr(judge_server, "READS", READS)
     monkeypatch.setattr(judge_server, "default_model_folder", lambda: folder / "base")
     monkeypatch.setattr(judge_server, "HEADS", folder / "heads.safetensors")
-    monkeypatch.setattr(judge_server, "compute_dtype", lambda name: torch.float32)
+    monkeypatch.setattr(judge_server, "compute_dtype", lambda *name: torch.float32)
     made = Served()
     yield made
     made.close()
@@ -82,6 +82,13 @@ def by_hand(folder, case, text, head):
     states = model(torch.tensor([before + judged]), output_hidden_states=True).hidden_states[1][0]
     weights = load_file(folder / "heads.safetensors")[head]
     return float(states[len(before) :].mean(0).detach() @ weights[:-1] + weights[-1])
+
+
+def test_the_judge_takes_the_last_card(monkeypatch):
+    """One that no rank has, or that of the rank that does not write the run's folder."""
+    for cards, place in ((0, "cpu"), (1, "cuda:0"), (8, "cuda:7")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: cards)
+        assert judge_server.place() == torch.device(place)
 
 
 TEXTS = [
