@@ -176,8 +176,8 @@ def build(settings, world, weights=None):
 def load_reference(settings, world, dtype, sharded):
     """The frozen model of --model, whole on every rank's device in `dtype`."""
     if sharded:
-        whole, form, _ = read_once(lambda: lm.load(settings.model, "fp32", "cpu"), world)
-        reference = with_room(form, world.device, dtype)
+        whole, empty, _ = read_once(lambda: lm.load(settings.model, "fp32", "cpu"), world)
+        reference = with_room(empty, world.device, dtype)
         hand_out(whole, world.device, reference)
     else:
         reference, _ = world.in_turn(lambda: lm.load(settings.model, settings.dtype, world.device))
@@ -195,7 +195,7 @@ def load_sharded(read, world, dtype):
     whole, model, tokenizer = read_once(read, world)
     player = with_room(model, world.device, dtype).requires_grad_(False)
     shard(model, dtype)
-    room = {"device": world.device}
+    room = {"device": world.device}  # as to_empty makes it, but buffers keep their numbers
     model._apply(lambda t: torch.empty_like(t, **room) if t.is_meta else t.to(**room))
     hand_out(whole, world.device, model, player)
     return model, player, tokenizer
@@ -208,9 +208,9 @@ def read_once(read, world):
     numbers that only the class knows.
     """
     whole, tokenizer = world.together(read if world.rank == 0 else lambda: (None, None))
-    form = with_room(whole, "meta") if whole is not None else None
-    form, tokenizer = world.broadcast((form, tokenizer))
-    return whole, form, tokenizer
+    empty = with_room(whole, "meta") if whole is not None else None
+    empty, tokenizer = world.broadcast((empty, tokenizer))
+    return whole, empty, tokenizer
 
 
 def with_room(model, device, dtype=None):
