@@ -189,7 +189,8 @@ def remove_old(out, keep):
 @torch.no_grad()
 def load_trainer(checkpoint, optimizer):
     """Put the optimizer's moments (and adapters) of a checkpoint back; returns its step."""
-    state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+    # mapped, not read: all ranks of a machine share the pages, and each copies what it keeps
+    state = torch.load(checkpoint / "trainer.pt", "cpu", weights_only=True, mmap=True)
     optimizer.updates = state["updates"]
     for name, master in optimizer.masters.items():
         if name in state["adapters"]:

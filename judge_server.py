@@ -55,6 +55,17 @@ def heads_digest():
         raise UserError(f"{problem}; put it back, or name a --judge-url") from error
 
 
+def place():
+    """Where the base reads: on the last card, without any on the CPU.
+
+    A turn waits for the judge's word, and one judge serves the dialogues of all ranks: a CPU, which
+    feeds the cards besides, would keep them waiting. The last card is one that no rank uses, or
+    that of the rank with the least to do: rank 0 starts this server, and writes the run's folder.
+    """
+    cards = torch.cuda.device_count()
+    return torch.device("cuda", cards - 1) if cards else torch.device("cpu")
+
+
 class Base:
     """The frozen model, cut off after the last layer that a head reads.
 
@@ -64,8 +75,10 @@ class Base:
     def __init__(self, reads):
         self.reads = reads
         folder = default_model_folder()
+        self.device = place()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder, dtype=compute_dtype("auto")).eval()
+        dtype = compute_dtype("auto", self.device)
+        self.model = AutoModel.from_pretrained(folder, dtype=dtype).eval().to(self.device)
         last = max(layer for parts in reads.values() for layer, _ in parts)
         self.model.layers = self.model.layers[:last]
         self.model.norm = nn.Identity()
@@ -80,13 +93,13 @@ class Base:
         """What `head` reads of a text after its case: mean hidden states in a row, (F,) fp32."""
         before = self.ids(case + "\n\n")
         judged = self.ids(text) or self.ids("(nothing)")
-        ids = torch.tensor([before + judged])  # (1, T)
+        ids = torch.tensor([before + judged], device=self.device)  # (1, T)
         states = self.model(ids, use_cache=False, output_hidden_states=True).hidden_states
         means = []
         for layer, tokens in self.reads[head]:
             read = states[layer][0, len(before) :][:tokens]  # (tokens read, H)
             means.append(read.float().mean(0))
-        return torch.cat(means)
+        return torch.cat(means).cpu()
 
 
 def apply(weights, features):
@@ -239,7 +252,11 @@ def main():
     except OSError as error:
         problem = f"--port {settings.port}: cannot listen on {settings.host} ({error.strerror})"
         raise UserError(f"{problem}; choose another") from error
-    server.engine = Engine(settings.threads)
+    try:
+        server.engine = Engine(settings.threads)
+    except torch.OutOfMemoryError as error:
+        advice = "start this file by itself with CUDA_VISIBLE_DEVICES= and name it by --judge-url"
+        raise UserError(f"embedded judge: the last card is full; {advice}") from error
     url = f"http://{settings.host}:{server.server_address[1]}/v1"
     print(f"serving {server.engine.name} at {url}", flush=True)
     server.serve_forever()

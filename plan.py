@@ -2,7 +2,8 @@
 
     config -> the model and one pass, on tensors without data -> bytes of each part -> the peak
 
-Nothing is allocated. Left out: what the allocator and the libraries take for themselves.
+Nothing is allocated. Left out: what the allocator and the libraries take for themselves, and the
+embedded judge, on the last card.
 """
 
 import torch
@@ -44,7 +45,7 @@ def show_plan(settings):
         print(f"  fits in {size} GB: {'yes' if peak < 0.9 * size else 'no'}")
     largest = max(plan, key=plan.get)
     advice = ADVICE.get(largest, "--fsdp on more cards, or --lora-rank 16")
-    host = host_bytes(config, settings, dtype.itemsize) / 1e9
+    host = host_bytes(config, settings) / 1e9
     print(f"  host memory, of {settings.nproc} rank(s) as they load or save: {host:.1f} GB")
     print(f"largest: {largest}; to need less: {advice}")
     return 0
@@ -98,17 +99,19 @@ def shell(config, settings, dtype):
     return add_lora(model, settings.lora_rank) if settings.lora_rank else model
 
 
-def host_bytes(config, settings, size):
+def host_bytes(config, settings):
     """Bytes of a machine's own memory that its ranks take, beside Python and the libraries.
 
-    Loading: each rank reads the model in fp32 (see policy.build), with --fsdp the player beside it.
-    Saving: rank 0 gathers the weights, and of what is trained the masters and two moments.
+    Loading: each rank reads the model in fp32; with --fsdp rank 0 alone does (see policy.build).
+    Saving: rank 0 gathers the weights in fp32, and two moments of what is trained; adapters are
+    merged into a second copy.
     """
     parameters = list(shell(config, settings, torch.float32).parameters())
     every = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    player = size if settings.fsdp and settings.nproc > 1 else 0
-    return max(settings.nproc * (4 + player) * every, 4 * every + 12 * trained)
+    readers = 1 if settings.fsdp else settings.nproc
+    copies = 2 if settings.lora_rank else 1
+    return max(4 * readers * every, 4 * copies * every + 8 * trained)
 
 
 def weight_bytes(model, settings, size, shards):

@@ -3,9 +3,11 @@
     --model or a checkpoint -> build -> Policy: model, player, tokenizer, optimizer, reference
 
 One process a card, started by torchrun; without it one process. Each rank has the whole model, or
-with --fsdp a shard of it. Left out: tensor and pipeline parallelism, quantisation.
+with --fsdp a shard of it; then rank 0 alone reads the files, and gives the others what they keep.
+Left out: tensor and pipeline parallelism, quantisation.
 """
 
+import copy
 import dataclasses
 import os
 from datetime import timedelta
@@ -31,6 +33,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0  # among those of this machine
 
     def gather(self, thing):
         """The list of every rank's picklable `thing`, on every rank."""
@@ -43,6 +46,33 @@ class World:
     def broadcast(self, thing):
         """Rank 0's `thing`, on every rank."""
         return self.gather(thing)[0]
+
+    def share(self, total):
+        """This rank's part of a number that is meant for all ranks together, but at least 1."""
+        return max(1, len(range(self.rank, total, self.size)))
+
+    def together(self, work):
+        """work() of every rank. A UserError on one ends all; the first that has one tells it."""
+        result = failure = None
+        try:
+            result = work()
+        except UserError as error:
+            failure = error
+        failed = self.gather(failure is not None)
+        if any(failed):
+            raise failure if failed.index(True) == self.rank else SystemExit(2)
+        return result
+
+    def in_turn(self, work):
+        """The same, each machine's first rank before its others: what it fetched, they find."""
+
+        def nothing():
+            return None
+
+        is_first = self.local_rank == 0
+        first = self.together(work if is_first else nothing)
+        others = self.together(nothing if is_first else work)
+        return first if is_first else others
 
 
 def start_world():
@@ -58,13 +88,14 @@ def start_world():
             f"WORLD_SIZE={size} is set, but {', '.join(missing)} not; unset WORLD_SIZE, "
             f"or start with torchrun --nproc_per_node={size} train.py"
         )
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
+        device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
     if size > 1:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return World(rank, size, device)
+    return World(rank, size, device, local_rank)
 
 
 # ---- the policy ----------------------------------------------------------------------------------
@@ -88,41 +119,45 @@ class Policy:
             return
         copies = dict(self.player.named_parameters())
         for name, parameter in self.model.named_parameters():
-            copies[name].copy_(parameter.full_tensor())
+            if parameter.requires_grad:  # the others are as `load_sharded` left them
+                copies[name].copy_(parameter.full_tensor())
 
 
 def build(settings, world, weights=None):
-    """The Policy of these settings. weights: a folder to read instead of --model."""
-    source, rank = weights or settings.model, settings.lora_rank
+    """The Policy of these settings. weights: a folder to read instead of --model.
+
+    All ranks call. Raises UserError where the model cannot be had or used.
+    """
     sharded = settings.fsdp and world.size > 1
     dtype = lm.compute_dtype(settings.dtype, world.device)
-    model, tokenizer = lm.load(source, "fp32", "cpu")
-    if rank:
-        torch.manual_seed(settings.seed)
-        lm.add_lora(model, rank)
-        if world.rank == 0:
-            print(lm.lora_share(model))
-    if settings.gradient_checkpointing:
-        how = {"use_reentrant": False}
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
-    player = model
+
+    def read():
+        """(model in fp32 on the CPU, with its adapters; tokenizer)."""
+        model, tokenizer = lm.load(weights or settings.model, "fp32", "cpu")
+        if settings.lora_rank:
+            torch.manual_seed(settings.seed)
+            lm.add_lora(model, settings.lora_rank)
+            if world.rank == 0:
+                print(lm.lora_share(model))
+        return model, tokenizer
+
     if sharded:
-        player, _ = lm.load(source, settings.dtype, world.device)
-        if rank:
-            lm.add_lora(player, rank)
-        player.requires_grad_(False)
-        shard(model, dtype)
+        model, player, tokenizer = load_sharded(read, world, dtype)
     else:
+        model, tokenizer = world.in_turn(read)
+        player = model
         for parameter in model.parameters():
             if not parameter.requires_grad:  # the base of adapters: half the bytes on the card
                 parameter.data = parameter.data.to(dtype)
         model.to(world.device)
+    if settings.gradient_checkpointing:
+        how = {"use_reentrant": False}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
     reference = None
-    if settings.beta > 0 and rank:
+    if settings.beta > 0 and settings.lora_rank:
         reference = player  # with its adapters off
     elif settings.beta > 0:
-        reference, _ = lm.load(settings.model, settings.dtype, world.device)
-        reference.requires_grad_(False)
+        reference = load_reference(settings, world, dtype, sharded)
     decay_steps = settings.steps * settings.updates_per_rollout if settings.lr_decay else 0
     compute_dtype = torch.float32 if sharded else dtype  # FSDP casts by itself
     optimizer = grpo.Optimizer(
@@ -136,6 +171,70 @@ def build(settings, world, weights=None):
     if decoder and not settings.cuda_graphs:
         decoder.use_graphs = False
     return Policy(model, player, tokenizer, optimizer, reference, sharded)
+
+
+def load_reference(settings, world, dtype, sharded):
+    """The frozen model of --model, whole on every rank's device in `dtype`."""
+    if sharded:
+        whole, empty, _ = read_once(lambda: lm.load(settings.model, "fp32", "cpu"), world)
+        reference = with_room(empty, world.device, dtype)
+        hand_out(whole, world.device, reference)
+    else:
+        reference, _ = world.in_turn(lambda: lm.load(settings.model, settings.dtype, world.device))
+    return reference.requires_grad_(False)
+
+
+# ---- one copy on the host, a shard on each rank --------------------------------------------------
+
+
+def load_sharded(read, world, dtype):
+    """(the model in fp32 shards, a whole frozen player in `dtype`, tokenizer), on all ranks.
+
+    read() gives rank 0 (model, tokenizer); no other rank's host memory ever holds the weights.
+    """
+    whole, model, tokenizer = read_once(read, world)
+    player = with_room(model, world.device, dtype).requires_grad_(False)
+    shard(model, dtype)
+    room = {"device": world.device}  # as to_empty makes it, but buffers keep their numbers
+    model._apply(lambda t: torch.empty_like(t, **room) if t.is_meta else t.to(**room))
+    hand_out(whole, world.device, model, player)
+    return model, player, tokenizer
+
+
+def read_once(read, world):
+    """(model of rank 0, elsewhere None; the same model without weights; tokenizer).
+
+    What is no weight comes along as it is: buffers such as the rotary frequencies, tied names,
+    numbers that only the class knows.
+    """
+    whole, tokenizer = world.together(read if world.rank == 0 else lambda: (None, None))
+    empty = with_room(whole, "meta") if whole is not None else None
+    empty, tokenizer = world.broadcast((empty, tokenizer))
+    return whole, empty, tokenizer
+
+
+def with_room(model, device, dtype=None):
+    """A copy of the model on `device`, its parameters without values; tied ones stay tied."""
+    rooms = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device=device, dtype=dtype)
+        rooms[id(parameter)] = torch.nn.Parameter(empty, parameter.requires_grad)
+    made = copy.deepcopy(model, rooms)  # it takes what it finds in `rooms` for a copy
+    return made if device == "meta" else made.to(device)
+
+
+@torch.no_grad()
+def hand_out(whole, device, *models):
+    """Copy rank 0's weights into these models on all ranks, tensor by tensor, whole or cut."""
+    given = dict(whole.named_parameters()) if whole is not None else {}
+    targets = [dict(model.named_parameters()) for model in models]
+    for name, parameter in models[0].named_parameters():
+        tensor = torch.empty(parameter.shape, device=device)
+        if given:
+            tensor.copy_(given[name])
+        dist.broadcast(tensor, 0)
+        for parameters in targets:
+            parameters[name].copy_(placed(tensor, parameters[name]))
 
 
 def shard(model, dtype):
@@ -191,8 +290,7 @@ def whole_state(policy, world):
 
 
 def placed(tensor, master):
-    """The tensor on the master's device and, where that is sharded, cut into the same shards."""
-    tensor = tensor.to(master.device)
+    """A copy of the tensor on the master's device, where that is sharded cut into such shards."""
     if isinstance(master, DTensor) and tensor.dim():  # without a dimension: AdamW's step count
-        return distribute_tensor(tensor, master.device_mesh, master.placements)
-    return tensor
+        return distribute_tensor(tensor.to(master.device), master.device_mesh, master.placements)
+    return tensor.to(master.device, copy=True)

@@ -60,7 +60,9 @@ class JudgeSettings:
         "final", "the final completion, or the dialogue too", choices=("final", "dialogue")
     )
     judge_noise: float = option(0.02, "rewards of a group this close count as equal", low=0)
-    judge_concurrency: int = option(8, "judge calls in flight at most", low=1)
+    judge_concurrency: int = option(
+        8, "judge calls in flight over all ranks, at least 1 each", low=1
+    )
     judge_timeout: float = option(60.0, "seconds that one attempt may take", above=0)
     judge_deadline: float = option(600.0, "seconds for all judging of one step", above=0)
     judge_wait: float = option(60.0, "seconds to wait for a server that is still loading", low=0)

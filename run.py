@@ -156,7 +156,7 @@ class Run:
         )
 
     def open_judge(self):
-        """The judge, with this rank's share of what earlier steps left of --judge-budget."""
+        """The judge, with this rank's share of calls in flight and of what --judge-budget left."""
         settings, world = self.settings, self.world
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
         if not settings.judge_url and world.size > on_this_machine:
@@ -167,8 +167,9 @@ class Run:
         left = settings.judge_budget
         if left:
             left -= sum(row.get("heldout", row).get("judge_calls", 0) for row in self.rows())
-            left = max(1, left // world.size)
-        asking = dataclasses.replace(settings, judge_budget=left)
+            left = world.share(max(1, left))
+        at_once = world.share(settings.judge_concurrency)
+        asking = dataclasses.replace(settings, judge_budget=left, judge_concurrency=at_once)
         return reward.open_judge(asking, world.rank, world.broadcast)
 
     def begin(self):

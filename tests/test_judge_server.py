@@ -67,7 +67,7 @@ class Served:
 def served(folder, monkeypatch):
     monkeypatch.setattr(judge_server, "default_model_folder", lambda: folder / "base")
     monkeypatch.setattr(judge_server, "HEADS", folder / "heads.safetensors")
-    monkeypatch.setattr(judge_server, "compute_dtype", lambda name: torch.float32)
+    monkeypatch.setattr(judge_server, "compute_dtype", lambda *name: torch.float32)
     made = Served()
     yield made
     made.close()
@@ -83,6 +83,13 @@ def by_hand(folder, case, text, head):
     weights = load_file(folder / "heads.safetensors")[head]
     read = states[len(before) :][: READS[head][0][1]]
     return float(read.mean(0).detach() @ weights[:-1] + weights[-1])
+
+
+def test_the_judge_takes_the_last_card(monkeypatch):
+    """One that no rank has, or that of the rank that does not write the run's folder."""
+    for cards, place in ((0, "cpu"), (1, "cuda:0"), (8, "cuda:7")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: cards)
+        assert judge_server.place() == torch.device(place)
 
 
 TEXTS = [
