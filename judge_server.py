@@ -1,122 +1,36 @@
-"""The embedded judge: a small reward model behind HTTP. How it was fitted: judge_fit.py.
+"""The embedded judge behind HTTP: a small reward model. What it reads: judge_heads.py.
 
-    (case, judged text) -> frozen base -> hidden states, averaged over the judged text (F,)
-                        -> a linear head each: score, endorse, agreed   data/judge_heads.safetensors
+    POST /pooling {"model": "negotiation-judge-...", "messages": [case, judged text]}
+        -> one thread a connection -> the one worker of Engine -> {"data": [{"data": [3.1]}]}
 
-It answers as vLLM serves reward models, so that a real one can take its place: POST /pooling
-{"model": "negotiation-judge-...", "messages": [case, judged text]} -> {"data": [{"data": [3.1]}]}.
-Each text is read by itself, so its score depends on nothing else. Left out: batches (a text of
-some 300 tokens keeps a CPU as busy), every other endpoint.
+It answers as vLLM serves reward models, so that a real one can take its place. Left out: every
+other endpoint.
 
     python judge_server.py --port 8000
+    python judge_server.py fit                 # fit its heads anew, when the labels have changed
 """
 
-import concurrent.futures
 import dataclasses
-import hashlib
 import http.server
 import json
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoModel, AutoTokenizer
 
 from cli import UserError, command_line, option, run_cli
 from client import Missing, dig
-from dataset import DATA
-from model import compute_dtype, default_model_folder
+from judge_heads import Base, apply, fit, heads_digest, load_heads
 from reward import EMBEDDED
 
-HEADS = DATA / "judge_heads.safetensors"
 LONGEST_REQUEST = 1 << 20  # bytes
-LONGEST_TEXT = 1000  # tokens of a case, and of a judged text; of more, the last ones are read
 WAITING = 64  # requests that may wait
-USABLE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
 
 
 class Refusal(Exception):
     """A request that is answered with an error: status, message."""
-
-
-def heads_digest():
-    """8 hex digits of the heads, part of the judge's name: other heads' answers never pass for its.
-
-    Raises UserError when they are not there.
-    """
-    try:
-        return hashlib.sha256(HEADS.read_bytes()).hexdigest()[:8]
-    except OSError as error:
-        problem = f"{HEADS}: cannot be read ({error.strerror})"
-        raise UserError(f"{problem}; put it back, or name a --judge-url") from error
-
-
-def place():
-    """Where the base reads: on the last card, without any on the CPU.
-
-    A turn waits for the judge's word, and one judge serves the dialogues of all ranks: a CPU, which
-    feeds the cards besides, would keep them waiting. The last card is one that no rank uses, or
-    that of the rank with the least to do: rank 0 starts this server, and writes the run's folder.
-    """
-    cards = torch.cuda.device_count()
-    return torch.device("cuda", cards - 1) if cards else torch.device("cpu")
-
-
-class Base:
-    """The frozen model, cut off after the last layer that a head reads.
-
-    reads: {head: [(layer, tokens of the judged text from its beginning; None: all of them)]}.
-    """
-
-    def __init__(self, reads):
-        self.reads = reads
-        folder = default_model_folder()
-        self.device = place()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        dtype = compute_dtype("auto", self.device)
-        self.model = AutoModel.from_pretrained(folder, dtype=dtype).eval().to(self.device)
-        last = max(layer for parts in reads.values() for layer, _ in parts)
-        self.model.layers = self.model.layers[:last]
-        self.model.norm = nn.Identity()
-
-    def ids(self, text):
-        """Ids of untrusted text, in which no control token can be spelled."""
-        plain = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return plain["input_ids"][-LONGEST_TEXT:]
-
-    @torch.no_grad()
-    def features(self, head, case, text):
-        """What `head` reads of a text after its case: mean hidden states in a row, (F,) fp32."""
-        before = self.ids(case + "\n\n")
-        judged = self.ids(text) or self.ids("(nothing)")
-        ids = torch.tensor([before + judged], device=self.device)  # (1, T)
-        states = self.model(ids, use_cache=False, output_hidden_states=True).hidden_states
-        means = []
-        for layer, tokens in self.reads[head]:
-            read = states[layer][0, len(before) :][:tokens]  # (tokens read, H)
-            means.append(read.float().mean(0))
-        return torch.cat(means).cpu()
-
-
-def apply(weights, features):
-    """What a head says of features (..., F): a number each, (...,)."""
-    return features @ weights[:-1] + weights[-1]
-
-
-def load_heads():
-    """({head: what it reads}, {head: weights (F + 1,)}). Raises UserError for a damaged file."""
-    try:
-        with safe_open(HEADS, "pt") as file:
-            reads = json.loads(file.metadata()["reads"])
-        heads = {name: head.float() for name, head in load_file(HEADS).items()}
-    except SafetensorError as error:
-        problem = f"{HEADS}: cannot be read ({error})"
-        raise UserError(f"{problem}; put it back, or run python judge_fit.py") from error
-    return reads, heads
 
 
 class Engine:
@@ -126,9 +40,8 @@ class Engine:
         self.name = f"{EMBEDDED}-{heads_digest()}"
         reads, self.heads = load_heads()
         self.base = Base(reads)
-        self.worker = concurrent.futures.ThreadPoolExecutor(
-            1, "judge", torch.set_num_threads, [threads or max(1, USABLE // 2)]
-        )
+        threads = threads or max(1, torch.get_num_threads() // 2)
+        self.worker = ThreadPoolExecutor(1, "judge", torch.set_num_threads, [threads])
         self.places = threading.BoundedSemaphore(WAITING)
 
     def ask(self, head, case, text):
@@ -243,7 +156,9 @@ def end_with_parent():
 
 
 def main():
-    """Serve until Ctrl-C, or until standard input ends."""
+    """`fit`, or serve until Ctrl-C or the end of standard input."""
+    if sys.argv[1:] == ["fit"]:
+        return fit()
     settings = command_line(ServeSettings, prog="judge_server.py")
     if settings.until_eof:
         threading.Thread(target=end_with_parent, daemon=True).start()

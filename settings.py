@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 import dataset
-import judge_server
+import judge_heads
 import reward
 import rubric
 import selfplay
@@ -241,7 +241,7 @@ def contents(settings):
         written = dataset.load_demonstrations(settings.demonstrations, file)
         found["demonstrations"] = [dataclasses.asdict(negotiation) for negotiation in written]
     elif not settings.judge_url:
-        found["embedded judge"] = judge_server.heads_digest()
+        found["embedded judge"] = judge_heads.heads_digest()
     for what, value in found.items():
         text = json.dumps(value, sort_keys=True)
         found[what] = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import cli
-import judge_fit
+import judge_heads
 import judge_server
 
 ROOT = Path(judge_server.__file__).parent
@@ -65,9 +65,9 @@ class Served:
 
 @pytest.fixture
 def served(folder, monkeypatch):
-    monkeypatch.setattr(judge_server, "default_model_folder", lambda: folder / "base")
-    monkeypatch.setattr(judge_server, "HEADS", folder / "heads.safetensors")
-    monkeypatch.setattr(judge_server, "compute_dtype", lambda *name: torch.float32)
+    monkeypatch.setattr(judge_heads, "default_model_folder", lambda: folder / "base")
+    monkeypatch.setattr(judge_heads, "HEADS", folder / "heads.safetensors")
+    monkeypatch.setattr(judge_heads, "compute_dtype", lambda *name: torch.float32)
     made = Served()
     yield made
     made.close()
@@ -89,7 +89,7 @@ def test_the_judge_takes_the_last_card(monkeypatch):
     """One that no rank has, or that of the rank that does not write the run's folder."""
     for cards, place in ((0, "cpu"), (1, "cuda:0"), (8, "cuda:7")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: cards)
-        assert judge_server.place() == torch.device(place)
+        assert judge_heads.place() == torch.device(place)
 
 
 TEXTS = [
@@ -122,11 +122,11 @@ def test_concurrent_requests_get_the_answers_that_they_get_alone(served):
 
 
 def test_damaged_heads_are_told_in_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(judge_server, "HEADS", tmp_path / "heads.safetensors")
+    monkeypatch.setattr(judge_heads, "HEADS", tmp_path / "heads.safetensors")
     with pytest.raises(cli.UserError, match="cannot be read .*; put it back, or name a"):
         judge_server.Engine(1)
-    judge_server.HEADS.write_bytes(b"half")
-    with pytest.raises(cli.UserError, match="cannot be read .*; .*, or run python judge_fit.py"):
+    judge_heads.HEADS.write_bytes(b"half")
+    with pytest.raises(cli.UserError, match="cannot be read .*, or run .*judge_server.py fit"):
         judge_server.Engine(1)
 
 
@@ -138,11 +138,11 @@ def test_an_empty_text_has_a_score_too(served):
 @pytest.mark.skipif("REFIT" not in os.environ, reason="several minutes; REFIT=1 runs it")
 def test_refitting_gives_the_shipped_heads(tmp_path, monkeypatch):
     """One head, to rounding: the shipped ones were fitted in bf16."""
-    shipped = load_file(judge_server.HEADS)["agreed"]
-    agreed = judge_fit.examples()["agreed"]
-    monkeypatch.setattr(judge_fit, "examples", lambda: {"agreed": agreed})
-    monkeypatch.setattr(judge_fit, "HEADS", tmp_path / "heads.safetensors")
-    judge_fit.main()
+    shipped = load_file(judge_heads.HEADS)["agreed"]
+    agreed = judge_heads.examples()["agreed"]
+    monkeypatch.setattr(judge_heads, "examples", lambda: {"agreed": agreed})
+    monkeypatch.setattr(judge_heads, "HEADS", tmp_path / "heads.safetensors")
+    judge_heads.fit()
     refitted = load_file(tmp_path / "heads.safetensors")["agreed"]
     assert torch.cosine_similarity(refitted, shipped, dim=0) > 0.99
 
@@ -150,11 +150,11 @@ def test_refitting_gives_the_shipped_heads(tmp_path, monkeypatch):
 def test_ridge_finds_the_line_that_the_labels_lie_on():
     features = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     line = torch.tensor([1.0, -2.0, 0.0, 0.5], dtype=torch.float64)  # the last one: the constant
-    values = judge_server.apply(line, features)
+    values = judge_heads.apply(line, features)
     values[0] += 100  # and counts next to nothing
     counts = torch.ones(50, dtype=torch.float64)
     counts[0] = 1e-9
-    weights = judge_fit.ridge(features, values, counts, penalty=1e-6)
+    weights = judge_heads.ridge(features, values, counts, penalty=1e-6)
     torch.testing.assert_close(weights, line, rtol=0, atol=1e-4)
 
 
@@ -196,7 +196,7 @@ def test_bad_requests_get_an_answer_in_the_openai_shape_and_the_server_lives(ser
     assert requests.post(served.root + "/pooling", data=too_long, timeout=20).status_code == 413
     listed = requests.get(served.root + "/v1/models", timeout=20).json()["data"]
     assert [m["id"] for m in listed] == [served.engine.name, served.engine.name + ":agreed"]
-    assert served.engine.name == "negotiation-judge-" + judge_server.heads_digest()
+    assert served.engine.name == "negotiation-judge-" + judge_heads.heads_digest()
     assert served.score(CASE, "We share.").status_code == 200
 
 

@@ -1,36 +1,123 @@
-"""How the heads of the embedded judge were fitted, and how good they are.
+"""The embedded judge: what it reads of a text, its linear heads, and how they were fitted.
 
-    data/judge_labels.jsonl, agreement_labels.jsonl -> what judge_server.py reads of each text (F,)
-        -> ridge regression, a head each            -> data/judge_heads.safetensors
+    (case, judged text) -> frozen base -> hidden states, averaged over the judged text (F,)   Base
+                        -> a linear head each: score, endorse, agreed                         apply
+    data/judge_labels.jsonl, agreement_labels.jsonl -> ridge -> data/judge_heads.safetensors  fit
 
-Run it when the labels change. What it prints stands in RESULTS.md.
-
-    python judge_fit.py
+Each text is read by itself, so its score depends on nothing else. Left out: batches (a text of
+some 300 tokens keeps a CPU as busy). What `python judge_server.py fit` prints stands in RESULTS.md.
 """
 
 import collections
 import dataclasses
+import hashlib
 import json
 import re
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
 
 import dataset
 from chat import Turn
-from cli import run_cli
+from cli import UserError
 from dataset import DATA
-from judge_server import HEADS, Base, apply
 from measure import pairs_right, spearman
+from model import compute_dtype, default_model_folder
 from rubric import Case, case_of, clean, for_reward_model, spoken
 
+HEADS = DATA / "judge_heads.safetensors"
+LONGEST_TEXT = 1000  # tokens of a case, and of a judged text; of more, the last ones are read
 # What a head reads: (layer, tokens of the judged text from its beginning; None: all of them).
 # Chosen by cross-validation over the dilemmas that are not the test's, as are the two numbers of
 # RIDGE: the penalty, and how many hand-made texts one text of a policy counts for.
 READS = {"score": [(22, None)], "endorse": [(22, None)], "agreed": [(20, 12)]}
 RIDGE = {"score": (10000.0, 8.0), "endorse": (10000.0, 8.0), "agreed": (3000.0, 1.0)}
 POLICIES = ("warm", "trained", "policy")  # sources of labels: texts that a policy wrote
+
+# ---- reading ----
+
+
+def heads_digest():
+    """8 hex digits of the heads, part of the judge's name: other heads' answers never pass for its.
+
+    Raises UserError when they are not there.
+    """
+    try:
+        return hashlib.sha256(HEADS.read_bytes()).hexdigest()[:8]
+    except OSError as error:
+        problem = f"{HEADS}: cannot be read ({error.strerror})"
+        raise UserError(f"{problem}; put it back, or name a --judge-url") from error
+
+
+def place():
+    """Where the base reads: on the last card, without any on the CPU.
+
+    A turn waits for the judge's word, and one judge serves the dialogues of all ranks: a CPU, which
+    feeds the cards besides, would keep them waiting. The last card is one that no rank uses, or
+    that of the rank with the least to do: rank 0 starts this server, and writes the run's folder.
+    """
+    cards = torch.cuda.device_count()
+    return torch.device("cuda", cards - 1) if cards else torch.device("cpu")
+
+
+class Base:
+    """The frozen model, cut off after the last layer that a head reads.
+
+    reads: {head: [(layer, tokens of the judged text from its beginning; None: all of them)]}.
+    """
+
+    def __init__(self, reads):
+        self.reads = reads
+        folder = default_model_folder()
+        self.device = place()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        dtype = compute_dtype("auto", self.device)
+        self.model = AutoModel.from_pretrained(folder, dtype=dtype).eval().to(self.device)
+        last = max(layer for parts in reads.values() for layer, _ in parts)
+        self.model.layers = self.model.layers[:last]
+        self.model.norm = nn.Identity()
+
+    def ids(self, text):
+        """Ids of untrusted text, in which no control token can be spelled."""
+        plain = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return plain["input_ids"][-LONGEST_TEXT:]
+
+    @torch.no_grad()
+    def features(self, head, case, text):
+        """What `head` reads of a text after its case: mean hidden states in a row, (F,) fp32."""
+        before = self.ids(case + "\n\n")
+        judged = self.ids(text) or self.ids("(nothing)")
+        ids = torch.tensor([before + judged], device=self.device)  # (1, T)
+        states = self.model(ids, use_cache=False, output_hidden_states=True).hidden_states
+        means = []
+        for layer, tokens in self.reads[head]:
+            read = states[layer][0, len(before) :][:tokens]  # (tokens read, H)
+            means.append(read.float().mean(0))
+        return torch.cat(means).cpu()
+
+
+def apply(weights, features):
+    """What a head says of features (..., F): a number each, (...,)."""
+    return features @ weights[:-1] + weights[-1]
+
+
+def load_heads():
+    """({head: what it reads}, {head: weights (F + 1,)}). Raises UserError for a damaged file."""
+    try:
+        with safe_open(HEADS, "pt") as file:
+            reads = json.loads(file.metadata()["reads"])
+        heads = {name: head.float() for name, head in load_file(HEADS).items()}
+    except SafetensorError as error:
+        problem = f"{HEADS}: cannot be read ({error})"
+        raise UserError(f"{problem}; put it back, or run python judge_server.py fit") from error
+    return reads, heads
+
+
+# ---- fitting ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +193,7 @@ def show_quality(head, said):
         print(f"{head:8} {part:14} {quality(head, inside)}")
 
 
-def main():
+def fit():
     """Fit each head on the dilemmas that are not the test's, write it, print how good it is."""
     base, heads = Base(READS), {}
     for head, rows in examples().items():
@@ -121,7 +208,3 @@ def main():
         show_quality(head, list(zip(rows, apply(weights, features).tolist())))
     save_file(heads, HEADS, metadata={"reads": json.dumps(READS)})
     print(f"{HEADS}: the heads")
-
-
-if __name__ == "__main__":
-    run_cli(main)
