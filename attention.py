@@ -349,20 +349,20 @@ class Tree:
     continuations: list  # of lists of ids
 
     def __post_init__(self):
-        self.row = list(self.prefix)
+        self.ids = list(self.prefix)
         self.positions = list(range(len(self.prefix)))  # each continuation's follow the prefix's
         self.spans = []  # (start, end) of each continuation in the row
         for ids in self.continuations:
-            self.spans.append((len(self.row), len(self.row) + len(ids)))
-            self.row += ids
+            self.spans.append((len(self.ids), len(self.ids) + len(ids)))
+            self.ids += ids
             self.positions += range(len(self.prefix), len(self.prefix) + len(ids))
-        self.tokens = len(self.row)
+        self.tokens = len(self.ids)
 
 
 def read_tree(model, tree):
     """Hidden states of a tree's row, (T, H), with gradients."""
     device = next(model.parameters()).device
-    ids, positions = upload(torch.tensor([tree.row, tree.positions]), device)[:, None]  # (1, T)
+    ids, positions = upload(torch.tensor([tree.ids, tree.positions]), device)[:, None]  # (1, T)
     options = dict(use_cache=False, tree=tree, masks={})
     return inner(model)(input_ids=ids, position_ids=positions, **options).last_hidden_state[0]
 

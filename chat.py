@@ -279,13 +279,13 @@ class ChatFormat:
 
     def compared(self):
         """A short conversation, as (ids of a stream in which it was sampled, the template's)."""
-        system, case, first, question, second, last = PROBE
+        system, task, first, question, second, last = PROBE
         said = PROBE[1:]
         if self.has_system:
             said = PROBE
         else:
-            said[0] = f"{system}\n\n{case}"
-        ids = self.asked("", self.head_parts(system, case), past=True)
+            said[0] = f"{system}\n\n{task}"
+        ids = self.asked("", self.head_parts(system, task), past=True)
         ids += [*self._turn(first, past=True), self.end] + self.asked(question, past=True)
         ids += [*self._turn(second, past=True), self.end] + self.asked(last)
         rendered = self.render(self._messages(said))
@@ -336,17 +336,17 @@ class ChatFormat:
         """Ids of untrusted text by itself, in which a literal <|im_end|> stays letters."""
         return self.encode([(text, False)])
 
-    def head_parts(self, system, case=""):
-        """The texts of a stream up to the end of `case`, with which its first message begins."""
+    def head_parts(self, system, task=""):
+        """The texts of a stream up to the end of `task`, with which its first message begins."""
         if self.has_system:
             parts = [(self._before_system, True), (system, False), (self._before_user, True)]
         else:
             parts = [(self._before_user, True), (f"{system}\n\n", False)]
-        return [*parts, (case, False), SEAM]
+        return [*parts, (task, False), SEAM]
 
-    def head(self, system, case=""):
+    def head(self, system, task=""):
         """Their ids."""
-        return self.encode(self.head_parts(system, case), first=True)
+        return self.encode(self.head_parts(system, task), first=True)
 
     def asked(self, words, head=None, past=False):
         """Ids of a user's words up to where the assistant speaks: at the beginning of a stream
@@ -417,22 +417,22 @@ def voice(model, tokenizer, date=""):
 class View:
     """How agent `me` sees a dialogue: turns a list of Turns into a Sample in its chat format.
 
-    case opens its first user message. Each message to it ends with the question `ask`. earlier
+    task opens its first user message. Each message to it ends with the question `ask`. earlier
     stands for turns that are not shown, silence for a turn without words.
     """
 
     chat: ChatFormat
     me: int
     system: str
-    case: str
+    task: str
     ask: str
     earlier: str
     silence: str
 
     @property
     def head(self):
-        """Ids up to the end of the case: what the dialogues of a scenario share."""
-        return self.chat.head(self.system, self.case)
+        """Ids up to the end of the task: what the dialogues of a scenario share."""
+        return self.chat.head(self.system, self.task)
 
     def before(self, turns, closing=None, train=True, windowed=False):
         """The Sample of `turns` up to the point where this agent speaks next.
@@ -441,7 +441,7 @@ class View:
         this agent's turns get mask 1. windowed: earlier turns exist that are not shown.
         """
         chat, sample = self.chat, Sample()
-        head = chat.head_parts(self.system, self.case)
+        head = chat.head_parts(self.system, self.task)
         heard = []  # what the other side said since this agent's last turn
         unseen = [self.earlier] if windowed else []
         for turn in turns:

@@ -33,7 +33,7 @@ def show_plan(settings):
     prompts = []
     for scenario in dataset.load_scenarios(settings.scenarios or None, settings.seed):
         creed = max((persona["creed"] for persona in scenario.personas), key=len)
-        prompts.append(selfplay.SYSTEM + selfplay.CASE + scenario.dilemma + creed)
+        prompts.append(selfplay.SYSTEM + selfplay.TASK + scenario.dilemma + creed)
     prompt = max(len(ids) for ids in tokenizer(prompts)["input_ids"])
     plan = memory_plan(config, settings, dtype, prompt)
     print(f"{settings.model} on {settings.nproc} card(s), {dtype}, GB per card:")

@@ -82,7 +82,7 @@ class Stop:
             raise Stopped
 
     @property
-    def verdict(self):
+    def ending(self):
         """(exit code, reason); code 0: go on."""
         return (0, "done") if self.since is None else (130, "interrupted")
 
@@ -225,7 +225,7 @@ class Run:
             self.terminal.show(row, self.rows, dialogues[0], len(self.scenarios))
         why = self.terminal.reason_to_stop(row, records)
         ended = (3, f"stopped: {why}, then --resume") if why else (0, "done")
-        self.agree(*max(ended, self.stop.verdict))
+        self.end_if_any(*max(ended, self.stop.ending))
 
     def evaluate_if_due(self):
         """Play the held-out scenarios, with the same seeds as ever."""
@@ -258,7 +258,7 @@ class Run:
             self.saved = self.done
         return self.saved == self.done
 
-    def agree(self, code, reason):
+    def end_if_any(self, code, reason):
         """Raise Ended on all ranks where one of them has an exit code."""
         code, reason = max(self.world.gather((code, reason)))
         if code:
@@ -269,10 +269,10 @@ class Run:
         result = None
         try:
             result = self.stop.run(play, *arguments, **more)
-            ended = self.stop.verdict
+            ended = self.stop.ending
         except BudgetSpent as spent:
             ended = (3, f"stopped: {spent}; raise it, then --resume")
-        self.agree(*ended)
+        self.end_if_any(*ended)
         return result
 
     def carry_out(self, steps):

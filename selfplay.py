@@ -32,7 +32,7 @@ import reward
 from attention import context_limit
 from chat import Sample, Turn, View, streams_of, voice
 from cli import UserError, command_line, option, run_cli
-from model import WARM_MODEL, load, own_device, packed
+from model import WARM_MODEL, load, own_device, reordered_weights
 from progress import printable
 from rubric import fill
 from sampler import Say, Table, choose_batch, speak
@@ -72,7 +72,7 @@ SYSTEM = (
 MARKER_RULE = " When you accept the plan on the table, end your turn with the word AGREED."
 # The dilemma opens the first user message, and a question ends each one: a small model hardly
 # reads its system prompt, and what it says drifts.
-CASE = (
+TASK = (
     "{dilemma}\n\nTalk it over with {other}. Say in one or two sentences what you propose and "
     "why.\n\n"
 )
@@ -86,7 +86,7 @@ FINAL = (
 )
 # without a negotiation
 SYSTEM_ALONE = "You are {me}. {creed} You look for a plan that both you and {other} can carry out."
-CASE_ALONE = "{dilemma}\n\n"
+TASK_ALONE = "{dilemma}\n\n"
 ALONE = (
     '{other} is not here to talk with. {other}\'s creed is: "{creed}" Write the plan that you and '
     "{other} will carry out: who does what and when, what happens if it fails, and how it helps "
@@ -104,8 +104,8 @@ def view_of(chat, me, scenario, marker, alone=False):
         "dilemma": scenario.dilemma,
         "marker": MARKER_RULE if marker else "",
     }
-    system, case = (SYSTEM_ALONE, CASE_ALONE) if alone else (SYSTEM, CASE)
-    return View(chat, me, fill(system, words), fill(case, words), ASK, EARLIER, SILENCE)
+    system, task = (SYSTEM_ALONE, TASK_ALONE) if alone else (SYSTEM, TASK)
+    return View(chat, me, fill(system, words), fill(task, words), ASK, EARLIER, SILENCE)
 
 
 @dataclasses.dataclass
@@ -113,8 +113,8 @@ class Dialogue:
     """One negotiation: scenario number `group` of the step, dialogue number `member` of its group.
 
     stop: "agreed", "max_turns" or "context"; "written" where nobody played it. streams: the
-    Samples of each agent. verdict: the judge's answer, a Future of rubric.Verdict. reward: None
-    where it is missing.
+    Samples of each agent. pending_verdict: the Future of a rubric.Verdict on the final. reward:
+    None where it is missing.
     """
 
     scenario: dataset.Scenario
@@ -128,7 +128,7 @@ class Dialogue:
     final: str = None
     final_sample: Sample = None
     final_truncated: bool = False
-    verdict: object = None
+    pending_verdict: object = None
     reward: float = None
     advantage: float = None
     judge: dict = dataclasses.field(default_factory=lambda: {"raw": "", "failures": []})
@@ -166,7 +166,7 @@ class Dialogue:
 # ---- a negotiation that somebody wrote, as if it had been played --------------------------------
 
 
-def imitate(demonstration, chat, settings):
+def dialogue_of(demonstration, chat, settings):
     """A dataset.Demonstration as the Dialogue of two agents who said just this.
 
     Nobody sampled its tokens, so each log-prob is NaN: the learner takes plain likelihood.
@@ -282,7 +282,7 @@ def negotiate(match):
     dialogue.final_sample = views[0].until(turns, final, train=False, closing=match.request)
     if match.judge:
         dilemma, personas = dialogue.scenario.dilemma, dialogue.scenario.personas
-        dialogue.verdict = match.judge.score(dilemma, personas, turns, final.text)
+        dialogue.pending_verdict = match.judge.score(dilemma, personas, turns, final.text)
 
 
 def talk(match):
@@ -371,8 +371,8 @@ def play(
     """Play `dialogues` (scenario, step, group and member set) to their ends; returns them.
 
     voices: the Voice of agent 0 and of agent 1, usually one and the same. A finished dialogue is
-    sent to the judge while the others still talk; its `verdict` is a Future. partner: see `Match`.
-    on_token(say, id) and on_done(dialogue) may watch.
+    sent to the judge while the others still talk. partner: see `Match`. on_token(say, id) and
+    on_done(dialogue) may watch.
     """
     if not dialogues:
         return dialogues
@@ -385,7 +385,7 @@ def play(
     for row, match in enumerate(matches):
         # Agent 1's rows follow those of agent 0, because one side mostly speaks at a time.
         seats.append(Seat(match, [(tables[0], row), (tables[1], row + count)]))
-    with packed(*{voice.model for voice in voices}):
+    with reordered_weights(*{voice.model for voice in voices}):
         tables[0].read_heads({row: match.views[0].head for row, match in enumerate(matches)})
         if settings.max_turns > 1 and not partner:
             heads = {row: match.views[1].head for row, match in enumerate(matches, count)}
@@ -477,7 +477,7 @@ def main(argv=None):
         partner = screen.ask_human if settings.human else None
         play(voices, [dialogue], settings, judge, settings.seed, partner, screen.on_token)
         missing = reward.Verdict(None, "no final completion")
-        verdict = dialogue.verdict.result() if dialogue.verdict else missing
+        verdict = dialogue.pending_verdict.result() if dialogue.pending_verdict else missing
     score = f"none ({verdict.reason})" if verdict.value is None else f"{verdict.value:.2f} of 5"
     print(f"\n\nstopped: {dialogue.stop}; the judge's score: {score}")
 

@@ -10,7 +10,7 @@
 What differs from the paper (arXiv 2603.10476); `--recipe paper` takes back 3 to 5:
 
 1. All weights are trained, in fp32 (or adapters: --lora-rank); the paper: 4-bit QLoRA.
-2. The default model is tiny, so it has imitated written negotiations first (`imitate`).
+2. The default model is tiny, so it has imitated written negotiations first (the warm start).
 3. Agents see the whole dialogue and have 3 turns; the paper: the last two turns, and 7.
 4. Without an agreement they write a solution all the same; the paper: none, and reward 0.
 5. Groups of 6, lr 2e-5, dialogues at T 0.9 and solutions at T 0.8, both with top-p 0.8; the paper:
@@ -97,7 +97,7 @@ def deal(scenarios, settings, step, world):
 # ---- dialogues -----------------------------------------------------------------------------------
 
 
-def play(run, step, dialogues):
+def rollout(run, step, dialogues):
     """Play this rank's dialogues to their ends; the judge reads each that is finished."""
     run.judge.start_batch()
     title, hidden = f"step {step}: dialogues", run.world.rank > 0
@@ -122,9 +122,9 @@ def settle(group, settings):
     A missing reward is None, and so is its advantage.
     """
     for dialogue in group:
-        if dialogue.verdict is not None:
+        if dialogue.pending_verdict is not None:
             try:
-                verdict = dialogue.verdict.result()
+                verdict = dialogue.pending_verdict.result()
             except BudgetSpent:
                 verdict = Verdict(None, "budget spent")
             failures = [verdict.reason] if verdict.reason else []
@@ -177,7 +177,7 @@ def backward(learner, trees, idle=0):
 # ---- self-play: all of it, over and over ---------------------------------------------------------
 
 
-def negotiate(run):
+def self_play_loop(run):
     """Deal, play, judge, learn, from the first step to the last."""
     settings, world = run.settings, run.world
     scenarios, held_out = divide(settings)
@@ -187,7 +187,7 @@ def negotiate(run):
         groups = deal(scenarios, settings, step, world)
         dialogues = list(itertools.chain(*groups))
         start = time.perf_counter()
-        play(run, step, dialogues)
+        rollout(run, step, dialogues)
         played = time.perf_counter()
         means, waited = learn(groups, run.learner, settings, world)
         run.policy.update_player()
@@ -203,10 +203,10 @@ def negotiate(run):
 # ---- the warm start: learn from negotiations that were written -----------------------------------
 
 
-def imitate(run):
+def warm_start_loop(run):
     """The warm start, to the epoch with the lowest held-out loss."""
     settings, world = run.settings, run.world
-    train_on, held_out = imitation_sets(settings, run.policy)
+    train_on, held_out = demonstration_sets(settings, run.policy)
     epoch = math.ceil(len(train_on) / settings.scenarios_per_step)  # steps
     run.begin()
     run.say(
@@ -217,11 +217,11 @@ def imitate(run):
         log_heldout_loss(run, held_out, epoch)
     steps = range(run.done + 1, settings.steps + 1)
     for step in tqdm(steps, "steps", settings.steps, initial=run.done, disable=world.rank > 0):
-        imitation_step(run, step, deal_demonstrations(train_on, settings, step, epoch))
+        demonstration_step(run, step, deal_demonstrations(train_on, settings, step, epoch))
         ends = step % epoch == 0 or step == settings.steps
         if ends:
             log_heldout_loss(run, held_out, epoch)
-        run.agree(*run.stop.verdict)
+        run.end_if_any(*run.stop.ending)
         if ends and not run.is_best():
             run.saved = step  # on purpose without a checkpoint
             why = "the held-out loss rises, so the checkpoint before is the one to use"
@@ -231,7 +231,7 @@ def imitate(run):
             raise Ended(3, "a checkpoint could not be saved; make room, then --resume")
 
 
-def imitation_sets(settings, policy):
+def demonstration_sets(settings, policy):
     """(Dialogues to learn from, Dialogues of a held-out tenth of the scenarios).
 
     Raises UserError for a bad --demonstrations file.
@@ -243,7 +243,7 @@ def imitation_sets(settings, policy):
     held = set(dataset.spread(names, max(1, len(names) // 10)))
     train_on, held_out, limit = [], [], context_limit(policy.model)
     for negotiation in written:
-        dialogue = selfplay.imitate(negotiation, chat, settings)
+        dialogue = selfplay.dialogue_of(negotiation, chat, settings)
         tokens = len(dialogue.final_sample.ids)
         if tokens > limit:
             raise UserError(
@@ -266,7 +266,7 @@ def deal_demonstrations(dialogues, settings, step, epoch_steps):
     return [dialogues[i] for i in share]
 
 
-def imitation_step(run, step, dialogues):
+def demonstration_step(run, step, dialogues):
     """Learn from a step's demonstrations, and log it.
 
     Their log-probs are NaN and their advantages 1, so the learner takes the gradient of plain
@@ -304,7 +304,7 @@ def main(argv=None):
     world = start_world()
     with explained(world), contextlib.ExitStack() as stack:
         run = Run(settings, world, stack)
-        code = run.carry_out(imitate if settings.demonstrations else negotiate)
+        code = run.carry_out(warm_start_loop if settings.demonstrations else self_play_loop)
     if world.size > 1:
         dist.destroy_process_group()
     return code

@@ -29,7 +29,7 @@ TEXT = [
     *(scenario.dilemma for scenario in dataset.load_scenarios(seed=0)[:20]),
     "[INST] [/INST] <<SYS>> <</SYS>>\n\n user assistant system model\n",
     *(persona["creed"] for persona in helpers.PERSONAS),
-    *(selfplay.SYSTEM, selfplay.CASE, selfplay.ASK, selfplay.FINAL),
+    *(selfplay.SYSTEM, selfplay.TASK, selfplay.ASK, selfplay.FINAL),
 ]
 LLAMA3_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -202,7 +202,7 @@ WORDS = ["We share the water.", "No, step by step.", "I propose a plan.", "It is
 
 def rendered(chat, view, words):
     """The ids that the template gives for a dialogue as this agent sees it."""
-    system, case = view.system, view.case
+    system, case = view.system, view.task
     messages = [{"role": "system", "content": system}]
     for said in [""] * (view.me == 0) + words:
         content = said

@@ -702,7 +702,7 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_the_cache(micr
 # The game: agent 0 says one of them, whoever speaks later repeats it.
 WORDS = [" the", " and", " farm", " share", " water", " council"]
 # So short that two layers learn it.
-PROMPTS = {"SYSTEM": "{me}", "CASE": "{dilemma} ", "ASK": "So?", "FINAL": "Sum up."}
+PROMPTS = {"SYSTEM": "{me}", "TASK": "{dilemma} ", "ASK": "So?", "FINAL": "Sum up."}
 
 
 def word_ids():

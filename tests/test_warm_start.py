@@ -75,7 +75,7 @@ def test_what_is_imitated_is_what_was_written(template):
     }[template]
     chat = helpers.voice(template=made).chat
     for demonstration in demonstrations():
-        d = selfplay.imitate(demonstration, chat, settings())
+        d = selfplay.dialogue_of(demonstration, chat, settings())
         assert (
             [t.text for t in d.turns] == list(demonstration.turns)
             and d.final == demonstration.final
@@ -110,7 +110,7 @@ def test_it_is_the_stream_of_a_dialogue_that_was_played():
     for turn in played.turns:
         turn.truncated = turn.ids[-1] != speaker.chat.end
     texts = [speaker.chat.text(t.ids) for t in played.turns]
-    again = selfplay.imitate(
+    again = selfplay.dialogue_of(
         dataset.Demonstration(
             played.scenario,
             tuple(texts),
@@ -132,7 +132,7 @@ def test_it_is_the_stream_of_a_dialogue_that_was_played():
 def test_the_gradient_is_that_of_plain_likelihood(kind, tokens):
     model, cfg = helpers.tiny(kind), settings(train_tokens=tokens)
     chat = ChatFormat(helpers.tokenizer(), model)
-    dialogues = [selfplay.imitate(d, chat, cfg) for d in demonstrations()]
+    dialogues = [selfplay.dialogue_of(d, chat, cfg) for d in demonstrations()]
     learner = grpo.Learner(model, grpo.Optimizer(model, lr=0.0), cfg)
     for dialogue in dialogues:
         for tree, rows in grpo.pack([dialogue], tokens, cfg.micro_tokens):
@@ -276,12 +276,12 @@ def test_a_run_learns_and_leaves_what_every_run_leaves(finished, tiny):
 
 STOP_AT_STEP_3 = """
 import os, signal
-once = train.imitation_step
+once = train.demonstration_step
 def third(run, step, dialogues):
     if step == 3:
         os.kill(os.getpid(), signal.SIGINT)
     return once(run, step, dialogues)
-train.imitation_step = third
+train.demonstration_step = third
 """
 
 
