@@ -13,8 +13,9 @@ import dataset
 import selfplay
 from attention import Tree, inner
 from decode import bucket
-from grpo import CHUNK, MICRO_TOKENS
+from grpo import CHUNK
 from model import add_lora, find, prepare
+from packing import MICRO_TOKENS
 
 TURN_GLUE, FINAL_GLUE = 8, 80  # tokens of template and request around a turn and a final
 ADVICE = {

@@ -42,6 +42,7 @@ from chat import ChatFormat
 from checkpoint import best_step
 from cli import UserError, run_cli
 from client import BudgetSpent
+from packing import pack
 from policy import start_world
 from progress import peak_memory_gb
 from rubric import Verdict
@@ -147,7 +148,7 @@ def learn(groups, learner, settings, world):
     """
     lm.release_memory()
     # Packed before the rewards are known, so that the number of passes is the same on all ranks.
-    trees_of = [grpo.pack(group, settings.train_tokens, settings.micro_tokens) for group in groups]
+    trees_of = [pack(group, settings.train_tokens, settings.micro_tokens) for group in groups]
     passes = sum(len(trees) for trees in trees_of)
     idle = max(world.gather(passes)) - passes  # every rank makes as many as the busiest
     waited, updates = 0.0, []
@@ -274,7 +275,7 @@ def demonstration_step(run, step, dialogues):
     """
     start, settings, world, trees = time.perf_counter(), run.settings, run.world, []
     for dialogue in dialogues[world.rank :: world.size]:
-        trees += grpo.pack([dialogue], settings.train_tokens, settings.micro_tokens)
+        trees += pack([dialogue], settings.train_tokens, settings.micro_tokens)
     backward(run.learner, trees, idle=max(world.gather(len(trees))) - len(trees))
     row = {"step": step, **run.learner.step()}
     row["loss"] = row["entropy"]  # -log-prob a token

@@ -28,6 +28,7 @@ import attention
 import chat
 import dataset
 import grpo
+import packing
 import policy
 import reward
 import selfplay
@@ -214,7 +215,7 @@ def floor_seconds(model, groups, flops, bandwidth):
         sampled += sum(len(turn.ids) for turn in dialogue.turns)
     read = trained = 0
     for group in groups:
-        for tree, rows in grpo.pack(group, "dialogue", 1 << 40):  # every token once
+        for tree, rows in packing.pack(group, "dialogue", 1 << 40):  # every token once
             read += tree.tokens
             trained += sum(len(row.wanted) for row in rows)
     weights = (body + head.numel()) * head.itemsize  # bytes

@@ -16,6 +16,7 @@ import chat
 import decode
 import grpo
 import model as lm
+import packing
 import policy
 import selfplay
 import train
@@ -115,7 +116,7 @@ def test_decoder_and_cache_outlive_a_play_and_an_optimizer_step(monkeypatch):
             dialogue.reward = float(number)
         before = next(model.parameters()).detach().clone()
         train.settle(dialogues, cfg)
-        for tree, rows in grpo.pack(dialogues, "dialogue", 600):
+        for tree, rows in packing.pack(dialogues, "dialogue", 600):
             learner.backward(tree, rows)
         assert not learner.step()["no_evidence"]
         assert not torch.equal(before, next(model.parameters()))

@@ -12,6 +12,7 @@ import torch
 import chat
 import decode
 import grpo
+import packing
 import selfplay
 import train
 from settings import Settings
@@ -51,7 +52,7 @@ def played(kind, cfg=CFG, dtype=torch.float32):
 def backward(learner, groups, micro_tokens):
     """Add up the gradients of all groups."""
     for group in groups:
-        for tree, rows in grpo.pack(group, "dialogue", micro_tokens):
+        for tree, rows in packing.pack(group, "dialogue", micro_tokens):
             learner.backward(tree, rows)
 
 

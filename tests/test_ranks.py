@@ -23,6 +23,7 @@ import checkpoint
 import cli
 import grpo
 import model as lm
+import packing
 import selfplay
 import train
 from policy import World, build
@@ -460,7 +461,7 @@ def test_the_reference_of_an_adapted_model_is_its_base(tiny):
         if with_copy:
             reference = lm.load(tiny, "fp32")[0].requires_grad_(False)
         learner = grpo.Learner(model, optimizer, settings, reference)
-        for tree, rows in grpo.pack(group, "dialogue", 10**6):
+        for tree, rows in packing.pack(group, "dialogue", 10**6):
             learner.backward(tree, rows)
         gradients.append({n: p.grad.clone() for n, p in optimizer.masters.items()})
         assert learner.step()["kl_ref"] > 0.01

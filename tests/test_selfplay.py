@@ -22,8 +22,8 @@ from test_sampler import chi_square, nucleus_of
 from transformers import GenerationConfig
 
 import cli
-import grpo
 import model as lm
+import packing
 import progress
 import selfplay
 from attention import RaggedCache
@@ -601,7 +601,7 @@ def test_top_p_is_the_same_nucleus_for_sampler_and_learner(context_turns):
     for d in played:
         check_logprobs(speaker.model, d, cfg)
     for train_tokens, temperature, top_p in (("dialogue", 0.6, 0.7), ("final", 0.7, 0.5)):
-        for tree, rows in grpo.pack(played, train_tokens, 10**6):
+        for tree, rows in packing.pack(played, train_tokens, 10**6):
             wanted, cuts = [r.wanted for r in rows], [r.cuts for r in rows]
             learned = lm.token_logprobs(speaker.model, tree, wanted, temperature, cuts)
             for row, own, continuation in zip(rows, learned, tree.continuations):
@@ -620,7 +620,7 @@ def test_top_p_is_the_same_nucleus_for_sampler_and_learner(context_turns):
 def test_in_one_row_dialogue_and_final_keep_each_its_own_nucleus(top_p, final_top_p):
     speaker, cfg = talker(), settings(top_p=top_p, final_top_p=final_top_p, final_temperature=0.6)
     played = play(speaker, helpers.dialogues(1, 3), cfg)
-    for tree, rows in grpo.pack(played, "both", 10**6):
+    for tree, rows in packing.pack(played, "both", 10**6):
         wanted = [row.wanted for row in rows]
         cuts = [row.cuts or [-math.inf] * len(row.wanted) for row in rows]
         learned = lm.token_logprobs(speaker.model, tree, wanted, 0.6, cuts)
@@ -633,7 +633,7 @@ def test_the_learners_ratio_is_one(kind):
     speaker, cfg = talker(kind), settings(max_turns=3)
     played = play(speaker, helpers.dialogues(1, 4), cfg)
     model = speaker.model.train()
-    for tree, rows in grpo.pack(played, "dialogue", 10**6):
+    for tree, rows in packing.pack(played, "dialogue", 10**6):
         wanted = [row.wanted for row in rows]
         for row, own in zip(rows, lm.token_logprobs(model, tree, wanted, cfg.temperature)):
             ratio = (own - torch.tensor(row.sampler_logp)).exp()

@@ -19,6 +19,7 @@ import cli
 import dataset
 import grpo
 import model as lm
+import packing
 import selfplay
 from chat import ChatFormat
 from settings import RECIPES, Settings
@@ -135,7 +136,7 @@ def test_the_gradient_is_that_of_plain_likelihood(kind, tokens):
     dialogues = [selfplay.dialogue_of(d, chat, cfg) for d in demonstrations()]
     learner = grpo.Learner(model, grpo.Optimizer(model, lr=0.0), cfg)
     for dialogue in dialogues:
-        for tree, rows in grpo.pack([dialogue], tokens, cfg.micro_tokens):
+        for tree, rows in packing.pack([dialogue], tokens, cfg.micro_tokens):
             learner.backward(tree, rows)
     mine = {n: p.grad.clone() for n, p in model.named_parameters()}
     streams = (
