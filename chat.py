@@ -21,7 +21,6 @@ import re
 import sys
 
 import jinja2
-import torch
 from tokenizers import AddedToken
 
 from cli import UserError
@@ -74,16 +73,20 @@ def add_ids(sample, ids):
         column += [0] * len(ids)
 
 
-def add_turn(sample, turn, trained):
-    """Append the sampled ids of a turn, with mask 1 if they are to be trained."""
-    if not trained:
-        return add_ids(sample, turn.ids)
-    zeros = [0] * len(turn.ids)
-    sample.ids += turn.ids
-    sample.mask += [1] * len(turn.ids)
-    sample.logprobs += turn.logprobs or zeros
-    sample.cuts += turn.cuts or zeros
-    sample.masses += turn.masses or zeros
+def add_turn(sample, turn, trained, end):
+    """Append the sampled ids of a turn, with mask 1 if they are to be trained, and the token `end`
+    where it was cut off."""
+    if trained:
+        zeros = [0] * len(turn.ids)
+        sample.ids += turn.ids
+        sample.mask += [1] * len(turn.ids)
+        sample.logprobs += turn.logprobs or zeros
+        sample.cuts += turn.cuts or zeros
+        sample.masses += turn.masses or zeros
+    else:
+        add_ids(sample, turn.ids)
+    if turn.truncated:
+        add_ids(sample, [end])
 
 
 # ---- chat templates -----------------------------------------------------------------------------
@@ -397,17 +400,11 @@ class ChatFormat:
         return self.thinks or any(mark in said for mark in self.thoughts)
 
 
-@dataclasses.dataclass
 class Voice:
-    """Somebody who can speak: a model and its chat format."""
+    """Somebody who can speak: a model and its chat format. Errors and date as in ChatFormat."""
 
-    model: torch.nn.Module
-    chat: ChatFormat
-
-
-def voice(model, tokenizer, date=""):
-    """A model and its tokenizer as a Voice. Raises UserError for a template that cannot be used."""
-    return Voice(model, ChatFormat(tokenizer, model, date))
+    def __init__(self, model, tokenizer, date=""):
+        self.model, self.chat = model, ChatFormat(tokenizer, model, date)
 
 
 # ---- how an agent sees a dialogue ---------------------------------------------------------------
@@ -453,9 +450,7 @@ class View:
             if chat.forgets(turn.ids):
                 add_ids(sample, chat.turn(turn.text, past=True))
             else:
-                add_turn(sample, turn, train)
-                if turn.truncated:
-                    add_ids(sample, [chat.end])
+                add_turn(sample, turn, train, chat.end)
             heard, head = [], None
         words = "\n\n".join([*heard, closing or self.ask])
         add_ids(sample, chat.asked(words, head))
@@ -464,9 +459,7 @@ class View:
     def until(self, turns, last, train=True, closing=None, windowed=False):
         """The Sample of `turns` followed by this agent's own turn `last`, which gets mask 1."""
         sample = self.before(turns, closing, train, windowed)
-        add_turn(sample, last, True)
-        if last.truncated:
-            add_ids(sample, [self.chat.end])
+        add_turn(sample, last, True, self.chat.end)
         return sample
 
 

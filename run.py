@@ -26,7 +26,7 @@ import progress
 import reward
 import selfplay
 from attention import context_limit
-from chat import voice
+from chat import Voice
 from checkpoint import (
     append,
     best_step,
@@ -131,7 +131,7 @@ class Run:
         """Get ready for self-play on these scenarios: find the judge, make the folder ours."""
         settings, world, player = self.settings, self.world, self.policy.player
         self.scenarios, self.held_out = scenarios, held_out
-        self.voice = voice(player, self.policy.tokenizer, settings.date)
+        self.voice = Voice(player, self.policy.tokenizer, settings.date)
         limit = context_limit(player)
         if settings.final_tokens + selfplay.room(settings) >= limit:
             raise UserError(

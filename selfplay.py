@@ -4,12 +4,12 @@
                 agent 1's stream: system(persona 1) | dilemma, heard: turn 0 | turn 1 | ...
              -> when they agree, or at the limit, agent 0 writes the joint solution (the final)
 
-    play -> Seat.advance -> negotiate -> talk -> Match.say_turn -> View.before -> a Say
+    play -> Match.advance -> negotiate -> talk -> Match.say_turn -> View.before -> a Say
          -> speak, a token each time -> a Turn, sent back into talk -> ... -> Judge.score
 
-`negotiate` is one dialogue, top to bottom: a generator that yields what it waits for, to speak
-(`Say`) or to hear the judge (`Await`). `play` serves many in one batch. A Dialogue is the record, a
-Match what it takes to play it, a Seat a Match in the batch, a Table the cache that the seats share.
+`negotiate` is one dialogue, top to bottom: a generator that yields what it waits for, a Say (until
+it is spoken) or a Future (until the judge answers). `play` serves many in one batch. A Dialogue is
+the record, a Match what it takes to play it, a Table the cache that the matches share.
 Left out: tools, streams that branch, more than two agents: two is assumed here, in chat.View (which
 does not say who spoke) and in dataset.py; packing, learner and transcripts take any number.
 
@@ -30,7 +30,7 @@ import torch
 import dataset
 import reward
 from attention import context_limit
-from chat import Sample, Turn, View, streams_of, voice
+from chat import Sample, Turn, View, Voice, streams_of
 from cli import UserError, command_line, option, run_cli
 from model import WARM_MODEL, load, own_device, reordered_weights
 from progress import printable
@@ -201,29 +201,26 @@ def final_request(scenario, template):
 # ---- one dialogue -------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Await:
-    """Event: the dialogue waits for the judge's answer, and is sent the Verdict."""
-
-    answer: concurrent.futures.Future
-
-
 def room(settings):
     """Tokens to keep free for a turn: encoded for the other side, it may take three times that."""
     return 3 * settings.turn_tokens + 16 if settings.max_turns else 0
 
 
 class Match:
-    """A dialogue and what it takes to play it. partner(dialogue) -> text may speak for agent 1."""
+    """A dialogue and what it takes to play it. partner(dialogue) -> text may speak for agent 1.
 
-    def __init__(self, dialogue, voices, settings, judge, seed, partner=None):
+    places: (table, row) of each agent. event: the Say or Future that `negotiate` waits for.
+    """
+
+    def __init__(self, dialogue, voices, settings, judge, seed, partner=None, places=None):
         self.dialogue, self.settings, self.judge = dialogue, settings, judge
-        self.seed, self.partner = seed, partner
+        self.seed, self.partner, self.places = seed, partner, places
         self.limits = [context_limit(voice.model) for voice in voices]
         scenario, alone = dialogue.scenario, settings.max_turns == 0
         marker = settings.agreement == "marker"
         self.views = [view_of(voices[me].chat, me, scenario, marker, alone) for me in (0, 1)]
         self.request = final_request(scenario, ALONE if alone else FINAL)
+        self.script, self.event = negotiate(self), None
 
     def rng(self, number):
         """Random numbers of one turn. They depend on what is said, never on who else is playing."""
@@ -254,9 +251,32 @@ class Match:
         how = settings.final_temperature, settings.final_top_p
         return Say(0, ids, limit, *how, rng, final=True)
 
+    def ready(self):
+        """Whether the dialogue can go on."""
+        if isinstance(self.event, Say):
+            return self.event.over()
+        return self.event is None or self.event.done()
+
+    def advance(self):
+        """Go on until there is something to wait for. Returns False at the end of the dialogue."""
+        while self.ready():
+            answer = None
+            if isinstance(self.event, Say):
+                answer = self.event.turn
+            elif self.event:
+                answer = self.event.result()
+            try:
+                self.event = self.script.send(answer)
+            except StopIteration:
+                return False
+            if isinstance(self.event, Say):
+                self.event.begin(*self.places[self.event.speaker])
+        return True
+
 
 def negotiate(match):
-    """One dialogue, top to bottom: a generator of `Say` and `Await` events, see there.
+    """One dialogue, top to bottom: a generator that is sent a Turn for each Say that it yields,
+    and a Verdict for each Future.
 
     Fills in the dialogue's turns, streams, agreed, stop, final and the pending verdict.
     """
@@ -304,7 +324,7 @@ def talk(match):
         if not partner_speaks:
             turn = yield say
         if check:
-            verdict = yield Await(check)
+            verdict = yield check
             if verdict.value:
                 break
         if partner_speaks:
@@ -318,7 +338,7 @@ def talk(match):
             check = match.judge.agreed(dilemma, personas, turns[:])
     verdict = None
     if check:  # of the last turn that counts; where it broke the loop, it is answered already
-        verdict = yield Await(check)
+        verdict = yield check
         dialogue.agreed = bool(verdict.value)
     if dialogue.agreed:
         dialogue.stop = "agreed"
@@ -332,36 +352,6 @@ def both_accept(turns):
 
 
 # ---- many dialogues in one batch ----------------------------------------------------------------
-
-
-class Seat:
-    """A dialogue in play, and the event that it waits for."""
-
-    def __init__(self, match, places):
-        self.dialogue, self.places = match.dialogue, places  # (table, row) of each agent
-        self.script, self.event = negotiate(match), None
-
-    def ready(self):
-        """Whether the dialogue can go on."""
-        if isinstance(self.event, Await):
-            return self.event.answer.done()
-        return self.event is None or self.event.over()
-
-    def advance(self):
-        """Go on until there is something to wait for. Returns False at the end of the dialogue."""
-        while self.ready():
-            answer = None
-            if isinstance(self.event, Say):
-                answer = self.event.turn
-            elif self.event:
-                answer = self.event.answer.result()
-            try:
-                self.event = self.script.send(answer)
-            except StopIteration:
-                return False
-            if isinstance(self.event, Say):
-                self.event.seat(*self.places[self.event.speaker])
-        return True
 
 
 @torch.no_grad()
@@ -380,28 +370,28 @@ def play(
     tables = [Table(voice, 2 * count) for voice in voices]
     if voices[0].model is voices[1].model:
         tables[1] = tables[0]
-    matches = [Match(d, voices, settings, judge, seed, partner) for d in dialogues]
-    seats = []
-    for row, match in enumerate(matches):
+    matches = []
+    for row, dialogue in enumerate(dialogues):
         # Agent 1's rows follow those of agent 0, because one side mostly speaks at a time.
-        seats.append(Seat(match, [(tables[0], row), (tables[1], row + count)]))
+        places = (tables[0], row), (tables[1], row + count)
+        matches.append(Match(dialogue, voices, settings, judge, seed, partner, places))
     with reordered_weights(*{voice.model for voice in voices}):
         tables[0].read_heads({row: match.views[0].head for row, match in enumerate(matches)})
         if settings.max_turns > 1 and not partner:
             heads = {row: match.views[1].head for row, match in enumerate(matches, count)}
             tables[1].read_heads(heads)
-        while seats:
-            for seat in [seat for seat in seats if seat.ready()]:
-                seats.remove(seat)
-                if seat.advance():
-                    seats.append(seat)
+        while matches:
+            for match in [match for match in matches if match.ready()]:
+                matches.remove(match)
+                if match.advance():
+                    matches.append(match)
                 elif on_done:
-                    on_done(seat.dialogue)
-            batch = choose_batch([seat.event for seat in seats if isinstance(seat.event, Say)])
+                    on_done(match.dialogue)
+            batch = choose_batch([match.event for match in matches if isinstance(match.event, Say)])
             if batch:
                 speak(batch, on_token)
-            elif seats:
-                answers = [seat.event.answer for seat in seats]
+            elif matches:
+                answers = [match.event for match in matches]
                 concurrent.futures.wait(answers, return_when=concurrent.futures.FIRST_COMPLETED)
     return dialogues
 
@@ -470,7 +460,7 @@ def main(argv=None):
     """`python selfplay.py`: one negotiation, with the judge's score at the end."""
     settings = command_line(WatchSettings, argv, prog="selfplay.py")
     scenario = watched_scenario(settings)
-    speaker = voice(*load(settings.model, device=own_device()), settings.date)
+    speaker = Voice(*load(settings.model, device=own_device()), settings.date)
     voices, dialogue = (speaker, speaker), Dialogue(scenario, step=0, group=0, member=0)
     with reward.open_judge(settings) as judge:
         screen = Screen(scenario, speaker.chat)

@@ -161,7 +161,7 @@ class Side:
     def voice(self):
         """The model with its chat format."""
         settings = self.settings
-        return chat.voice(*lm.load(settings.model, settings.dtype, lm.own_device()), settings.date)
+        return chat.Voice(*lm.load(settings.model, settings.dtype, lm.own_device()), settings.date)
 
 
 # ---- finished items, and the judge's answers -----------------------------------------------------

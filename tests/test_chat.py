@@ -348,7 +348,7 @@ def test_a_date_in_a_template_is_the_runs():
 
 def test_voice_is_a_model_with_its_format():
     model = helpers.tiny()
-    speaker = chats.voice(model, helpers.tokenizer(), "2024-02-29")
+    speaker = chats.Voice(model, helpers.tokenizer(), "2024-02-29")
     assert speaker.model is model and speaker.chat.day == datetime.date(2024, 2, 29)
     assert isinstance(speaker.model, torch.nn.Module)
 

@@ -48,7 +48,7 @@ def settings(**more):
 def played(monkeypatch, model, static, cfg, scenarios=2):
     """Dialogues of unlike length, decoded with the static step or without."""
     monkeypatch.setattr(decode, "ALWAYS", static)
-    voice = chat.voice(model, helpers.tokenizer())
+    voice = chat.Voice(model, helpers.tokenizer())
     return selfplay.play((voice, voice), helpers.dialogues(scenarios, 2), cfg)
 
 
@@ -93,7 +93,7 @@ def test_the_static_step_draws_what_rows_left_out_draw(monkeypatch, kind, case):
 
 def test_a_cache_that_grows_keeps_what_it_holds(monkeypatch):
     model, cfg = helpers.tiny(), settings(max_turns=6, turn_tokens=40)
-    voice = chat.voice(model, helpers.tokenizer())
+    voice = chat.Voice(model, helpers.tokenizer())
     voice.chat.ends = set()
     both = []
     for static in (False, True):

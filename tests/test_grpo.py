@@ -689,7 +689,7 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_the_cache(micr
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     passes = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *a: passes.append(1))
-    groups = played(cfg, voice=chat.voice(model, helpers.tokenizer()))
+    groups = played(cfg, voice=chat.Voice(model, helpers.tokenizer()))
     decoded = len(passes)
     plain, _ = gradients(groups, settings())
     assert distance(gradients(groups, cfg, model)[0], plain) < 1e-6
@@ -746,7 +746,7 @@ def parrots(monkeypatch):
         eos_token_id=helpers.tokenizer().eos_token_id,
     )
     model = lm.prepare(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    voice = chat.voice(model, helpers.tokenizer())
+    voice = chat.Voice(model, helpers.tokenizer())
     group = [game(voice, word) for word in word_ids()]
     trees = packing.pack(group, "dialogue", WHOLE) + packing.pack(group, "final", WHOLE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
@@ -800,7 +800,7 @@ def train_parrots(model, how):
     learner = new_learner(cfg, copy.deepcopy(model), clip=0.0)
     learner.optimizer.adamw = torch.optim.SGD(learner.optimizer.masters.values())
     learner.optimizer.lr = 5e-3
-    voice, rng = chat.voice(learner.model, helpers.tokenizer()), random.Random(5)
+    voice, rng = chat.Voice(learner.model, helpers.tokenizer()), random.Random(5)
 
     def fresh():
         return selfplay.play((voice, voice), helpers.dialogues(1, 60, step=1000), cfg)

@@ -34,7 +34,7 @@ import cli
 import model as lm
 import selfplay
 from attention import RaggedCache, Tree
-from chat import voice
+from chat import Voice
 
 SEED = random.Random(0)
 
@@ -783,7 +783,7 @@ def check_sample(model, sample, temperature):
 @torch.no_grad()
 def test_smollm2_plays_scores_and_saves_exactly(tmp_path):
     model, tokenizer = lm.load("smollm2-135m", "fp32")
-    speaker, decode = voice(model, tokenizer), tokenizer.decode
+    speaker, decode = Voice(model, tokenizer), tokenizer.decode
     chat = speaker.chat
     assert chat.has_system
     assert chat.stable

@@ -474,7 +474,7 @@ def with_advantages(model):
     how = selfplay.PlaySettings(
         max_turns=2, turn_tokens=6, final_tokens=6, agreement="none", temperature=0.7, top_p=1.0
     )
-    voice = chat.voice(model, helpers.tokenizer())
+    voice = chat.Voice(model, helpers.tokenizer())
     group = selfplay.play((voice, voice), helpers.dialogues(1, 4), how)
     for dialogue, advantage in zip(group, (1.0, -1.0, 0.5, -0.5)):
         dialogue.advantage = advantage

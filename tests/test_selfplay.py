@@ -27,7 +27,7 @@ import packing
 import progress
 import selfplay
 from attention import RaggedCache
-from chat import Turn, voice
+from chat import Turn, Voice
 from rubric import Verdict
 
 TEMPLATES = {
@@ -66,7 +66,7 @@ def talker(kind="llama", template=helpers.CHATML, stop=0.15, seed=0, ends=(2,), 
     for end in ends:
         bias[end] = (logits.max(1).values - logits[:, end]).quantile(stop)
     model.get_output_embeddings().bias = torch.nn.Parameter(bias)
-    return voice(model, tokenizer)
+    return Voice(model, tokenizer)
 
 
 class Script:
