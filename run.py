@@ -1,6 +1,6 @@
 """A run as a thing that lives: its folder, policy, learner and judge, and how it ends.
 
-    Settings -> Run -> start, or begin -> record, evaluate_if_due, save ... -> the exit code
+    Settings -> Run -> begin_play, or begin -> log_step, evaluate_if_due, save ... -> the exit code
     a signal, a spent budget, a judge gone silent -> Ended, on all ranks -> the last checkpoint
 
 train.py has the steps; this has what is around them. One process writes a folder, the others ask
@@ -127,8 +127,8 @@ class Run:
             self.policy.model, self.policy.optimizer, settings, self.policy.reference
         )
 
-    def start(self, scenarios, held_out):
-        """Get ready for self-play on these scenarios: find the judge, make the folder ours."""
+    def begin_play(self, scenarios, held_out):
+        """Begin self-play on these scenarios: find the judge, then `begin`."""
         settings, world, player = self.settings, self.world, self.policy.player
         self.scenarios, self.held_out = scenarios, held_out
         self.voice = Voice(player, self.policy.tokenizer, settings.date)
@@ -172,9 +172,9 @@ class Run:
         return reward.open_judge(asking, world.rank, world.broadcast)
 
     def begin(self):
-        """Write config.json; from now on signals end the run in order."""
+        """Take the folder; from now on signals end the run in order."""
         if self.world.rank == 0:
-            begin(self.folder, self.settings, self.files, self.policy.model, self.stack)
+            take_folder(self.folder, self.settings, self.files, self.policy.model, self.stack)
             if self.settings.log != "none":
                 self.log = progress.Log(self.settings.log, self.folder, self.done, self.stack)
         self.stop = Stop(self.world)
@@ -205,7 +205,7 @@ class Run:
         everyone = itertools.chain(*self.world.gather(records))
         return sorted(everyone, key=lambda record: (record[key], record["member"]))
 
-    def record(self, step, dialogues, means, seconds):
+    def log_step(self, step, dialogues, means, seconds):
         """Write and show what a step was like. Raises Ended where it has to be the last.
 
         means: of the learner. seconds: {"play" | "judge" | "learn": time}.
@@ -367,7 +367,7 @@ def refuse_taken(out):
         )
 
 
-def begin(out, settings, contents, model, stack):
+def take_folder(out, settings, contents, model, stack):
     """Make the folder this run's own, now that nothing else can be wrong; write config.json.
 
     contents: digests of the files that it reads. Raises UserError where not one checkpoint fits.

@@ -7,16 +7,8 @@
     torchrun --nproc_per_node=8 train.py --recipe paper --model Qwen/Qwen3-14B --fsdp \
         --judge-url http://judge:8000/v1 --judge-model NAME                              # 8 GPUs
 
-What differs from the paper (arXiv 2603.10476); `--recipe paper` takes back 3 to 5:
-
-1. All weights are trained, in fp32 (or adapters: --lora-rank); the paper: 4-bit QLoRA.
-2. The default model is tiny, so it has imitated written negotiations first (the warm start).
-3. Agents see the whole dialogue and have 3 turns; the paper: the last two turns, and 7.
-4. Without an agreement they write a solution all the same; the paper: none, and reward 0.
-5. Groups of 6, lr 2e-5, dialogues at T 0.9 and solutions at T 0.8, both with top-p 0.8; the paper:
-   8, 5e-6, T 0.7 and 0.1, top-p 0.95.
-6. A small embedded judge reads; the paper: a large model (here: --judge-url).
-7. Rewards no further apart than the judge wobbles are equal; no difference, no step.
+The method is that of arXiv 2603.10476; what differs from it stands in a table in README.md, and
+`--recipe paper` takes most of it back.
 
 Left out: a saved state of random generators. What is drawn depends on (seed, step, scenario,
 member, turn) alone, never on the rank, the clock or the order in which the judge answers.
@@ -48,6 +40,32 @@ from progress import peak_memory_gb
 from rubric import Verdict
 from run import Ended, Run
 from settings import read_settings
+
+# ---- self-play: all of it, over and over ---------------------------------------------------------
+
+
+def self_play_loop(run):
+    """Deal, play, judge, learn, from the first step to the last."""
+    settings, world = run.settings, run.world
+    scenarios, held_out = divide(settings)
+    run.begin_play(scenarios, held_out)
+    run.evaluate_if_due()
+    for step in range(run.done + 1, settings.steps + 1):
+        groups = deal(scenarios, settings, step, world)
+        dialogues = list(itertools.chain(*groups))
+        start = time.perf_counter()
+        rollout(run, step, dialogues)
+        played = time.perf_counter()
+        means, waited = learn(groups, run.learner, settings, world)
+        run.policy.update_player()
+        learnt = time.perf_counter()
+        seconds = {"play": played - start, "judge": waited, "learn": learnt - played - waited}
+        run.log_step(step, dialogues, means, seconds)
+        run.evaluate_if_due()
+        due = settings.save_every and step % settings.save_every == 0
+        if due or run.is_best():
+            run.save()
+
 
 # ---- scenarios -----------------------------------------------------------------------------------
 
@@ -117,30 +135,6 @@ def rollout(run, step, dialogues):
 # ---- advantages, loss, optimizer step ------------------------------------------------------------
 
 
-def settle(group, settings):
-    """Wait for the judge's verdicts on a group and turn its rewards into advantages.
-
-    A missing reward is None, and so is its advantage.
-    """
-    for dialogue in group:
-        if dialogue.pending_verdict is not None:
-            try:
-                verdict = dialogue.pending_verdict.result()
-            except BudgetSpent:
-                verdict = Verdict(None, "budget spent")
-            failures = [verdict.reason] if verdict.reason else []
-            dialogue.reward = verdict.value
-            dialogue.judge = {"raw": verdict.raw, "failures": failures}
-    rewards = [math.nan if dialogue.reward is None else dialogue.reward for dialogue in group]
-    advantages = grpo.group_advantages(
-        torch.tensor([rewards], dtype=torch.float64),  # (1, G)
-        settings.advantage_scale,
-        noise=settings.judge_noise,
-    )
-    for dialogue, advantage in zip(group, advantages[0].tolist()):
-        dialogue.advantage = None if dialogue.reward is None else advantage
-
-
 def learn(groups, learner, settings, world):
     """Settle one group after another, and take its gradient while the judge reads the next.
 
@@ -167,38 +161,36 @@ def learn(groups, learner, settings, world):
     return {**updates[-1], "skipped": skipped, "logprob_gap": gap}, waited
 
 
+def settle(group, settings):
+    """Wait for the judge's verdicts on a group and turn its rewards into advantages.
+
+    A missing reward is None, and so is its advantage.
+    """
+    for dialogue in group:
+        if dialogue.pending_verdict is not None:
+            try:
+                verdict = dialogue.pending_verdict.result()
+            except BudgetSpent:
+                verdict = Verdict(None, "budget spent")
+            failures = [verdict.reason] if verdict.reason else []
+            dialogue.reward = verdict.value
+            dialogue.judge = {"raw": verdict.raw, "failures": failures}
+    rewards = [math.nan if dialogue.reward is None else dialogue.reward for dialogue in group]
+    advantages = grpo.group_advantages(
+        torch.tensor([rewards], dtype=torch.float64),  # (1, G)
+        settings.advantage_scale,
+        noise=settings.judge_noise,
+    )
+    for dialogue, advantage in zip(group, advantages[0].tolist()):
+        dialogue.advantage = None if dialogue.reward is None else advantage
+
+
 def backward(learner, trees, idle=0):
     """Add the gradients of these trees, then make `idle` passes without one."""
     for tree, rows in trees:
         learner.backward(tree, rows)
     for _ in range(idle):
         learner.idle()
-
-
-# ---- self-play: all of it, over and over ---------------------------------------------------------
-
-
-def self_play_loop(run):
-    """Deal, play, judge, learn, from the first step to the last."""
-    settings, world = run.settings, run.world
-    scenarios, held_out = divide(settings)
-    run.start(scenarios, held_out)
-    run.evaluate_if_due()
-    for step in range(run.done + 1, settings.steps + 1):
-        groups = deal(scenarios, settings, step, world)
-        dialogues = list(itertools.chain(*groups))
-        start = time.perf_counter()
-        rollout(run, step, dialogues)
-        played = time.perf_counter()
-        means, waited = learn(groups, run.learner, settings, world)
-        run.policy.update_player()
-        learnt = time.perf_counter()
-        seconds = {"play": played - start, "judge": waited, "learn": learnt - played - waited}
-        run.record(step, dialogues, means, seconds)
-        run.evaluate_if_due()
-        due = settings.save_every and step % settings.save_every == 0
-        if due or run.is_best():
-            run.save()
 
 
 # ---- the warm start: learn from negotiations that were written -----------------------------------

@@ -27,7 +27,7 @@ import packing
 import selfplay
 import train
 from policy import World, build
-from run import begin
+from run import take_folder
 from settings import read_settings
 
 HARD = dict(updates_per_rollout=2, beta=0.05)  # losses that are not 0
@@ -376,11 +376,11 @@ def test_a_run_begins_only_where_a_checkpoint_fits(more, tiny, tmp_path, monkeyp
         "--out .*run: not one checkpoint fits there .* GB are needed, .* are free.*; make room"
     )
     with contextlib.ExitStack() as stack, pytest.raises(cli.UserError, match=refused):
-        begin(out, settings, {}, policy.model, stack)
+        take_folder(out, settings, {}, policy.model, stack)
     assert not out.parent.exists()
     free(1.1)
     with contextlib.ExitStack() as stack:
-        begin(out, settings, {}, policy.model, stack)
+        take_folder(out, settings, {}, policy.model, stack)
     assert sorted(path.name for path in out.iterdir()) == [".lock", "config.json"]
 
 
