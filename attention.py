@@ -181,7 +181,7 @@ def capacity_for(tokens):
 
 
 @dataclass
-class Step:
+class Placement:
     """Where one forward pass writes in the store, and what it sees of it."""
 
     slots: torch.Tensor  # (b,) slot of each row
@@ -212,7 +212,7 @@ class RaggedCache(Cache):
         self.capacity = capacity
         self.place = list(range(rows))
         self.store = {}  # layer -> (keys, values), each (slots, Hkv, capacity, D)
-        self.step = None  # of the forward pass that is under way
+        self.placement = None  # of the forward pass that is under way
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Called by each layer: write its new (b, Hkv, q, D), return all it sees (b, Hkv, K, D)."""
@@ -220,10 +220,10 @@ class RaggedCache(Cache):
         if layer_idx not in self.store:
             sizes = [(len(self.place), x.shape[1], self.capacity, x.shape[3]) for x in new]
             self.store[layer_idx] = [x.new_zeros(size) for x, size in zip(new, sizes)]
-        step, seen = self.step, []
+        placement, seen = self.placement, []
         for whole, states in zip(self.store[layer_idx], new):
-            whole[step.slots[:, None], :, step.positions] = states.transpose(1, 2)
-            seen.append(whole[step.seen, :, : step.keys])
+            whole[placement.slots[:, None], :, placement.positions] = states.transpose(1, 2)
+            seen.append(whole[placement.seen, :, : placement.keys])
         return seen
 
     def grow(self, needed):
@@ -302,31 +302,33 @@ class RaggedCache(Cache):
         width = max(counts)
         longest = max(length + count for length, count in zip(lengths, counts))
         self.grow(max(lengths) + width)
-        step = self._step(rows, lengths, width, longest, device)
+        placement = self._placement(rows, lengths, width, longest, device)
         padded = [ids + [ids[-1]] * (width - len(ids)) for ids in tokens]
-        hidden = self.forward(model, torch.tensor(padded, device=device), step, longest)
+        hidden = self.forward(model, torch.tensor(padded, device=device), placement, longest)
         for row, count in zip(rows, counts):
             self.lengths[row] += count
         return hidden
 
-    def forward(self, model, ids, step, longest):
-        """One forward pass of ids (b, q) that writes where `step` says; hidden states (b, q, H)."""
-        self.step = step
+    def forward(self, model, ids, placement, longest):
+        """One forward pass of ids (b, q), written where `placement` says; hidden states (b, q, H)."""
+        self.placement = placement
         weight = next(model.parameters())
-        unseen = torch.arange(step.keys, device=weight.device) > step.positions[:, :, None]
+        unseen = (
+            torch.arange(placement.keys, device=weight.device) > placement.positions[:, :, None]
+        )
         mask = torch.zeros(unseen.shape, dtype=weight.dtype, device=weight.device)  # (b, q, K)
         mask.masked_fill_(unseen, -math.inf)
         return inner(model)(
             input_ids=ids,
             attention_mask=mask[:, None],
             # a pad may stand beyond the model's last position, or see no key: any number will do
-            position_ids=step.positions.clamp(max=context_limit(model) - 1),
-            places=step.positions.clamp(max=longest - 1),
+            position_ids=placement.positions.clamp(max=context_limit(model) - 1),
+            places=placement.positions.clamp(max=longest - 1),
             cache=self,
             use_cache=True,
         ).last_hidden_state
 
-    def _step(self, rows, lengths, width, longest, device):
+    def _placement(self, rows, lengths, width, longest, device):
         places = [self.place[row] for row in rows]
         slots = torch.tensor(places, device=device)
         new = torch.arange(width, device=device)
@@ -334,8 +336,8 @@ class RaggedCache(Cache):
         first, end = places[0], places[0] + len(rows)
         if places == list(range(first, end)):
             # a view of the whole capacity, because a matrix product would copy anything less
-            return Step(slots, positions, slice(first, end), self.capacity)
-        return Step(slots, positions, slots, longest)
+            return Placement(slots, positions, slice(first, end), self.capacity)
+        return Placement(slots, positions, slots, longest)
 
 
 # ---- learning and scoring: a prefix and its continuations in one row -----------------------------

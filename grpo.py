@@ -261,7 +261,7 @@ class Learner:
         return pad_sequence([sample.ref_logp for sample in samples], batch_first=True)
 
     @torch.no_grad()
-    def surprise(self, dialogues):
+    def nll(self, dialogues):
         """(sum of -log-prob, number) of trained tokens; under FSDP all ranks bring equally many."""
         total, tokens = 0.0, 0
         for dialogue in dialogues:

@@ -86,7 +86,7 @@ class Stop:
         """(exit code, reason); code 0: go on."""
         return (0, "done") if self.since is None else (130, "interrupted")
 
-    def run(self, play, *arguments, **more):
+    def until_signal(self, play, *arguments, **more):
         """play(...), given up at a signal, and None where one came before."""
         try:
             self.playing = True
@@ -239,8 +239,9 @@ class Run:
             return
         self.judge.start_batch()
         share = slice(world.rank, None, world.size)
-        arguments = self.voice, self.held_out, settings, self.judge, 2, settings.seed, share
-        records = self.gather_records(self.unless_stopped(heldout, *arguments), "scenario_id")
+        arguments = self.voice, self.held_out, settings, self.judge
+        played = self.unless_stopped(heldout, *arguments, seed=settings.seed, share=share)
+        records = self.gather_records(played, "scenario_id")
         held = heldout_row(records)
         held |= progress.judge_totals(world.gather(self.judge.take_stats()))
         self.append("heldout.jsonl", [{**record, "step": step} for record in records])
@@ -268,7 +269,7 @@ class Run:
         """play(...); raises Ended on all ranks where a signal or a spent budget ends it on one."""
         result = None
         try:
-            result = self.stop.run(play, *arguments, **more)
+            result = self.stop.until_signal(play, *arguments, **more)
             ended = self.stop.ending
         except BudgetSpent as spent:
             ended = (3, f"stopped: {spent}; raise it, then --resume")

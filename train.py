@@ -279,7 +279,7 @@ def demonstration_step(run, step, dialogues):
 
 def log_heldout_loss(run, dialogues, epoch):
     """Measure the loss on held-out demonstrations, log and show it."""
-    total, tokens = run.learner.surprise(dialogues)
+    total, tokens = run.learner.nll(dialogues)
     held = {"loss": total / tokens, "tokens": tokens}
     run.append_metrics({"step": run.done, "heldout": held})
     epochs = f"{run.done / epoch:.0f} epochs"

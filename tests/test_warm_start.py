@@ -154,7 +154,7 @@ def test_the_gradient_is_that_of_plain_likelihood(kind, tokens):
     total.backward()
     for name, p in model.named_parameters():
         assert (mine[name] - p.grad).abs().max() <= 1e-4 * p.grad.abs().max(), name
-    assert learner.surprise(dialogues) == (pytest.approx(total.item(), rel=1e-5), number)
+    assert learner.nll(dialogues) == (pytest.approx(total.item(), rel=1e-5), number)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     means = learner.step()
