@@ -200,7 +200,7 @@ class NoOtherState(list):
 class RaggedCache(Cache):
     """Keys and values of `rows` streams of unequal lengths, preallocated.
 
-    Row r lives in slot `place[r]` and uses its first `lengths[r]` places. A row is cropped by
+    Row r lives in slot `slot_of[r]` and uses its first `lengths[r]` places. A row is cropped by
     lowering its length; what lies beyond a length is never seen. The rows of a decoding batch are
     brought side by side (`together`), so that the model reads them as a view, never as a copy.
     """
@@ -210,7 +210,7 @@ class RaggedCache(Cache):
         self.rounded = rounded  # tokens -> the capacity to grow to
         self.lengths = [0] * rows
         self.capacity = capacity
-        self.place = list(range(rows))
+        self.slot_of = list(range(rows))
         self.store = {}  # layer -> (keys, values), each (slots, Hkv, capacity, D)
         self.placement = None  # of the forward pass that is under way
 
@@ -218,7 +218,7 @@ class RaggedCache(Cache):
         """Called by each layer: write its new (b, Hkv, q, D), return all it sees (b, Hkv, K, D)."""
         new = (key_states, value_states)
         if layer_idx not in self.store:
-            sizes = [(len(self.place), x.shape[1], self.capacity, x.shape[3]) for x in new]
+            sizes = [(len(self.slot_of), x.shape[1], self.capacity, x.shape[3]) for x in new]
             self.store[layer_idx] = [x.new_zeros(size) for x, size in zip(new, sizes)]
         placement, seen = self.placement, []
         for whole, states in zip(self.store[layer_idx], new):
@@ -237,33 +237,34 @@ class RaggedCache(Cache):
     def together(self, rows):
         """Swap slots until `rows` lie side by side, where most of them are; rows in slot order."""
         size = len(rows)
-        rows = sorted(rows, key=self.place.__getitem__)
-        if not rows or self.place[rows[-1]] - self.place[rows[0]] == size - 1:
+        rows = sorted(rows, key=self.slot_of.__getitem__)
+        if not rows or self.slot_of[rows[-1]] - self.slot_of[rows[0]] == size - 1:
             return rows
         wanted = set(rows)
-        owner = sorted(range(len(self.place)), key=self.place.__getitem__)  # the row in each slot
+        # the row in each slot
+        owner = sorted(range(len(self.slot_of)), key=self.slot_of.__getitem__)
         there = [row in wanted for row in owner]
         starts = range(len(owner) - size + 1)
         start = max(starts, key=lambda at: sum(there[at : at + size]))
         strangers = [row for row in owner[start : start + size] if row not in wanted]
         for row in rows:
-            if not start <= self.place[row] < start + size:
+            if not start <= self.slot_of[row] < start + size:
                 self._swap(row, strangers.pop())
-        return sorted(rows, key=self.place.__getitem__)
+        return sorted(rows, key=self.slot_of.__getitem__)
 
     def _swap(self, row, other):
-        here, there = self.place[row], self.place[other]
+        here, there = self.slot_of[row], self.slot_of[other]
         used = max(self.lengths[row], self.lengths[other])
         for whole in itertools.chain.from_iterable(self.store.values()):
             whole[[here, there], :, :used] = whole[[there, here], :, :used]
-        self.place[row], self.place[other] = there, here
+        self.slot_of[row], self.slot_of[other] = there, here
 
     def copy(self, source, targets, n):
         """Give each target row the first `n` tokens of `source`: a group's prefix is read once."""
-        slots = [self.place[target] for target in targets]
+        slots = [self.slot_of[target] for target in targets]
         for whole in itertools.chain.from_iterable(self.store.values()):
             # a full row is one block, which torch will not write over itself: hence the clone
-            whole[slots, :, :n] = whole[self.place[source], :, :n].clone()
+            whole[slots, :, :n] = whole[self.slot_of[source], :, :n].clone()
         for target in targets:
             self.lengths[target] = n
 
@@ -310,7 +311,7 @@ class RaggedCache(Cache):
         return hidden
 
     def forward(self, model, ids, placement, longest):
-        """One forward pass of ids (b, q), written where `placement` says; hidden states (b, q, H)."""
+        """One forward pass of ids (b, q), written as `placement` says; hidden states (b, q, H)."""
         self.placement = placement
         weight = next(model.parameters())
         unseen = (
@@ -329,12 +330,12 @@ class RaggedCache(Cache):
         ).last_hidden_state
 
     def _placement(self, rows, lengths, width, longest, device):
-        places = [self.place[row] for row in rows]
-        slots = torch.tensor(places, device=device)
+        taken = [self.slot_of[row] for row in rows]
+        slots = torch.tensor(taken, device=device)
         new = torch.arange(width, device=device)
         positions = torch.tensor(lengths, device=device)[:, None] + new  # (b, q)
-        first, end = places[0], places[0] + len(rows)
-        if places == list(range(first, end)):
+        first, end = taken[0], taken[0] + len(rows)
+        if taken == list(range(first, end)):
             # a view of the whole capacity, because a matrix product would copy anything less
             return Placement(slots, positions, slice(first, end), self.capacity)
         return Placement(slots, positions, slots, longest)

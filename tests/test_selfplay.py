@@ -443,7 +443,7 @@ def forgetful(monkeypatch):
         for pair in cache.store.values():
             for row, length in enumerate(cache.lengths):
                 for stored in pair:
-                    stored[cache.place[row], :, length:] = 1e4
+                    stored[cache.slot_of[row], :, length:] = 1e4
         return feed(cache, model, rows, tokens)
 
     monkeypatch.setattr(RaggedCache, "feed", poisoned)
