@@ -113,7 +113,7 @@ class Run:
         if world.rank == 0 and settings.log != "none":
             progress.log_package(settings.log)
         self.log, self.scenarios = None, []
-        self.files = check_contents(settings)
+        self.contents = check_contents(settings)
         if settings.resume and world.rank == 0:
             claim(Path(settings.resume), stack)
         found = open_run(settings) if world.rank == 0 else None
@@ -174,7 +174,7 @@ class Run:
     def begin(self):
         """Take the folder; from now on signals end the run in order."""
         if self.world.rank == 0:
-            take_folder(self.folder, self.settings, self.files, self.policy.model, self.stack)
+            take_folder(self.folder, self.settings, self.contents, self.policy.model, self.stack)
             if self.settings.log != "none":
                 self.log = progress.Log(self.settings.log, self.folder, self.done, self.stack)
         self.stop = Stop(self.world)
