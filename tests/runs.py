@@ -72,7 +72,7 @@ def as_flags(settings):
     return flags
 
 
-class Run:
+class Process:
     """train.py at work, by itself or under torchrun, with a mark in its processes' environment."""
 
     def __init__(self, arguments, ranks=0, patch="", cwd=ROOT):

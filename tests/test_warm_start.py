@@ -229,7 +229,7 @@ def flags(tiny, files, out, **more):
 def finished(tiny, files, tmp_path_factory):
     """Two epochs of three steps: (folder, stdout)."""
     out = tmp_path_factory.mktemp("run") / "run"
-    code, said, err = runs.Run(flags(tiny, files, out)).wait()
+    code, said, err = runs.Process(flags(tiny, files, out)).wait()
     assert code == 0, err
     return out, said
 
@@ -292,11 +292,11 @@ def test_resuming_changes_nothing(finished, tiny, files, tmp_path):
     The number of steps is part of the mathematics, because the rate falls with it.
     """
     out = tmp_path / "run"
-    assert runs.Run(flags(tiny, files, out), patch=STOP_AT_STEP_3).wait()[0] == 130
+    assert runs.Process(flags(tiny, files, out), patch=STOP_AT_STEP_3).wait()[0] == 130
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000003"]
-    code, _, err = runs.Run(["--resume", str(out), "--steps", "9"]).wait()
+    code, _, err = runs.Process(["--resume", str(out), "--steps", "9"]).wait()
     assert code == 2 and "--steps would change the mathematics" in err
-    code, _, err = runs.Run(["--resume", str(out)]).wait()
+    code, _, err = runs.Process(["--resume", str(out)]).wait()
     assert code == 0, err
     assert runs.same(runs.weights(out, 6), runs.weights(finished[0], 6))
     assert [runs.steady(r) for r in runs.rows(out) if "loss" in r] == [
@@ -305,14 +305,14 @@ def test_resuming_changes_nothing(finished, tiny, files, tmp_path):
 
 
 def test_two_ranks_learn_what_one_learns(finished, tiny, files, tmp_path):
-    code, _, err = runs.Run(flags(tiny, files, tmp_path / "run"), ranks=2).wait()
+    code, _, err = runs.Process(flags(tiny, files, tmp_path / "run"), ranks=2).wait()
     assert code == 0, err
     one, two = runs.weights(finished[0], 6), runs.weights(tmp_path / "run", 6)
     assert all(torch.allclose(one[n], two[n], atol=1e-5) for n in one if ":" not in n)
 
 
 def test_it_ends_when_the_heldout_loss_rises(tiny, files, tmp_path):
-    code, said, err = runs.Run(flags(tiny, files, tmp_path / "run", lr=0.5, steps=60)).wait()
+    code, said, err = runs.Process(flags(tiny, files, tmp_path / "run", lr=0.5, steps=60)).wait()
     assert (
         code == 0 and "the held-out loss rises, so the checkpoint before is the one to use" in said
     ), err
