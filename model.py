@@ -324,9 +324,9 @@ def token_logprobs(model, tree, wanted, temperature=1.0, cuts=None, chunk=256):
     if any(math.isfinite(cut) for cut in cuts):
         cut_pieces = upload(torch.tensor(cuts), device).split(chunk)  # (N,) in all
     options = dict(use_reentrant=False, preserve_rng_state=False)
-    score = functools.partial(checkpoint, _chosen_logprobs, model, temperature, **options)
+    chosen_logprobs = functools.partial(checkpoint, _chosen_logprobs, model, temperature, **options)
     pieces = zip(chosen.split(chunk), targets.split(chunk), cut_pieces)
-    logprobs = torch.cat([score(*piece) for piece in pieces])  # (N,)
+    logprobs = torch.cat([chosen_logprobs(*piece) for piece in pieces])  # (N,)
     return list(logprobs.split([len(indices) for indices in wanted]))
 
 

@@ -166,7 +166,7 @@ class Run:
             )
         left = settings.judge_budget
         if left:
-            left -= sum(row.get("heldout", row).get("judge_calls", 0) for row in self.rows())
+            left -= sum(row.get("heldout", row).get("judge_calls", 0) for row in self.metrics())
             left = max(1, left // world.size)
         asking = dataclasses.replace(settings, judge_budget=left)
         return reward.open_judge(asking, world.rank, world.broadcast)
@@ -180,7 +180,7 @@ class Run:
         self.stop = Stop(self.world)
         self.terminal = progress.Terminal(self.settings, self.done)
 
-    def rows(self):
+    def metrics(self):
         """The lines of metrics.jsonl so far."""
         return whole_lines(self.folder / "metrics.jsonl")
 
@@ -222,7 +222,7 @@ class Run:
         self.append_metrics(row, dialogues[0])
         self.done = step
         if self.world.rank == 0:
-            self.terminal.show(row, self.rows, dialogues[0], len(self.scenarios))
+            self.terminal.show(row, self.metrics, dialogues[0], len(self.scenarios))
         why = self.terminal.reason_to_stop(row, records)
         ended = (3, f"stopped: {why}, then --resume") if why else (0, "done")
         self.end_if_any(*max(ended, self.stop.ending))
@@ -234,7 +234,7 @@ class Run:
         if not due:
             return
         # the step from which a run goes on has its evaluation, unless a signal cut it off
-        there = any("heldout" in row and row["step"] == step for row in self.rows())
+        there = any("heldout" in row and row["step"] == step for row in self.metrics())
         if world.broadcast(there):
             return
         self.judge.start_batch()
@@ -287,7 +287,7 @@ class Run:
             code, reason = 3, "the last checkpoint could not be saved; make room, then --resume"
         if self.scenarios:
             played = self.done, self.settings, len(self.scenarios)
-            self.say(progress.closing_words(self.rows(), *played))
+            self.say(progress.closing_words(self.metrics(), *played))
         self.say(
             f"{reason}: {self.folder}/metrics.jsonl (one line a step), {self.folder}/checkpoints/ "
             "(use one with --model)"

@@ -187,8 +187,8 @@ def settle(group, settings):
 
 def backward(learner, trees, idle=0):
     """Add the gradients of these trees, then make `idle` passes without one."""
-    for tree, rows in trees:
-        learner.backward(tree, rows)
+    for tree, samples in trees:
+        learner.backward(tree, samples)
     for _ in range(idle):
         learner.idle()
 
