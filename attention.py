@@ -181,7 +181,7 @@ def capacity_for(tokens):
 
 
 @dataclass
-class Step:
+class Placement:
     """Where one forward pass writes in the store, and what it sees of it."""
 
     slots: torch.Tensor  # (b,) slot of each row
@@ -200,7 +200,7 @@ class NoOtherState(list):
 class RaggedCache(Cache):
     """Keys and values of `rows` streams of unequal lengths, preallocated.
 
-    Row r lives in slot `place[r]` and uses its first `lengths[r]` places. A row is cropped by
+    Row r lives in slot `slot_of[r]` and uses its first `lengths[r]` places. A row is cropped by
     lowering its length; what lies beyond a length is never seen. The rows of a decoding batch are
     brought side by side (`together`), so that the model reads them as a view, never as a copy.
     """
@@ -210,20 +210,20 @@ class RaggedCache(Cache):
         self.rounded = rounded  # tokens -> the capacity to grow to
         self.lengths = [0] * rows
         self.capacity = capacity
-        self.place = list(range(rows))
+        self.slot_of = list(range(rows))
         self.store = {}  # layer -> (keys, values), each (slots, Hkv, capacity, D)
-        self.step = None  # of the forward pass that is under way
+        self.placement = None  # of the forward pass that is under way
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Called by each layer: write its new (b, Hkv, q, D), return all it sees (b, Hkv, K, D)."""
         new = (key_states, value_states)
         if layer_idx not in self.store:
-            sizes = [(len(self.place), x.shape[1], self.capacity, x.shape[3]) for x in new]
+            sizes = [(len(self.slot_of), x.shape[1], self.capacity, x.shape[3]) for x in new]
             self.store[layer_idx] = [x.new_zeros(size) for x, size in zip(new, sizes)]
-        step, seen = self.step, []
+        placement, seen = self.placement, []
         for whole, states in zip(self.store[layer_idx], new):
-            whole[step.slots[:, None], :, step.positions] = states.transpose(1, 2)
-            seen.append(whole[step.seen, :, : step.keys])
+            whole[placement.slots[:, None], :, placement.positions] = states.transpose(1, 2)
+            seen.append(whole[placement.seen, :, : placement.keys])
         return seen
 
     def grow(self, needed):
@@ -237,33 +237,34 @@ class RaggedCache(Cache):
     def together(self, rows):
         """Swap slots until `rows` lie side by side, where most of them are; rows in slot order."""
         size = len(rows)
-        rows = sorted(rows, key=self.place.__getitem__)
-        if not rows or self.place[rows[-1]] - self.place[rows[0]] == size - 1:
+        rows = sorted(rows, key=self.slot_of.__getitem__)
+        if not rows or self.slot_of[rows[-1]] - self.slot_of[rows[0]] == size - 1:
             return rows
         wanted = set(rows)
-        owner = sorted(range(len(self.place)), key=self.place.__getitem__)  # the row in each slot
+        # the row in each slot
+        owner = sorted(range(len(self.slot_of)), key=self.slot_of.__getitem__)
         there = [row in wanted for row in owner]
         starts = range(len(owner) - size + 1)
         start = max(starts, key=lambda at: sum(there[at : at + size]))
         strangers = [row for row in owner[start : start + size] if row not in wanted]
         for row in rows:
-            if not start <= self.place[row] < start + size:
+            if not start <= self.slot_of[row] < start + size:
                 self._swap(row, strangers.pop())
-        return sorted(rows, key=self.place.__getitem__)
+        return sorted(rows, key=self.slot_of.__getitem__)
 
     def _swap(self, row, other):
-        here, there = self.place[row], self.place[other]
+        here, there = self.slot_of[row], self.slot_of[other]
         used = max(self.lengths[row], self.lengths[other])
         for whole in itertools.chain.from_iterable(self.store.values()):
             whole[[here, there], :, :used] = whole[[there, here], :, :used]
-        self.place[row], self.place[other] = there, here
+        self.slot_of[row], self.slot_of[other] = there, here
 
     def copy(self, source, targets, n):
         """Give each target row the first `n` tokens of `source`: a group's prefix is read once."""
-        slots = [self.place[target] for target in targets]
+        slots = [self.slot_of[target] for target in targets]
         for whole in itertools.chain.from_iterable(self.store.values()):
             # a full row is one block, which torch will not write over itself: hence the clone
-            whole[slots, :, :n] = whole[self.place[source], :, :n].clone()
+            whole[slots, :, :n] = whole[self.slot_of[source], :, :n].clone()
         for target in targets:
             self.lengths[target] = n
 
@@ -302,40 +303,42 @@ class RaggedCache(Cache):
         width = max(counts)
         longest = max(length + count for length, count in zip(lengths, counts))
         self.grow(max(lengths) + width)
-        step = self._step(rows, lengths, width, longest, device)
+        placement = self._placement(rows, lengths, width, longest, device)
         padded = [ids + [ids[-1]] * (width - len(ids)) for ids in tokens]
-        hidden = self.forward(model, torch.tensor(padded, device=device), step, longest)
+        hidden = self.forward(model, torch.tensor(padded, device=device), placement, longest)
         for row, count in zip(rows, counts):
             self.lengths[row] += count
         return hidden
 
-    def forward(self, model, ids, step, longest):
-        """One forward pass of ids (b, q) that writes where `step` says; hidden states (b, q, H)."""
-        self.step = step
+    def forward(self, model, ids, placement, longest):
+        """One forward pass of ids (b, q), written as `placement` says; hidden states (b, q, H)."""
+        self.placement = placement
         weight = next(model.parameters())
-        unseen = torch.arange(step.keys, device=weight.device) > step.positions[:, :, None]
+        unseen = (
+            torch.arange(placement.keys, device=weight.device) > placement.positions[:, :, None]
+        )
         mask = torch.zeros(unseen.shape, dtype=weight.dtype, device=weight.device)  # (b, q, K)
         mask.masked_fill_(unseen, -math.inf)
         return inner(model)(
             input_ids=ids,
             attention_mask=mask[:, None],
             # a pad may stand beyond the model's last position, or see no key: any number will do
-            position_ids=step.positions.clamp(max=context_limit(model) - 1),
-            places=step.positions.clamp(max=longest - 1),
+            position_ids=placement.positions.clamp(max=context_limit(model) - 1),
+            places=placement.positions.clamp(max=longest - 1),
             cache=self,
             use_cache=True,
         ).last_hidden_state
 
-    def _step(self, rows, lengths, width, longest, device):
-        places = [self.place[row] for row in rows]
-        slots = torch.tensor(places, device=device)
+    def _placement(self, rows, lengths, width, longest, device):
+        taken = [self.slot_of[row] for row in rows]
+        slots = torch.tensor(taken, device=device)
         new = torch.arange(width, device=device)
         positions = torch.tensor(lengths, device=device)[:, None] + new  # (b, q)
-        first, end = places[0], places[0] + len(rows)
-        if places == list(range(first, end)):
+        first, end = taken[0], taken[0] + len(rows)
+        if taken == list(range(first, end)):
             # a view of the whole capacity, because a matrix product would copy anything less
-            return Step(slots, positions, slice(first, end), self.capacity)
-        return Step(slots, positions, slots, longest)
+            return Placement(slots, positions, slice(first, end), self.capacity)
+        return Placement(slots, positions, slots, longest)
 
 
 # ---- learning and scoring: a prefix and its continuations in one row -----------------------------
@@ -349,20 +352,20 @@ class Tree:
     continuations: list  # of lists of ids
 
     def __post_init__(self):
-        self.row = list(self.prefix)
+        self.ids = list(self.prefix)
         self.positions = list(range(len(self.prefix)))  # each continuation's follow the prefix's
         self.spans = []  # (start, end) of each continuation in the row
         for ids in self.continuations:
-            self.spans.append((len(self.row), len(self.row) + len(ids)))
-            self.row += ids
+            self.spans.append((len(self.ids), len(self.ids) + len(ids)))
+            self.ids += ids
             self.positions += range(len(self.prefix), len(self.prefix) + len(ids))
-        self.tokens = len(self.row)
+        self.tokens = len(self.ids)
 
 
 def read_tree(model, tree):
     """Hidden states of a tree's row, (T, H), with gradients."""
     device = next(model.parameters()).device
-    ids, positions = upload(torch.tensor([tree.row, tree.positions]), device)[:, None]  # (1, T)
+    ids, positions = upload(torch.tensor([tree.ids, tree.positions]), device)[:, None]  # (1, T)
     options = dict(use_cache=False, tree=tree, masks={})
     return inner(model)(input_ids=ids, position_ids=positions, **options).last_hidden_state[0]
 

@@ -21,7 +21,6 @@ import re
 import sys
 
 import jinja2
-import torch
 from tokenizers import AddedToken
 
 from cli import UserError
@@ -74,16 +73,20 @@ def add_ids(sample, ids):
         column += [0] * len(ids)
 
 
-def add_turn(sample, turn, trained):
-    """Append the sampled ids of a turn, with mask 1 if they are to be trained."""
-    if not trained:
-        return add_ids(sample, turn.ids)
-    zeros = [0] * len(turn.ids)
-    sample.ids += turn.ids
-    sample.mask += [1] * len(turn.ids)
-    sample.logprobs += turn.logprobs or zeros
-    sample.cuts += turn.cuts or zeros
-    sample.masses += turn.masses or zeros
+def add_turn(sample, turn, trained, end):
+    """Append the sampled ids of a turn, with mask 1 if they are to be trained, and the token `end`
+    where it was cut off."""
+    if trained:
+        zeros = [0] * len(turn.ids)
+        sample.ids += turn.ids
+        sample.mask += [1] * len(turn.ids)
+        sample.logprobs += turn.logprobs or zeros
+        sample.cuts += turn.cuts or zeros
+        sample.masses += turn.masses or zeros
+    else:
+        add_ids(sample, turn.ids)
+    if turn.truncated:
+        add_ids(sample, [end])
 
 
 # ---- chat templates -----------------------------------------------------------------------------
@@ -279,13 +282,13 @@ class ChatFormat:
 
     def compared(self):
         """A short conversation, as (ids of a stream in which it was sampled, the template's)."""
-        system, case, first, question, second, last = PROBE
+        system, task, first, question, second, last = PROBE
         said = PROBE[1:]
         if self.has_system:
             said = PROBE
         else:
-            said[0] = f"{system}\n\n{case}"
-        ids = self.asked("", self.head_parts(system, case), past=True)
+            said[0] = f"{system}\n\n{task}"
+        ids = self.asked("", self.head_parts(system, task), past=True)
         ids += [*self._turn(first, past=True), self.end] + self.asked(question, past=True)
         ids += [*self._turn(second, past=True), self.end] + self.asked(last)
         rendered = self.render(self._messages(said))
@@ -336,17 +339,17 @@ class ChatFormat:
         """Ids of untrusted text by itself, in which a literal <|im_end|> stays letters."""
         return self.encode([(text, False)])
 
-    def head_parts(self, system, case=""):
-        """The texts of a stream up to the end of `case`, with which its first message begins."""
+    def head_parts(self, system, task=""):
+        """The texts of a stream up to the end of `task`, with which its first message begins."""
         if self.has_system:
             parts = [(self._before_system, True), (system, False), (self._before_user, True)]
         else:
             parts = [(self._before_user, True), (f"{system}\n\n", False)]
-        return [*parts, (case, False), SEAM]
+        return [*parts, (task, False), SEAM]
 
-    def head(self, system, case=""):
+    def head(self, system, task=""):
         """Their ids."""
-        return self.encode(self.head_parts(system, case), first=True)
+        return self.encode(self.head_parts(system, task), first=True)
 
     def asked(self, words, head=None, past=False):
         """Ids of a user's words up to where the assistant speaks: at the beginning of a stream
@@ -397,17 +400,11 @@ class ChatFormat:
         return self.thinks or any(mark in said for mark in self.thoughts)
 
 
-@dataclasses.dataclass
 class Voice:
-    """Somebody who can speak: a model and its chat format."""
+    """Somebody who can speak: a model and its chat format. Errors and date as in ChatFormat."""
 
-    model: torch.nn.Module
-    chat: ChatFormat
-
-
-def voice(model, tokenizer, date=""):
-    """A model and its tokenizer as a Voice. Raises UserError for a template that cannot be used."""
-    return Voice(model, ChatFormat(tokenizer, model, date))
+    def __init__(self, model, tokenizer, date=""):
+        self.model, self.chat = model, ChatFormat(tokenizer, model, date)
 
 
 # ---- how an agent sees a dialogue ---------------------------------------------------------------
@@ -417,22 +414,22 @@ def voice(model, tokenizer, date=""):
 class View:
     """How agent `me` sees a dialogue: turns a list of Turns into a Sample in its chat format.
 
-    case opens its first user message. Each message to it ends with the question `ask`. earlier
+    task opens its first user message. Each message to it ends with the question `ask`. earlier
     stands for turns that are not shown, silence for a turn without words.
     """
 
     chat: ChatFormat
     me: int
     system: str
-    case: str
+    task: str
     ask: str
     earlier: str
     silence: str
 
     @property
     def head(self):
-        """Ids up to the end of the case: what the dialogues of a scenario share."""
-        return self.chat.head(self.system, self.case)
+        """Ids up to the end of the task: what the dialogues of a scenario share."""
+        return self.chat.head(self.system, self.task)
 
     def before(self, turns, closing=None, train=True, windowed=False):
         """The Sample of `turns` up to the point where this agent speaks next.
@@ -441,7 +438,7 @@ class View:
         this agent's turns get mask 1. windowed: earlier turns exist that are not shown.
         """
         chat, sample = self.chat, Sample()
-        head = chat.head_parts(self.system, self.case)
+        head = chat.head_parts(self.system, self.task)
         heard = []  # what the other side said since this agent's last turn
         unseen = [self.earlier] if windowed else []
         for turn in turns:
@@ -453,9 +450,7 @@ class View:
             if chat.forgets(turn.ids):
                 add_ids(sample, chat.turn(turn.text, past=True))
             else:
-                add_turn(sample, turn, train)
-                if turn.truncated:
-                    add_ids(sample, [chat.end])
+                add_turn(sample, turn, train, chat.end)
             heard, head = [], None
         words = "\n\n".join([*heard, closing or self.ask])
         add_ids(sample, chat.asked(words, head))
@@ -464,9 +459,7 @@ class View:
     def until(self, turns, last, train=True, closing=None, windowed=False):
         """The Sample of `turns` followed by this agent's own turn `last`, which gets mask 1."""
         sample = self.before(turns, closing, train, windowed)
-        add_turn(sample, last, True)
-        if last.truncated:
-            add_ids(sample, [self.chat.end])
+        add_turn(sample, last, True, self.chat.end)
         return sample
 
 

@@ -19,7 +19,7 @@ import weakref
 
 import torch
 
-from attention import RaggedCache, Step, project
+from attention import Placement, RaggedCache, project
 from drawing import draw_static
 from model import LoRALinear
 
@@ -120,8 +120,8 @@ class Decoder:
         """From `inputs` to `outputs`, on the card alone: no size and no branch depends on data."""
         ids, places, temperature, top_p, uniform = self.inputs.unbind(1)  # (rows,) each
         slots, capacity = torch.arange(len(ids), device=self.device), self.cache.capacity
-        step = Step(slots, places.long()[:, None], slice(0, len(ids)), capacity)
-        hidden = self.cache.forward(model, ids.long()[:, None], step, capacity)  # (rows, 1, H)
+        placement = Placement(slots, places.long()[:, None], slice(0, len(ids)), capacity)
+        hidden = self.cache.forward(model, ids.long()[:, None], placement, capacity)  # (rows, 1, H)
         numbers = temperature.float(), top_p.float(), uniform.float()
         logits = project(model, hidden[:, 0])  # (rows, V)
         drawn = draw_static(logits, *numbers, any_greedy, any_nucleus)

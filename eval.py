@@ -10,7 +10,7 @@
 
     python eval.py conflict --model runs/debug-0 --baseline negotiator-135m --seeds 2
 
-    settings -> two Sides -> items (played, judged, written at once) -> Rows with intervals
+    settings -> two Sides -> items (played, judged, written at once) -> ResultRows with intervals
 
 A and B get the same scenarios with the same seeds. A run that was killed goes on where it was:
 start it again. Left out: downloads (IFEval, AIME, GPQA: the README has the command), Elo.
@@ -43,7 +43,7 @@ from sides import (
     Items,
     Side,
     picked,
-    read_settings,
+    read_sides,
     refuse_lost,
     rows_of,
     scenarios_of,
@@ -72,8 +72,8 @@ def played(voices, pairs, settings, judge, seed, partner=None, quiet=False):
     records = []
     for dialogue in dialogues:
         record = dialogue.record()
-        if dialogue.verdict is not None:
-            record = judged(record, dialogue.verdict.result())
+        if dialogue.pending_verdict is not None:
+            record = judged(record, dialogue.pending_verdict.result())
         records.append(record)
     return records
 
@@ -145,7 +145,7 @@ def answers(voice, prompts, limit, temperature, top_p, seeds):
     for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         numbers = np.random.default_rng(seed)
         say = sampler.Say(0, asked_alone(voice, prompt), limit, temperature, top_p, numbers)
-        say.seat(table, row)
+        say.begin(table, row)
         says.append(say)
     while live := [say for say in says if not say.over()]:
         sampler.speak(sampler.choose_batch(live))
@@ -239,7 +239,7 @@ def outcome(first, second):
 
 
 def win_rate(name, outcomes):
-    """The Row of wins / (wins + losses) of (scenario, outcome) pairs, with all their counts."""
+    """The ResultRow of wins / (wins + losses), with all counts, of (scenario, outcome) pairs."""
     kinds = ("wins", "losses", "ties", "inconsistent", "missing")
     counts = {kind: sum(what == kind for _, what in outcomes) for kind in kinds}
     decided = [(s, float(what == "wins")) for s, what in outcomes if what in ("wins", "losses")]
@@ -425,7 +425,7 @@ def main(argv=None):
             f"{wrong}say what: python eval.py {'|'.join(COMMANDS)}|report; "
             "what each does: python eval.py --help, its flags: python eval.py conflict --help"
         )
-    settings, out = read_settings(command, flags)
+    settings, out = read_sides(command, flags)
     sheet = settings["A"].read
     if command != "blind":
         found = evaluate(command, settings, out)

@@ -1,4 +1,4 @@
-"""Group Relative Policy Optimisation: rewards -> advantages -> packed trees -> loss -> one step.
+"""Group Relative Policy Optimisation: rewards -> advantages -> loss -> gradient -> one step.
 
     A_i   = (r_i - mean r) / (std r + eps)        r: the rewards of one scenario's group        (1)
     rho_t = pi(a_t | s_t) / pi_old(a_t | s_t)     pi_old: the policy that sampled a_t           (2)
@@ -10,12 +10,11 @@
 Left out on purpose: a value network, a reward per turn, and any denominator that depends on how the
 batch is cut into micro-batches or spread over ranks: gradients are summed and divided by D once.
 
-`train.py` runs it; `tests/test_grpo.py` works each equation by hand.
+The packed trees that a Learner reads come from `packing.py`; `train.py` runs it all, and
+`tests/test_grpo.py` works each equation by hand.
 """
 
 import collections
-import dataclasses
-import itertools
 import math
 
 import torch
@@ -25,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from attention import Tree, upload
 from model import adapters_off, cast, token_logprobs
+from packing import pack
 
 # ---- pure functions ------------------------------------------------------------------------------
 
@@ -144,109 +144,10 @@ def policy_loss(
     return total / (float(units) or 1), {name: mean.item() for name, mean in stats.items()}
 
 
-# ---- from dialogues to packed trees --------------------------------------------------------------
-
-# Tokens of one pass: what stays in a CPU's caches, and what fills a card.
-MICRO_TOKENS = {"cpu": 600, "cuda": 8192}
-# Tokens whose logits over the whole vocabulary exist at a time.
-CHUNK = {"cpu": 256, "cuda": 2048}
-
-
-@dataclasses.dataclass
-class Row:
-    """One trained chat.Sample of a selfplay.Dialogue, as a continuation of a tree's prefix."""
-
-    dialogue: object
-    group: list  # the Dialogues whose rewards are compared with its own
-    wanted: list[int]  # where its trained tokens stand in the continuation
-    sampler_logp: list[float]  # of each of them, over the nucleus; NaN where nobody sampled it
-    cuts: list[float]  # the log-prob at which the nucleus ended, -inf where there was none
-    ref_logp: torch.Tensor | None = None  # (T,) kept for further updates on the same rollout
-
-
-def trained_samples(dialogue, train_tokens):
-    """The samples of a dialogue to train on: "dialogue" (all turns), "final" or "both"."""
-    turns = list(itertools.chain.from_iterable(dialogue.streams))
-    final = dialogue.final_sample
-    if train_tokens == "final":
-        return [] if final is None else [final]
-    if train_tokens == "dialogue" or final is None:
-        return turns
-    first = dialogue.streams[0]
-    if len(first) == 1 and final.ids[: len(first[0].ids)] == first[0].ids:
-        return [continued(first[0], final), *turns[1:]]
-    return [*turns, final]
-
-
-def continued(sample, final):
-    """One sample for a stream and the final that goes on from it: no token is read twice."""
-    n = len(sample.ids)
-    columns = {}
-    for name in ("mask", "logprobs", "cuts", "masses"):
-        columns[name] = getattr(sample, name) + getattr(final, name)[n:]
-    return dataclasses.replace(final, **columns)
-
-
-def pack(group, train_tokens, micro_tokens):
-    """The trees of a group's dialogues: [(Tree, its Rows)], each of at most `micro_tokens` tokens
-    (0: by device).
-
-    The samples of one agent begin alike (persona, rules, dilemma): a tree reads that prefix once.
-    A single sample that is longer than `micro_tokens` is a tree of its own.
-    """
-    if micro_tokens == 0:
-        micro_tokens = MICRO_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
-    views = collections.defaultdict(list)  # an agent's first ids -> its [(Sample, Dialogue)]
-    for dialogue in group:
-        for sample in trained_samples(dialogue, train_tokens):
-            if 1 in sample.mask:
-                untrained = sample.ids[: sample.mask.index(1)]
-                views[tuple(untrained[:32])].append((sample, dialogue))
-    trees = []
-    for pairs in views.values():
-        prefix = common_prefix([sample for sample, _ in pairs])
-        n = len(prefix)
-        for share in split_evenly(pairs, n, micro_tokens):
-            tree = Tree(prefix, [sample.ids[n:] for sample, _ in share])
-            rows = [make_row(sample, dialogue, group, n) for sample, dialogue in share]
-            trees.append((tree, rows))
-    return trees
-
-
-def common_prefix(samples):
-    """The leading ids that all samples share, up to the first token that any of them trains."""
-    untrained = min(sample.mask.index(1) for sample in samples)
-    columns = zip(*(sample.ids[:untrained] for sample in samples))
-    alike = itertools.takewhile(lambda column: len(set(column)) == 1, columns)
-    return [column[0] for column in alike]
-
-
-def split_evenly(pairs, prefix_tokens, micro_tokens):
-    """Deal (Sample, Dialogue) pairs out to the fewest trees that fit, about equally long."""
-    pairs = sorted(pairs, key=lambda pair: len(pair[0].ids), reverse=True)
-    for number in range(1, len(pairs) + 1):
-        shares = [pairs[i::number] for i in range(number)]
-        largest = [len(sample.ids) - prefix_tokens for sample, _ in shares[0]]
-        if prefix_tokens + sum(largest) <= micro_tokens:
-            break
-    return shares
-
-
-def make_row(sample, dialogue, group, prefix_tokens):
-    """The Row of a sample whose first `prefix_tokens` ids are the prefix of its tree."""
-    trained = [i for i, m in enumerate(sample.mask) if m]
-    return Row(
-        dialogue,
-        group,
-        wanted=[i - prefix_tokens for i in trained],
-        # mass: the log of the nucleus's probability, by which the sampler renormalised
-        sampler_logp=[sample.logprobs[i] - sample.masses[i] for i in trained],
-        cuts=[sample.cuts[i] if sample.cuts[i] < 0 else -math.inf for i in trained],
-    )
-
-
 # ---- one update ----------------------------------------------------------------------------------
 
+# Tokens whose logits over the whole vocabulary exist at a time.
+CHUNK = {"cpu": 256, "cuda": 2048}
 # Reported as means over the tokens of all passes and ranks; the entropy over all trained tokens.
 TOKEN_MEANS = ("logprob_gap", "clip_frac", "approx_kl", "ratio_mean", "kl_ref")
 # tokens: all trained ones, read: those of a pass
@@ -265,26 +166,26 @@ class Learner:
         self.optimizer = optimizer
         self.settings = settings
         self.reference = reference
-        self.sums = collections.Counter()  # SUMS since the last step; its `update` adds
+        self.sums = collections.Counter()  # SUMS since the last step
 
-    def backward(self, tree, rows):
+    def backward(self, tree, samples):
         """Forward and backward of one micro-batch: adds the gradient of eq. 5's numerator."""
-        tree, rows = with_rewards(tree, rows)
+        tree, samples = with_rewards(tree, samples)
         cfg = self.settings
-        if not rows or (cfg.beta == 0 and is_uniform(rows[0].group)):
-            self.count(rows)
+        if not samples or (cfg.beta == 0 and is_uniform(samples[0].group)):
+            self.count(samples)
             return self.idle()
         # transformers checkpoints activations in training mode only; all dropouts are 0.
         self.model.train(cfg.gradient_checkpointing)
-        logp = self.logprobs(self.model, tree, rows)  # (B, T)
+        logp = self.logprobs(self.model, tree, samples)  # (B, T)
         self.model.eval()
-        mask, old_logp = self.mask_and_old_logp(rows)  # (B, T) each
-        if rows[0].dialogue.stop == "written":
+        mask, old_logp = self.mask_and_old_logp(samples)  # (B, T) each
+        if samples[0].dialogue.stop == "written":
             # Nobody sampled it: at ratio 1 the gradient is that of plain likelihood.
             old_logp = torch.where(old_logp.isnan(), logp.detach(), old_logp)
-        ref_logp = self.reference_logprobs(tree, rows) if cfg.beta > 0 else None  # (B, T)
-        advantages = torch.tensor([row.dialogue.advantage for row in rows], dtype=logp.dtype)
-        advantages = upload(advantages, logp.device)  # (B,)
+        ref_logp = self.reference_logprobs(tree, samples) if cfg.beta > 0 else None  # (B, T)
+        advantages = [sample.dialogue.advantage for sample in samples]
+        advantages = upload(torch.tensor(advantages, dtype=logp.dtype), logp.device)  # (B,)
 
         low, high = cfg.clip_low, cfg.clip_high
         losses, stats = token_losses(
@@ -293,7 +194,7 @@ class Learner:
         loss_sum, units = sum_losses(losses, mask, cfg.aggregate, self.row_length)
         loss_sum.backward()
 
-        tokens = sum(len(row.wanted) for row in rows)
+        tokens = sum(len(sample.wanted) for sample in samples)
         stats["logprob_gap"] = masked_mean((logp.detach() - old_logp).abs(), mask)
         # One sample's estimate of the entropy; of written text it is the loss.
         stats["entropy"] = masked_mean(-old_logp, mask)
@@ -301,15 +202,15 @@ class Learner:
         evidence = advantages.abs().sum()
         self.add(loss=loss_sum.detach(), units=units, tokens=tokens, read=tokens, evidence=evidence)
 
-    def count(self, rows):
-        """Take rows that need no pass into the sums: their gradient is 0, but they are part of D.
+    def count(self, samples):
+        """Add samples to the sums that need no pass: their gradient is 0, but they are part of D.
 
         So it is in a group of equal rewards, as long as no KL pulls.
         """
-        if rows:
-            mask, old_logp = self.mask_and_old_logp(rows)
+        if samples:
+            mask, old_logp = self.mask_and_old_logp(samples)
             _, units = sum_losses(mask, mask, self.settings.aggregate, self.row_length)
-            tokens = sum(len(row.wanted) for row in rows)
+            tokens = sum(len(sample.wanted) for sample in samples)
             entropy = masked_mean(-old_logp, mask).double() * tokens
             self.add(units=units, tokens=tokens, entropy=entropy)
 
@@ -318,11 +219,11 @@ class Learner:
         """The length of a row for --aggregate constant: all that it may have."""
         return self.settings.turn_tokens * max(1, self.settings.max_turns)
 
-    def mask_and_old_logp(self, rows):
+    def mask_and_old_logp(self, samples):
         """(B, T) each, padded with 0: 1 at trained tokens; the sampler's log-probs of them."""
         device = self.optimizer.device
-        mask = padded([[1.0] * len(row.wanted) for row in rows], device)
-        return mask, padded([row.sampler_logp for row in rows], device)
+        mask = padded([[1.0] * len(sample.wanted) for sample in samples], device)
+        return mask, padded([sample.sampler_logp for sample in samples], device)
 
     def add(self, **values):
         """Add to the sums of a step. They may be scalar tensors: nobody waits for a card."""
@@ -331,40 +232,43 @@ class Learner:
 
     def idle(self):
         """A pass with a gradient of 0: under FSDP all ranks must make equally many."""
-        if not is_sharded(self.model):
-            return
-        (logp,) = score(self.model, Tree([0], [[0]]), [[0]])
-        (logp.sum() * 0.0).backward()
+        if hasattr(self.model, "token_logprobs"):  # policy.shard's
+            (logp,) = self.model.token_logprobs(Tree([0], [[0]]), [[0]])
+            (logp.sum() * 0.0).backward()
 
-    def logprobs(self, model, tree, rows):
+    def logprobs(self, model, tree, samples):
         """Log-probs of the trained tokens of each row, (B, T) padded with 0."""
         temperature = self.settings.temperature
         if self.settings.train_tokens == "final":
             temperature = self.settings.final_temperature
-        wanted = [row.wanted for row in rows]
-        cuts = [row.cuts for row in rows]
+        wanted = [sample.wanted for sample in samples]
+        cuts = [sample.cuts for sample in samples]
         chunk = CHUNK[next(model.parameters()).device.type]
-        logp = score(model, tree, wanted, temperature, cuts, chunk)
+        arguments = tree, wanted, temperature, cuts, chunk
+        if hasattr(model, "token_logprobs"):  # policy.shard's, which gathers the weights
+            logp = model.token_logprobs(*arguments)
+        else:
+            logp = token_logprobs(model, *arguments)
         return pad_sequence(logp, batch_first=True)
 
-    def reference_logprobs(self, tree, rows):
-        """The reference's log-probs of the same tokens, (B, T); asked once and kept in the rows."""
-        if rows[0].ref_logp is None:
+    def reference_logprobs(self, tree, samples):
+        """The reference's log-probs of the same tokens, (B, T); kept for further updates."""
+        if samples[0].ref_logp is None:
             with torch.no_grad(), adapters_off(self.reference) as reference:
-                logp = self.logprobs(reference, tree, rows)
-            for row, values in zip(rows, logp):
-                row.ref_logp = values
-        return pad_sequence([row.ref_logp for row in rows], batch_first=True)
+                logp = self.logprobs(reference, tree, samples)
+            for sample, values in zip(samples, logp):
+                sample.ref_logp = values
+        return pad_sequence([sample.ref_logp for sample in samples], batch_first=True)
 
     @torch.no_grad()
-    def surprise(self, dialogues):
+    def nll(self, dialogues):
         """(sum of -log-prob, number) of trained tokens; under FSDP all ranks bring equally many."""
         total, tokens = 0.0, 0
         for dialogue in dialogues:
             trees = pack([dialogue], self.settings.train_tokens, self.settings.micro_tokens)
-            for tree, rows in trees:
-                total -= self.logprobs(self.model, tree, rows).sum().item()
-                tokens += sum(len(row.wanted) for row in rows)
+            for tree, samples in trees:
+                total -= self.logprobs(self.model, tree, samples).sum().item()
+                tokens += sum(len(sample.wanted) for sample in samples)
         return total, tokens
 
     def step(self):
@@ -399,10 +303,10 @@ class Learner:
         }
 
 
-def with_rewards(tree, rows):
-    """The tree and its rows without those whose reward is missing: they leave the loss."""
-    known = [i for i, row in enumerate(rows) if row.dialogue.advantage is not None]
-    return Tree(tree.prefix, [tree.continuations[i] for i in known]), [rows[i] for i in known]
+def with_rewards(tree, samples):
+    """The tree and its samples without those whose reward is missing: they leave the loss."""
+    known = [i for i, sample in enumerate(samples) if sample.dialogue.advantage is not None]
+    return Tree(tree.prefix, [tree.continuations[i] for i in known]), [samples[i] for i in known]
 
 
 def is_uniform(group):
@@ -414,18 +318,6 @@ def padded(lists, device):
     """Lists of numbers as one (B, T) tensor, filled up with 0."""
     rows = [torch.tensor(numbers, dtype=torch.float32) for numbers in lists]
     return upload(pad_sequence(rows, batch_first=True), device)
-
-
-def is_sharded(model):
-    """Whether FSDP gathers the model's weights for each pass (see policy.shard)."""
-    return hasattr(model, "token_logprobs")
-
-
-def score(model, *arguments):
-    """`token_logprobs` of a model; a sharded one has its own, which gathers the weights for it."""
-    if is_sharded(model):
-        return model.token_logprobs(*arguments)
-    return token_logprobs(model, *arguments)
 
 
 class Optimizer:

@@ -1,7 +1,7 @@
 """The numbers of texts, and how sure a number is. No module of ours is needed here.
 
     texts of a dialogue -> overlap, repetition, grounding ... -> text_measures, diversity, collapse
-    (scenario, number) of each item -> figure: a Row with its 95% interval over whole scenarios
+    (scenario, number) of each item -> figure: a ResultRow, its 95% interval over scenarios
 
 Left out: embeddings, perplexity under a third model, p-values.
 """
@@ -133,7 +133,7 @@ def collapse(now, first):
 
 
 @dataclasses.dataclass
-class Row:
+class ResultRow:
     """A row of results: a figure of A, of B or of their difference, with interval and counts."""
 
     figure: str
@@ -202,7 +202,7 @@ def bootstrap(columns, scenarios, statistic, rounds=1000):
 
 
 def figure(name, of, items, statistic=np.mean, **counts):
-    """The Row of statistic(*columns) of items (scenario, number, ...).
+    """The ResultRow of statistic(*columns) of items (scenario, number, ...).
 
     An item with a None is left out and counted as missing. No interval with under two scenarios.
     """
@@ -212,7 +212,7 @@ def figure(name, of, items, statistic=np.mean, **counts):
     for i, (scenario, *_) in enumerate(whole):
         members[scenario].append(i)
     counts = {"missing": len(items) - len(whole), **counts}
-    row = Row(name, of, n=len(whole), scenarios=len(members), **counts)
+    row = ResultRow(name, of, n=len(whole), scenarios=len(members), **counts)
     with np.errstate(invalid="ignore", divide="ignore"):
         if whole:
             row.value = finite(statistic(*columns))

@@ -14,8 +14,9 @@ import dataset
 import selfplay
 from attention import Tree, inner
 from decode import bucket
-from grpo import CHUNK, MICRO_TOKENS
+from grpo import CHUNK
 from model import add_lora, find, prepare
+from packing import MICRO_TOKENS
 
 TURN_GLUE, FINAL_GLUE = 8, 80  # tokens of template and request around a turn and a final
 ADVICE = {
@@ -34,7 +35,7 @@ def show_plan(settings):
     prompts = []
     for scenario in dataset.load_scenarios(settings.scenarios or None, settings.seed):
         creed = max((persona["creed"] for persona in scenario.personas), key=len)
-        prompts.append(selfplay.SYSTEM + selfplay.CASE + scenario.dilemma + creed)
+        prompts.append(selfplay.SYSTEM + selfplay.TASK + scenario.dilemma + creed)
     prompt = max(len(ids) for ids in tokenizer(prompts)["input_ids"])
     plan = memory_plan(config, settings, dtype, prompt)
     print(f"{settings.model} on {settings.nproc} card(s), {dtype}, GB per card:")

@@ -56,7 +56,7 @@ def write(path, text):
 
 
 @dataclasses.dataclass
-class Run:
+class ReportedRun:
     """What the page needs of a run folder."""
 
     name: str
@@ -70,7 +70,7 @@ def read_run(folder):
     """Read a run folder line by line, however long it is. Raises UserError where it is none."""
     if not Path(folder, "metrics.jsonl").exists():
         raise UserError(f"{folder}: there is no metrics.jsonl in it; name the folder of a run")
-    run = Run(Path(folder).resolve().name, config_of(folder), [], [], {})
+    run = ReportedRun(Path(folder).resolve().name, config_of(folder), [], [], {})
     if run.config.get("demonstrations"):
         raise UserError(
             f"{folder}: no dialogue was played in it; what a warm start learnt stands in its "
@@ -260,7 +260,7 @@ def transcripts(run, limit, decode):
 
 
 def cells(row):
-    """A Row that was written, a dict, as texts: figure, of what, value, interval, counts."""
+    """A ResultRow that was written, a dict, as texts: figure, of what, value, interval, counts."""
     value = "none" if row["value"] is None else f"{row['value']:.3f}"
     interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
     counts = [f"n {row['n']} in {row['scenarios']}"]

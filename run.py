@@ -1,6 +1,6 @@
 """A run as a thing that lives: its folder, policy, learner and judge, and how it ends.
 
-    Settings -> Run -> start, or begin -> record, evaluate_if_due, save ... -> the exit code
+    Settings -> Run -> begin_play, or begin -> log_step, evaluate_if_due, save ... -> the exit code
     a signal, a spent budget, a judge gone silent -> Ended, on all ranks -> the last checkpoint
 
 train.py has the steps; this has what is around them. One process writes a folder, the others ask
@@ -26,7 +26,7 @@ import progress
 import reward
 import selfplay
 from attention import context_limit
-from chat import voice
+from chat import Voice
 from checkpoint import (
     append,
     best_step,
@@ -82,11 +82,11 @@ class Stop:
             raise Stopped
 
     @property
-    def verdict(self):
+    def ending(self):
         """(exit code, reason); code 0: go on."""
         return (0, "done") if self.since is None else (130, "interrupted")
 
-    def run(self, play, *arguments, **more):
+    def until_signal(self, play, *arguments, **more):
         """play(...), given up at a signal, and None where one came before."""
         try:
             self.playing = True
@@ -113,7 +113,7 @@ class Run:
         if world.rank == 0 and settings.log != "none":
             progress.log_package(settings.log)
         self.log, self.scenarios = None, []
-        self.files = check_contents(settings)
+        self.contents = check_contents(settings)
         if settings.resume and world.rank == 0:
             claim(Path(settings.resume), stack)
         found = open_run(settings) if world.rank == 0 else None
@@ -127,11 +127,11 @@ class Run:
             self.policy.model, self.policy.optimizer, settings, self.policy.reference
         )
 
-    def start(self, scenarios, held_out):
-        """Get ready for self-play on these scenarios: find the judge, make the folder ours."""
+    def begin_play(self, scenarios, held_out):
+        """Begin self-play on these scenarios: find the judge, then `begin`."""
         settings, world, player = self.settings, self.world, self.policy.player
         self.scenarios, self.held_out = scenarios, held_out
-        self.voice = voice(player, self.policy.tokenizer, settings.date)
+        self.voice = Voice(player, self.policy.tokenizer, settings.date)
         limit = context_limit(player)
         if settings.final_tokens + selfplay.room(settings) >= limit:
             raise UserError(
@@ -166,22 +166,22 @@ class Run:
             )
         left = settings.judge_budget
         if left:
-            left -= sum(row.get("heldout", row).get("judge_calls", 0) for row in self.rows())
+            left -= sum(row.get("heldout", row).get("judge_calls", 0) for row in self.metrics())
             left = world.share(max(1, left))
         at_once = world.share(settings.judge_concurrency)
         asking = dataclasses.replace(settings, judge_budget=left, judge_concurrency=at_once)
         return reward.open_judge(asking, world.rank, world.broadcast)
 
     def begin(self):
-        """Write config.json; from now on signals end the run in order."""
+        """Take the folder; from now on signals end the run in order."""
         if self.world.rank == 0:
-            begin(self.folder, self.settings, self.files, self.policy.model, self.stack)
+            take_folder(self.folder, self.settings, self.contents, self.policy.model, self.stack)
             if self.settings.log != "none":
                 self.log = progress.Log(self.settings.log, self.folder, self.done, self.stack)
         self.stop = Stop(self.world)
         self.terminal = progress.Terminal(self.settings, self.done)
 
-    def rows(self):
+    def metrics(self):
         """The lines of metrics.jsonl so far."""
         return whole_lines(self.folder / "metrics.jsonl")
 
@@ -206,7 +206,7 @@ class Run:
         everyone = itertools.chain(*self.world.gather(records))
         return sorted(everyone, key=lambda record: (record[key], record["member"]))
 
-    def record(self, step, dialogues, means, seconds):
+    def log_step(self, step, dialogues, means, seconds):
         """Write and show what a step was like. Raises Ended where it has to be the last.
 
         means: of the learner. seconds: {"play" | "judge" | "learn": time}.
@@ -223,10 +223,10 @@ class Run:
         self.append_metrics(row, dialogues[0])
         self.done = step
         if self.world.rank == 0:
-            self.terminal.show(row, self.rows, dialogues[0], len(self.scenarios))
+            self.terminal.show(row, self.metrics, dialogues[0], len(self.scenarios))
         why = self.terminal.reason_to_stop(row, records)
         ended = (3, f"stopped: {why}, then --resume") if why else (0, "done")
-        self.agree(*max(ended, self.stop.verdict))
+        self.end_if_any(*max(ended, self.stop.ending))
 
     def evaluate_if_due(self):
         """Play the held-out scenarios, with the same seeds as ever."""
@@ -235,13 +235,14 @@ class Run:
         if not due:
             return
         # the step from which a run goes on has its evaluation, unless a signal cut it off
-        there = any("heldout" in row and row["step"] == step for row in self.rows())
+        there = any("heldout" in row and row["step"] == step for row in self.metrics())
         if world.broadcast(there):
             return
         self.judge.start_batch()
         share = slice(world.rank, None, world.size)
-        arguments = self.voice, self.held_out, settings, self.judge, 2, settings.seed, share
-        records = self.gather_records(self.unless_stopped(heldout, *arguments), "scenario_id")
+        arguments = self.voice, self.held_out, settings, self.judge
+        played = self.unless_stopped(heldout, *arguments, seed=settings.seed, share=share)
+        records = self.gather_records(played, "scenario_id")
         held = heldout_row(records)
         held |= progress.judge_totals(world.gather(self.judge.take_stats()))
         self.append("heldout.jsonl", [{**record, "step": step} for record in records])
@@ -259,7 +260,7 @@ class Run:
             self.saved = self.done
         return self.saved == self.done
 
-    def agree(self, code, reason):
+    def end_if_any(self, code, reason):
         """Raise Ended on all ranks where one of them has an exit code."""
         code, reason = max(self.world.gather((code, reason)))
         if code:
@@ -269,11 +270,11 @@ class Run:
         """play(...); raises Ended on all ranks where a signal or a spent budget ends it on one."""
         result = None
         try:
-            result = self.stop.run(play, *arguments, **more)
-            ended = self.stop.verdict
+            result = self.stop.until_signal(play, *arguments, **more)
+            ended = self.stop.ending
         except BudgetSpent as spent:
             ended = (3, f"stopped: {spent}; raise it, then --resume")
-        self.agree(*ended)
+        self.end_if_any(*ended)
         return result
 
     def carry_out(self, steps):
@@ -287,7 +288,7 @@ class Run:
             code, reason = 3, "the last checkpoint could not be saved; make room, then --resume"
         if self.scenarios:
             played = self.done, self.settings, len(self.scenarios)
-            self.say(progress.closing_words(self.rows(), *played))
+            self.say(progress.closing_words(self.metrics(), *played))
         self.say(
             f"{reason}: {self.folder}/metrics.jsonl (one line a step), {self.folder}/checkpoints/ "
             "(use one with --model)"
@@ -368,7 +369,7 @@ def refuse_taken(out):
         )
 
 
-def begin(out, settings, contents, model, stack):
+def take_folder(out, settings, contents, model, stack):
     """Make the folder this run's own, now that nothing else can be wrong; write config.json.
 
     contents: digests of the files that it reads. Raises UserError where not one checkpoint fits.

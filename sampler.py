@@ -37,8 +37,8 @@ class Say:
     unless: concurrent.futures.Future = None
     final: bool = False
 
-    def seat(self, table, row):
-        """Begin to speak, from a row of a table that keeps what it has in common with the ids."""
+    def begin(self, table, row):
+        """Begin to speak from a row of a table that keeps what it has in common with the ids."""
         self.table, self.row = table, row
         self.unread = table.crop(row, self.ids)  # ids that the row does not hold yet
         self.turn = Turn(self.speaker, "", truncated=True)

@@ -4,12 +4,12 @@
                 agent 1's stream: system(persona 1) | dilemma, heard: turn 0 | turn 1 | ...
              -> when they agree, or at the limit, agent 0 writes the joint solution (the final)
 
-    play -> Seat.advance -> negotiate -> talk -> Match.say_turn -> View.before -> a Say
+    play -> Match.advance -> negotiate -> talk -> Match.say_turn -> View.before -> a Say
          -> speak, a token each time -> a Turn, sent back into talk -> ... -> Judge.score
 
-`negotiate` is one dialogue, top to bottom: a generator that yields what it waits for, to speak
-(`Say`) or to hear the judge (`Await`). `play` serves many in one batch. A Dialogue is the record, a
-Match what it takes to play it, a Seat a Match in the batch, a Table the cache that the seats share.
+`negotiate` is one dialogue, top to bottom: a generator that yields what it waits for, a Say (until
+it is spoken) or a Future (until the judge answers). `play` serves many in one batch. A Dialogue is
+the record, a Match what it takes to play it, a Table the cache that the matches share.
 Left out: tools, streams that branch, more than two agents: two is assumed here, in chat.View (which
 does not say who spoke) and in dataset.py; packing, learner and transcripts take any number.
 
@@ -30,9 +30,9 @@ import torch
 import dataset
 import reward
 from attention import context_limit
-from chat import Sample, Turn, View, streams_of, voice
+from chat import Sample, Turn, View, Voice, streams_of
 from cli import UserError, command_line, option, run_cli
-from model import WARM_MODEL, load, own_device, packed
+from model import WARM_MODEL, load, own_device, reordered_weights
 from progress import printable
 from rubric import fill
 from sampler import Say, Table, choose_batch, speak
@@ -72,7 +72,7 @@ SYSTEM = (
 MARKER_RULE = " When you accept the plan on the table, end your turn with the word AGREED."
 # The dilemma opens the first user message, and a question ends each one: a small model hardly
 # reads its system prompt, and what it says drifts.
-CASE = (
+TASK = (
     "{dilemma}\n\nTalk it over with {other}. Say in one or two sentences what you propose and "
     "why.\n\n"
 )
@@ -86,7 +86,7 @@ FINAL = (
 )
 # without a negotiation
 SYSTEM_ALONE = "You are {me}. {creed} You look for a plan that both you and {other} can carry out."
-CASE_ALONE = "{dilemma}\n\n"
+TASK_ALONE = "{dilemma}\n\n"
 ALONE = (
     '{other} is not here to talk with. {other}\'s creed is: "{creed}" Write the plan that you and '
     "{other} will carry out: who does what and when, what happens if it fails, and how it helps "
@@ -104,8 +104,8 @@ def view_of(chat, me, scenario, marker, alone=False):
         "dilemma": scenario.dilemma,
         "marker": MARKER_RULE if marker else "",
     }
-    system, case = (SYSTEM_ALONE, CASE_ALONE) if alone else (SYSTEM, CASE)
-    return View(chat, me, fill(system, words), fill(case, words), ASK, EARLIER, SILENCE)
+    system, task = (SYSTEM_ALONE, TASK_ALONE) if alone else (SYSTEM, TASK)
+    return View(chat, me, fill(system, words), fill(task, words), ASK, EARLIER, SILENCE)
 
 
 @dataclasses.dataclass
@@ -113,8 +113,8 @@ class Dialogue:
     """One negotiation: scenario number `group` of the step, dialogue number `member` of its group.
 
     stop: "agreed", "max_turns" or "context"; "written" where nobody played it. streams: the
-    Samples of each agent. verdict: the judge's answer, a Future of rubric.Verdict. reward: None
-    where it is missing.
+    Samples of each agent. pending_verdict: the Future of a rubric.Verdict on the final. reward:
+    None where it is missing.
     """
 
     scenario: dataset.Scenario
@@ -128,7 +128,7 @@ class Dialogue:
     final: str = None
     final_sample: Sample = None
     final_truncated: bool = False
-    verdict: object = None
+    pending_verdict: object = None
     reward: float = None
     advantage: float = None
     judge: dict = dataclasses.field(default_factory=lambda: {"raw": "", "failures": []})
@@ -166,7 +166,7 @@ class Dialogue:
 # ---- a negotiation that somebody wrote, as if it had been played --------------------------------
 
 
-def imitate(demonstration, chat, settings):
+def dialogue_of(demonstration, chat, settings):
     """A dataset.Demonstration as the Dialogue of two agents who said just this.
 
     Nobody sampled its tokens, so each log-prob is NaN: the learner takes plain likelihood.
@@ -201,29 +201,26 @@ def final_request(scenario, template):
 # ---- one dialogue -------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Await:
-    """Event: the dialogue waits for the judge's answer, and is sent the Verdict."""
-
-    answer: concurrent.futures.Future
-
-
 def room(settings):
     """Tokens to keep free for a turn: encoded for the other side, it may take three times that."""
     return 3 * settings.turn_tokens + 16 if settings.max_turns else 0
 
 
 class Match:
-    """A dialogue and what it takes to play it. partner(dialogue) -> text may speak for agent 1."""
+    """A dialogue and what it takes to play it. partner(dialogue) -> text may speak for agent 1.
 
-    def __init__(self, dialogue, voices, settings, judge, seed, partner=None):
+    places: (table, row) of each agent. event: the Say or Future that `negotiate` waits for.
+    """
+
+    def __init__(self, dialogue, voices, settings, judge, seed, partner=None, places=None):
         self.dialogue, self.settings, self.judge = dialogue, settings, judge
-        self.seed, self.partner = seed, partner
+        self.seed, self.partner, self.places = seed, partner, places
         self.limits = [context_limit(voice.model) for voice in voices]
         scenario, alone = dialogue.scenario, settings.max_turns == 0
         marker = settings.agreement == "marker"
         self.views = [view_of(voices[me].chat, me, scenario, marker, alone) for me in (0, 1)]
         self.request = final_request(scenario, ALONE if alone else FINAL)
+        self.script, self.event = negotiate(self), None
 
     def rng(self, number):
         """Random numbers of one turn. They depend on what is said, never on who else is playing."""
@@ -254,9 +251,32 @@ class Match:
         how = settings.final_temperature, settings.final_top_p
         return Say(0, ids, limit, *how, rng, final=True)
 
+    def ready(self):
+        """Whether the dialogue can go on."""
+        if isinstance(self.event, Say):
+            return self.event.over()
+        return self.event is None or self.event.done()
+
+    def advance(self):
+        """Go on until there is something to wait for. Returns False at the end of the dialogue."""
+        while self.ready():
+            answer = None
+            if isinstance(self.event, Say):
+                answer = self.event.turn
+            elif self.event:
+                answer = self.event.result()
+            try:
+                self.event = self.script.send(answer)
+            except StopIteration:
+                return False
+            if isinstance(self.event, Say):
+                self.event.begin(*self.places[self.event.speaker])
+        return True
+
 
 def negotiate(match):
-    """One dialogue, top to bottom: a generator of `Say` and `Await` events, see there.
+    """One dialogue, top to bottom: a generator that is sent a Turn for each Say that it yields,
+    and a Verdict for each Future.
 
     Fills in the dialogue's turns, streams, agreed, stop, final and the pending verdict.
     """
@@ -282,7 +302,7 @@ def negotiate(match):
     dialogue.final_sample = views[0].until(turns, final, train=False, closing=match.request)
     if match.judge:
         dilemma, personas = dialogue.scenario.dilemma, dialogue.scenario.personas
-        dialogue.verdict = match.judge.score(dilemma, personas, turns, final.text)
+        dialogue.pending_verdict = match.judge.score(dilemma, personas, turns, final.text)
 
 
 def talk(match):
@@ -304,7 +324,7 @@ def talk(match):
         if not partner_speaks:
             turn = yield say
         if check:
-            verdict = yield Await(check)
+            verdict = yield check
             if verdict.value:
                 break
         if partner_speaks:
@@ -318,7 +338,7 @@ def talk(match):
             check = match.judge.agreed(dilemma, personas, turns[:])
     verdict = None
     if check:  # of the last turn that counts; where it broke the loop, it is answered already
-        verdict = yield Await(check)
+        verdict = yield check
         dialogue.agreed = bool(verdict.value)
     if dialogue.agreed:
         dialogue.stop = "agreed"
@@ -334,36 +354,6 @@ def both_accept(turns):
 # ---- many dialogues in one batch ----------------------------------------------------------------
 
 
-class Seat:
-    """A dialogue in play, and the event that it waits for."""
-
-    def __init__(self, match, places):
-        self.dialogue, self.places = match.dialogue, places  # (table, row) of each agent
-        self.script, self.event = negotiate(match), None
-
-    def ready(self):
-        """Whether the dialogue can go on."""
-        if isinstance(self.event, Await):
-            return self.event.answer.done()
-        return self.event is None or self.event.over()
-
-    def advance(self):
-        """Go on until there is something to wait for. Returns False at the end of the dialogue."""
-        while self.ready():
-            answer = None
-            if isinstance(self.event, Say):
-                answer = self.event.turn
-            elif self.event:
-                answer = self.event.answer.result()
-            try:
-                self.event = self.script.send(answer)
-            except StopIteration:
-                return False
-            if isinstance(self.event, Say):
-                self.event.seat(*self.places[self.event.speaker])
-        return True
-
-
 @torch.no_grad()
 def play(
     voices, dialogues, settings, judge=None, seed=0, partner=None, on_token=None, on_done=None
@@ -371,8 +361,8 @@ def play(
     """Play `dialogues` (scenario, step, group and member set) to their ends; returns them.
 
     voices: the Voice of agent 0 and of agent 1, usually one and the same. A finished dialogue is
-    sent to the judge while the others still talk; its `verdict` is a Future. partner: see `Match`.
-    on_token(say, id) and on_done(dialogue) may watch.
+    sent to the judge while the others still talk. partner: see `Match`. on_token(say, id) and
+    on_done(dialogue) may watch.
     """
     if not dialogues:
         return dialogues
@@ -380,28 +370,28 @@ def play(
     tables = [Table(voice, 2 * count) for voice in voices]
     if voices[0].model is voices[1].model:
         tables[1] = tables[0]
-    matches = [Match(d, voices, settings, judge, seed, partner) for d in dialogues]
-    seats = []
-    for row, match in enumerate(matches):
+    matches = []
+    for row, dialogue in enumerate(dialogues):
         # Agent 1's rows follow those of agent 0, because one side mostly speaks at a time.
-        seats.append(Seat(match, [(tables[0], row), (tables[1], row + count)]))
-    with packed(*{voice.model for voice in voices}):
+        places = (tables[0], row), (tables[1], row + count)
+        matches.append(Match(dialogue, voices, settings, judge, seed, partner, places))
+    with reordered_weights(*{voice.model for voice in voices}):
         tables[0].read_heads({row: match.views[0].head for row, match in enumerate(matches)})
         if settings.max_turns > 1 and not partner:
             heads = {row: match.views[1].head for row, match in enumerate(matches, count)}
             tables[1].read_heads(heads)
-        while seats:
-            for seat in [seat for seat in seats if seat.ready()]:
-                seats.remove(seat)
-                if seat.advance():
-                    seats.append(seat)
+        while matches:
+            for match in [match for match in matches if match.ready()]:
+                matches.remove(match)
+                if match.advance():
+                    matches.append(match)
                 elif on_done:
-                    on_done(seat.dialogue)
-            batch = choose_batch([seat.event for seat in seats if isinstance(seat.event, Say)])
+                    on_done(match.dialogue)
+            batch = choose_batch([match.event for match in matches if isinstance(match.event, Say)])
             if batch:
                 speak(batch, on_token)
-            elif seats:
-                answers = [seat.event.answer for seat in seats]
+            elif matches:
+                answers = [match.event for match in matches]
                 concurrent.futures.wait(answers, return_when=concurrent.futures.FIRST_COMPLETED)
     return dialogues
 
@@ -470,14 +460,14 @@ def main(argv=None):
     """`python selfplay.py`: one negotiation, with the judge's score at the end."""
     settings = command_line(WatchSettings, argv, prog="selfplay.py")
     scenario = watched_scenario(settings)
-    speaker = voice(*load(settings.model, device=own_device()), settings.date)
+    speaker = Voice(*load(settings.model, device=own_device()), settings.date)
     voices, dialogue = (speaker, speaker), Dialogue(scenario, step=0, group=0, member=0)
     with reward.open_judge(settings) as judge:
         screen = Screen(scenario, speaker.chat)
         partner = screen.ask_human if settings.human else None
         play(voices, [dialogue], settings, judge, settings.seed, partner, screen.on_token)
         missing = reward.Verdict(None, "no final completion")
-        verdict = dialogue.verdict.result() if dialogue.verdict else missing
+        verdict = dialogue.pending_verdict.result() if dialogue.pending_verdict else missing
     score = f"none ({verdict.reason})" if verdict.value is None else f"{verdict.value:.2f} of 5"
     print(f"\n\nstopped: {dialogue.stop}; the judge's score: {score}")
 

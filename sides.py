@@ -1,6 +1,6 @@
 """Who is compared: the two sides of an evaluation, and what of it is finished already.
 
-flags, a run's config.json -> Settings of A and of B -> Sides, whose models load when they speak
+flags, a run's config.json -> EvalSettings of A and of B -> Sides, whose models load when they speak
 todo {key: argument} -> Items.finish -> values, each written to the file at once
 """
 
@@ -29,7 +29,7 @@ from dataset import DATA
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(selfplay.PlaySettings, reward.JudgeSettings):
+class EvalSettings(selfplay.PlaySettings, reward.JudgeSettings):
     """What is evaluated. A model of a run folder plays as it was trained, unless flags differ."""
 
     model: str = option(lm.WARM_MODEL, "A: a model, or a run folder (its best checkpoint)")
@@ -64,8 +64,8 @@ PLAY = {field.name for field in dataclasses.fields(selfplay.PlaySettings)} - {"o
 JUDGE = {"judge_url", "judge_model", "judge_mode", "judge_sees", "judge_noise", "rubric"}
 
 
-def read_settings(command, argv):
-    """({"A": Settings, "B": Settings}, path of the results); no "B" without --baseline.
+def read_sides(command, argv):
+    """({"A": EvalSettings, "B": EvalSettings}, path of the results); no "B" without --baseline.
 
     The `model` of each is what to load. A side plays as its run was trained; one without a run, as
     the other does.
@@ -76,7 +76,7 @@ def read_settings(command, argv):
         given.update(flags)
         return {}
 
-    settings = command_line(Settings, argv, f"eval.py {command}", base=note)
+    settings = command_line(EvalSettings, argv, f"eval.py {command}", base=note)
     compares = settings.baseline and command in ("conflict", "open", "blind")
     if settings.best_of > 1 and not compares:
         raise UserError("--best-of: of a --baseline, in conflict, open or blind; leave it out")
@@ -161,7 +161,7 @@ class Side:
     def voice(self):
         """The model with its chat format."""
         settings = self.settings
-        return chat.voice(*lm.load(settings.model, settings.dtype, lm.own_device()), settings.date)
+        return chat.Voice(*lm.load(settings.model, settings.dtype, lm.own_device()), settings.date)
 
 
 # ---- finished items, and the judge's answers -----------------------------------------------------

@@ -10,7 +10,7 @@
 What differs from the paper (arXiv 2603.10476); `--recipe paper` takes back 3 to 5:
 
 1. All weights are trained, in fp32 (or adapters: --lora-rank); the paper: 4-bit QLoRA.
-2. The default model is tiny, so it has imitated written negotiations first (`imitate`).
+2. The default model is tiny, so it has imitated written negotiations first (`warm_start_loop`).
 3. Agents see the whole dialogue and have 3 turns; the paper: the last two turns, and 7.
 4. Without an agreement they write a solution all the same; the paper: none, and reward 0.
 5. Groups of 6, lr 2e-5, dialogues at T 0.9 and solutions at T 0.8, both with top-p 0.8; the paper:
@@ -42,11 +42,38 @@ from chat import ChatFormat
 from checkpoint import best_step
 from cli import UserError, run_cli
 from client import BudgetSpent
+from packing import pack
 from policy import start_world
 from progress import peak_memory_gb
 from rubric import Verdict
 from run import Ended, Run
 from settings import read_settings
+
+# ---- self-play: all of it, over and over ---------------------------------------------------------
+
+
+def self_play_loop(run):
+    """Deal, play, judge, learn, from the first step to the last."""
+    settings, world = run.settings, run.world
+    scenarios, held_out = divide(settings)
+    run.begin_play(scenarios, held_out)
+    run.evaluate_if_due()
+    for step in range(run.done + 1, settings.steps + 1):
+        groups = deal(scenarios, settings, step, world)
+        dialogues = list(itertools.chain(*groups))
+        start = time.perf_counter()
+        rollout(run, step, dialogues)
+        played = time.perf_counter()
+        means, waited = learn(groups, run.learner, settings, world)
+        run.policy.update_player()
+        learnt = time.perf_counter()
+        seconds = {"play": played - start, "judge": waited, "learn": learnt - played - waited}
+        run.log_step(step, dialogues, means, seconds)
+        run.evaluate_if_due()
+        due = settings.save_every and step % settings.save_every == 0
+        if due or run.is_best():
+            run.save()
+
 
 # ---- scenarios -----------------------------------------------------------------------------------
 
@@ -97,7 +124,7 @@ def deal(scenarios, settings, step, world):
 # ---- dialogues -----------------------------------------------------------------------------------
 
 
-def play(run, step, dialogues):
+def rollout(run, step, dialogues):
     """Play this rank's dialogues to their ends; the judge reads each that is finished."""
     run.judge.start_batch()
     title, hidden = f"step {step}: dialogues", run.world.rank > 0
@@ -116,30 +143,6 @@ def play(run, step, dialogues):
 # ---- advantages, loss, optimizer step ------------------------------------------------------------
 
 
-def settle(group, settings):
-    """Wait for the judge's verdicts on a group and turn its rewards into advantages.
-
-    A missing reward is None, and so is its advantage.
-    """
-    for dialogue in group:
-        if dialogue.verdict is not None:
-            try:
-                verdict = dialogue.verdict.result()
-            except BudgetSpent:
-                verdict = Verdict(None, "budget spent")
-            failures = [verdict.reason] if verdict.reason else []
-            dialogue.reward = verdict.value
-            dialogue.judge = {"raw": verdict.raw, "failures": failures}
-    rewards = [math.nan if dialogue.reward is None else dialogue.reward for dialogue in group]
-    advantages = grpo.group_advantages(
-        torch.tensor([rewards], dtype=torch.float64),  # (1, G)
-        settings.advantage_scale,
-        noise=settings.judge_noise,
-    )
-    for dialogue, advantage in zip(group, advantages[0].tolist()):
-        dialogue.advantage = None if dialogue.reward is None else advantage
-
-
 def learn(groups, learner, settings, world):
     """Settle one group after another, and take its gradient while the judge reads the next.
 
@@ -147,7 +150,7 @@ def learn(groups, learner, settings, world):
     """
     lm.release_memory()
     # Packed before the rewards are known, so that the number of passes is the same on all ranks.
-    trees_of = [grpo.pack(group, settings.train_tokens, settings.micro_tokens) for group in groups]
+    trees_of = [pack(group, settings.train_tokens, settings.micro_tokens) for group in groups]
     passes = sum(len(trees) for trees in trees_of)
     idle = max(world.gather(passes)) - passes  # every rank makes as many as the busiest
     waited, updates = 0.0, []
@@ -166,47 +169,45 @@ def learn(groups, learner, settings, world):
     return {**updates[-1], "skipped": skipped, "logprob_gap": gap}, waited
 
 
+def settle(group, settings):
+    """Wait for the judge's verdicts on a group and turn its rewards into advantages.
+
+    A missing reward is None, and so is its advantage.
+    """
+    for dialogue in group:
+        if dialogue.pending_verdict is not None:
+            try:
+                verdict = dialogue.pending_verdict.result()
+            except BudgetSpent:
+                verdict = Verdict(None, "budget spent")
+            failures = [verdict.reason] if verdict.reason else []
+            dialogue.reward = verdict.value
+            dialogue.judge = {"raw": verdict.raw, "failures": failures}
+    rewards = [math.nan if dialogue.reward is None else dialogue.reward for dialogue in group]
+    advantages = grpo.group_advantages(
+        torch.tensor([rewards], dtype=torch.float64),  # (1, G)
+        settings.advantage_scale,
+        noise=settings.judge_noise,
+    )
+    for dialogue, advantage in zip(group, advantages[0].tolist()):
+        dialogue.advantage = None if dialogue.reward is None else advantage
+
+
 def backward(learner, trees, idle=0):
     """Add the gradients of these trees, then make `idle` passes without one."""
-    for tree, rows in trees:
-        learner.backward(tree, rows)
+    for tree, samples in trees:
+        learner.backward(tree, samples)
     for _ in range(idle):
         learner.idle()
-
-
-# ---- self-play: all of it, over and over ---------------------------------------------------------
-
-
-def negotiate(run):
-    """Deal, play, judge, learn, from the first step to the last."""
-    settings, world = run.settings, run.world
-    scenarios, held_out = divide(settings)
-    run.start(scenarios, held_out)
-    run.evaluate_if_due()
-    for step in range(run.done + 1, settings.steps + 1):
-        groups = deal(scenarios, settings, step, world)
-        dialogues = list(itertools.chain(*groups))
-        start = time.perf_counter()
-        play(run, step, dialogues)
-        played = time.perf_counter()
-        means, waited = learn(groups, run.learner, settings, world)
-        run.policy.update_player()
-        learnt = time.perf_counter()
-        seconds = {"play": played - start, "judge": waited, "learn": learnt - played - waited}
-        run.record(step, dialogues, means, seconds)
-        run.evaluate_if_due()
-        due = settings.save_every and step % settings.save_every == 0
-        if due or run.is_best():
-            run.save()
 
 
 # ---- the warm start: learn from negotiations that were written -----------------------------------
 
 
-def imitate(run):
+def warm_start_loop(run):
     """The warm start, to the epoch with the lowest held-out loss."""
     settings, world = run.settings, run.world
-    train_on, held_out = imitation_sets(settings, run.policy)
+    train_on, held_out = demonstration_sets(settings, run.policy)
     epoch = math.ceil(len(train_on) / settings.scenarios_per_step)  # steps
     run.begin()
     run.say(
@@ -217,11 +218,11 @@ def imitate(run):
         log_heldout_loss(run, held_out, epoch)
     steps = range(run.done + 1, settings.steps + 1)
     for step in tqdm(steps, "steps", settings.steps, initial=run.done, disable=world.rank > 0):
-        imitation_step(run, step, deal_demonstrations(train_on, settings, step, epoch))
+        demonstration_step(run, step, deal_demonstrations(train_on, settings, step, epoch))
         ends = step % epoch == 0 or step == settings.steps
         if ends:
             log_heldout_loss(run, held_out, epoch)
-        run.agree(*run.stop.verdict)
+        run.end_if_any(*run.stop.ending)
         if ends and not run.is_best():
             run.saved = step  # on purpose without a checkpoint
             why = "the held-out loss rises, so the checkpoint before is the one to use"
@@ -231,7 +232,7 @@ def imitate(run):
             raise Ended(3, "a checkpoint could not be saved; make room, then --resume")
 
 
-def imitation_sets(settings, policy):
+def demonstration_sets(settings, policy):
     """(Dialogues to learn from, Dialogues of a held-out tenth of the scenarios).
 
     Raises UserError for a bad --demonstrations file.
@@ -243,7 +244,7 @@ def imitation_sets(settings, policy):
     held = set(dataset.spread(names, max(1, len(names) // 10)))
     train_on, held_out, limit = [], [], context_limit(policy.model)
     for negotiation in written:
-        dialogue = selfplay.imitate(negotiation, chat, settings)
+        dialogue = selfplay.dialogue_of(negotiation, chat, settings)
         tokens = len(dialogue.final_sample.ids)
         if tokens > limit:
             raise UserError(
@@ -266,7 +267,7 @@ def deal_demonstrations(dialogues, settings, step, epoch_steps):
     return [dialogues[i] for i in share]
 
 
-def imitation_step(run, step, dialogues):
+def demonstration_step(run, step, dialogues):
     """Learn from a step's demonstrations, and log it.
 
     Their log-probs are NaN and their advantages 1, so the learner takes the gradient of plain
@@ -274,7 +275,7 @@ def imitation_step(run, step, dialogues):
     """
     start, settings, world, trees = time.perf_counter(), run.settings, run.world, []
     for dialogue in dialogues[world.rank :: world.size]:
-        trees += grpo.pack([dialogue], settings.train_tokens, settings.micro_tokens)
+        trees += pack([dialogue], settings.train_tokens, settings.micro_tokens)
     backward(run.learner, trees, idle=max(world.gather(len(trees))) - len(trees))
     row = {"step": step, **run.learner.step()}
     row["loss"] = row["entropy"]  # -log-prob a token
@@ -286,7 +287,7 @@ def imitation_step(run, step, dialogues):
 
 def log_heldout_loss(run, dialogues, epoch):
     """Measure the loss on held-out demonstrations, log and show it."""
-    total, tokens = run.learner.surprise(dialogues)
+    total, tokens = run.learner.nll(dialogues)
     held = {"loss": total / tokens, "tokens": tokens}
     run.append_metrics({"step": run.done, "heldout": held})
     epochs = f"{run.done / epoch:.0f} epochs"
@@ -304,7 +305,7 @@ def main(argv=None):
     world = start_world()
     with explained(world), contextlib.ExitStack() as stack:
         run = Run(settings, world, stack)
-        code = run.carry_out(imitate if settings.demonstrations else negotiate)
+        code = run.carry_out(warm_start_loop if settings.demonstrations else self_play_loop)
     if world.size > 1:
         dist.destroy_process_group()
     return code

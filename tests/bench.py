@@ -108,7 +108,7 @@ class Workload:
         self.world = policy.start_world()
         made = policy.build(self.settings, self.world)
         self.model = made.model
-        self.voice = chat.voice(made.player, made.tokenizer)
+        self.voice = chat.Voice(made.player, made.tokenizer)
         self.voice.chat.ends = set()  # nothing ends a turn but its limit
         self.learner = grpo.Learner(made.model, made.optimizer, self.settings, made.reference)
 

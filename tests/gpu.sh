@@ -83,7 +83,7 @@ import runs
 
 with runs.judge() as judge:
     size = dict(turn_tokens=48, final_tokens=64, group_size=8, steps=2)
-    code, said, err = runs.Run(runs.flags(sys.argv[1], judge.url, sys.argv[2], **size)).wait()
+    code, said, err = runs.Process(runs.flags(sys.argv[1], judge.url, sys.argv[2], **size)).wait()
 print(said, err)
 sys.exit(code)
 PYTHON

@@ -125,7 +125,7 @@ def tiny(kind="llama", seed=0, vocabulary=None):
 
 def voice(kind="llama", template=CHATML, **more):
     """A tiny model with its chat format."""
-    return chat.voice(tiny(kind), tokenizer(template, **more))
+    return chat.Voice(tiny(kind), tokenizer(template, **more))
 
 
 PERSONAS = (

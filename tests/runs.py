@@ -130,7 +130,7 @@ class Forked:
 TORCHRUN = "import torch.distributed.run as torchrun\ntorchrun.main()"
 
 
-class Run:
+class Process:
     """train.py at work, by itself or under torchrun, with a mark in its processes' environment.
 
     train.py, or torchrun, is forked from a process that has imported everything; the ranks are not,

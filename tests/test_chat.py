@@ -29,7 +29,7 @@ TEXT = [
     *(scenario.dilemma for scenario in dataset.load_scenarios(seed=0)[:20]),
     "[INST] [/INST] <<SYS>> <</SYS>>\n\n user assistant system model\n",
     *(persona["creed"] for persona in helpers.PERSONAS),
-    *(selfplay.SYSTEM, selfplay.CASE, selfplay.ASK, selfplay.FINAL),
+    *(selfplay.SYSTEM, selfplay.TASK, selfplay.ASK, selfplay.FINAL),
 ]
 LLAMA3_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -202,7 +202,7 @@ WORDS = ["We share the water.", "No, step by step.", "I propose a plan.", "It is
 
 def rendered(chat, view, words):
     """The ids that the template gives for a dialogue as this agent sees it."""
-    system, case = view.system, view.case
+    system, case = view.system, view.task
     messages = [{"role": "system", "content": system}]
     for said in [""] * (view.me == 0) + words:
         content = said
@@ -348,7 +348,7 @@ def test_a_date_in_a_template_is_the_runs():
 
 def test_voice_is_a_model_with_its_format():
     model = helpers.tiny()
-    speaker = chats.voice(model, helpers.tokenizer(), "2024-02-29")
+    speaker = chats.Voice(model, helpers.tokenizer(), "2024-02-29")
     assert speaker.model is model and speaker.chat.day == datetime.date(2024, 2, 29)
     assert isinstance(speaker.model, torch.nn.Module)
 

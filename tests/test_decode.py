@@ -16,6 +16,7 @@ import chat
 import decode
 import grpo
 import model as lm
+import packing
 import policy
 import selfplay
 import train
@@ -47,7 +48,7 @@ def settings(**more):
 def played(monkeypatch, model, static, cfg, scenarios=2):
     """Dialogues of unlike length, decoded with the static step or without."""
     monkeypatch.setattr(decode, "ALWAYS", static)
-    voice = chat.voice(model, helpers.tokenizer())
+    voice = chat.Voice(model, helpers.tokenizer())
     return selfplay.play((voice, voice), helpers.dialogues(scenarios, 2), cfg)
 
 
@@ -92,7 +93,7 @@ def test_the_static_step_draws_what_rows_left_out_draw(monkeypatch, kind, case):
 
 def test_a_cache_that_grows_keeps_what_it_holds(monkeypatch):
     model, cfg = helpers.tiny(), settings(max_turns=6, turn_tokens=40)
-    voice = chat.voice(model, helpers.tokenizer())
+    voice = chat.Voice(model, helpers.tokenizer())
     voice.chat.ends = set()
     both = []
     for static in (False, True):
@@ -115,7 +116,7 @@ def test_decoder_and_cache_outlive_a_play_and_an_optimizer_step(monkeypatch):
             dialogue.reward = float(number)
         before = next(model.parameters()).detach().clone()
         train.settle(dialogues, cfg)
-        for tree, rows in grpo.pack(dialogues, "dialogue", 600):
+        for tree, rows in packing.pack(dialogues, "dialogue", 600):
             learner.backward(tree, rows)
         assert not learner.step()["no_evidence"]
         assert not torch.equal(before, next(model.parameters()))

@@ -237,7 +237,7 @@ def test_a_spent_budget_is_one_line(run):
 def test_items_depend_on_settings_and_weights(models, tmp_path):
     def identity(model, flags=""):
         argv = ["--model", str(model), *flags.split()]
-        return sides.identity(sides.read_settings("conflict", argv)[0]["A"])
+        return sides.identity(sides.read_sides("conflict", argv)[0]["A"])
 
     base = identity(models[0])
     free = f"--limit 3 --seeds 4 --out x.json --baseline {models[1]} --judge-timeout 5"
@@ -279,7 +279,7 @@ def test_a_run_plays_as_it_was_trained(tmp_path, models):
     step = make_run(single, models[0], {"model": "x", "seed": 7, **ALONE, **JUDGE})
     shutil.copytree(models[0], single / "checkpoints" / "step_000009")  # not complete
     argv = ["--model", str(single), "--baseline", models[1]]
-    found, out = sides.read_settings("conflict", argv)
+    found, out = sides.read_sides("conflict", argv)
     assert out == single / "eval" / "conflict-single-0-step_000004-tiny-1.json"
     a, b = found["A"], found["B"]
     assert (a.model, a.max_turns, a.agreement, a.temperature) == (str(step), 0, "none", 0.8)
@@ -291,7 +291,7 @@ def test_a_run_plays_as_it_was_trained(tmp_path, models):
         assert (side.judge_url, side.judge_model) == ("http://judge:8000/v1", "strong")
         assert (side.judge_mode, side.judge_attempts) == ("expect", 4)
     other = [*argv, "--judge-url", "http://other:1/v1"]
-    a = sides.read_settings("conflict", other)[0]["A"]
+    a = sides.read_sides("conflict", other)[0]["A"]
     assert (a.judge_url, a.judge_model, a.judge_mode) == ("http://other:1/v1", "", "auto")
 
 
@@ -299,7 +299,7 @@ def test_flags_overrule_the_run_and_name_the_results(tmp_path, models):
     step = make_run(tmp_path / "single-0", models[0], ALONE)
     flags = "--max-turns 2 --baseline-temperature 0.5 --best-of 4"
     argv = ["--model", models[1], "--baseline", str(step), *flags.split()]
-    found, out = sides.read_settings("open", argv)
+    found, out = sides.read_sides("open", argv)
     name = "open-tiny-1-single-0-step_000004-max_turns_2-baseline_temperature_0.5-best_of_4.json"
     assert str(out) == f"runs/eval/{name}"
     a, b = found["A"], found["B"]
@@ -307,7 +307,7 @@ def test_flags_overrule_the_run_and_name_the_results(tmp_path, models):
     assert (a.max_turns, a.temperature, a.best_of) == (2, 0.8, 1)  # as its baseline was trained
 
     def name(*flags):
-        return sides.read_settings("open", ["--model", models[1], *flags])[1].name
+        return sides.read_sides("open", ["--model", models[1], *flags])[1].name
 
     # What changes no item changes no name.
     assert name() == name("--limit", "3", "--judge-attempts", "9") == "open-tiny-1.json"
@@ -323,7 +323,7 @@ def test_a_model_without_a_run_plays_as_the_other_side_was_trained(tmp_path, mod
 
     def compared(model, baseline):
         argv = ["--model", str(model), "--baseline", str(baseline)]
-        found = sides.read_settings("conflict", argv)[0]
+        found = sides.read_sides("conflict", argv)[0]
         return found["A"], found["B"]
 
     for plain, run in (compared(paper, models[1])[::-1], compared(models[1], paper)):
@@ -387,7 +387,7 @@ def test_a_wrong_model_starts_no_judge_and_makes_no_file(tmp_path, models):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no complete checkpoint"):
-        sides.read_settings("conflict", ["--model", str(tmp_path)])
+        sides.read_sides("conflict", ["--model", str(tmp_path)])
 
 
 def test_a_bad_line_of_data_is_named(tmp_path):
@@ -451,7 +451,7 @@ def test_general_needs_no_judge(run):
 def test_choices_by_mean_logprob_per_token():
     """The choice that the model finds likelier per token is chosen, whatever its length."""
     speaker = voice()
-    side = types.SimpleNamespace(voice=speaker, settings=sides.Settings())
+    side = types.SimpleNamespace(voice=speaker, settings=sides.EvalSettings())
     choices = ["the farm", "the council of the hospital", "No"]
     row = {"id": "q", "prompt": "Who?", "choices": choices}
     chat = speaker.chat
@@ -672,7 +672,7 @@ def test_table_pairs_what_belongs_together():
 
 # ---- what train.py calls -------------------------------------------------------------------------
 
-HELD_OUT = sides.Settings(
+HELD_OUT = sides.EvalSettings(
     max_turns=2,
     turn_tokens=6,
     final_tokens=8,

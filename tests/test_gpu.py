@@ -12,6 +12,7 @@ import torch
 import chat
 import decode
 import grpo
+import packing
 import selfplay
 import train
 from settings import Settings
@@ -38,7 +39,7 @@ def played(kind, cfg=CFG, dtype=torch.float32):
     model = helpers.tiny(kind)
     twin = copy.deepcopy(model).cuda()
     learner = grpo.Learner(twin, grpo.Optimizer(twin, 1e-3, clip=0.0, dtype=dtype), cfg)
-    voice = chat.voice(twin, helpers.tokenizer())
+    voice = chat.Voice(twin, helpers.tokenizer())
     dialogues = selfplay.play((voice, voice), helpers.dialogues(2, 4), cfg)
     for i, d in enumerate(dialogues):
         d.reward = float((7 * i) % 5)
@@ -51,7 +52,7 @@ def played(kind, cfg=CFG, dtype=torch.float32):
 def backward(learner, groups, micro_tokens):
     """Add up the gradients of all groups."""
     for group in groups:
-        for tree, rows in grpo.pack(group, "dialogue", micro_tokens):
+        for tree, rows in packing.pack(group, "dialogue", micro_tokens):
             learner.backward(tree, rows)
 
 
@@ -102,7 +103,7 @@ def test_a_replayed_step_draws_bitwise_what_the_eager_step_draws(kind, more):
     """Also after the weights have changed in place."""
     cfg = Settings(**{**vars(CFG), **more})
     model = helpers.tiny(kind).cuda()
-    voice = chat.voice(model, helpers.tokenizer())
+    voice = chat.Voice(model, helpers.tokenizer())
     decoder = decode.decoder_of(model)
     for _ in range(2):
         streams = []

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import chat
 import grpo
 import model as lm
+import packing
 import reward
 import selfplay
 import train
@@ -332,7 +333,7 @@ def update(groups, learner):
     """One step on groups that are settled."""
     cfg = learner.settings
     for group in groups:
-        for tree, rows in grpo.pack(group, cfg.train_tokens, cfg.micro_tokens):
+        for tree, rows in packing.pack(group, cfg.train_tokens, cfg.micro_tokens):
             learner.backward(tree, rows)
     return learner.step()
 
@@ -392,10 +393,10 @@ def trained_tokens(dialogue, train_tokens):
 @pytest.mark.parametrize("micro_tokens", [1, 400, WHOLE])
 def test_each_trained_token_is_trained_exactly_once(train_tokens, context_turns, micro_tokens):
     for group in played(settings(max_turns=4, context_turns=context_turns)):
-        packed = grpo.pack(group, train_tokens, micro_tokens)
+        packed = packing.pack(group, train_tokens, micro_tokens)
         whole = set()
         for d in group:
-            whole.update(tuple(s.ids) for s in grpo.trained_samples(d, train_tokens))
+            whole.update(tuple(s.ids) for s in packing.trained_samples(d, train_tokens))
         got = {d.member: [] for d in group}
         for tree, rows in packed:
             assert tree.tokens <= micro_tokens or len(rows) == 1
@@ -411,15 +412,15 @@ def test_each_trained_token_is_trained_exactly_once(train_tokens, context_turns,
 
 def test_a_stream_and_the_final_that_continues_it_are_one_row():
     (group,) = played(settings(), groups=1)
-    rows = [len(rows) for _, rows in grpo.pack(group, "both", WHOLE)]
+    rows = [len(rows) for _, rows in packing.pack(group, "both", WHOLE)]
     assert rows == [4, 4]
 
 
 def test_the_fewest_trees_that_fit_are_about_equally_long():
     pairs = [(chat.Sample([0] * n, [], [], [], []), n) for n in (30, 12, 25, 28, 11, 26)]
-    shares = grpo.split_evenly(pairs, 10, 60)  # beside the prefix: 72 tokens in pieces of 50
+    shares = packing.split_evenly(pairs, 10, 60)  # beside the prefix: 72 tokens in pieces of 50
     assert [[n for _, n in share] for share in shares] == [[30, 26, 12], [28, 25, 11]]
-    assert len(grpo.split_evenly(pairs, 10, 1)) == 6
+    assert len(packing.split_evenly(pairs, 10, 1)) == 6
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -427,7 +428,7 @@ def test_packed_logprobs_are_those_of_the_sampler(kind):
     cfg = settings(top_p=0.9, temperature=0.8)
     learner = grpo.Learner(helpers.tiny(kind), None, cfg)
     for group in played(cfg, voice=helpers.voice(kind)):
-        for tree, rows in grpo.pack(group, "dialogue", WHOLE):
+        for tree, rows in packing.pack(group, "dialogue", WHOLE):
             for row, logp in zip(rows, learner.logprobs(learner.model, tree, rows)):
                 sampled = torch.tensor(row.sampler_logp)
                 mine = logp[: len(row.wanted)].detach()
@@ -454,7 +455,8 @@ def test_gradients_do_not_depend_on_micro_batches(more):
     train.settle(groups[0], cfg)
     sizes, results = [], []
     for micro_tokens in (1, 300, WHOLE):
-        sizes.append(max(len(rows) for _, rows in grpo.pack(groups[0], "dialogue", micro_tokens)))
+        packed = packing.pack(groups[0], "dialogue", micro_tokens)
+        sizes.append(max(len(rows) for _, rows in packed))
         results.append(gradients(groups, settings(**more, micro_tokens=micro_tokens)))
     assert sizes[0] == 1
     assert 2 <= sizes[1] <= 5
@@ -614,7 +616,7 @@ def test_the_reference_is_read_once_and_pulls_towards_itself():
     for d in group:
         d.advantage = 0.0
     learner = new_learner(settings(beta=1.0, lr=3e-3))
-    packed = grpo.pack(group, "dialogue", WHOLE)
+    packed = packing.pack(group, "dialogue", WHOLE)
     kls, calls = [], []
     learner.reference.model.register_forward_hook(lambda *a: calls.append(1))
     for _ in range(8):
@@ -690,11 +692,11 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_the_cache(micr
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     passes = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *a: passes.append(1))
-    groups = played(cfg, voice=chat.voice(model, helpers.tokenizer()))
+    groups = played(cfg, voice=chat.Voice(model, helpers.tokenizer()))
     decoded = len(passes)
     plain, _ = gradients(groups, settings())
     assert distance(gradients(groups, cfg, model)[0], plain) < 1e-6
-    trees = sum(len(grpo.pack(group, "dialogue", micro_tokens)) for group in groups)
+    trees = sum(len(packing.pack(group, "dialogue", micro_tokens)) for group in groups)
     assert len(passes) - decoded == 2 * trees  # once forward, once more in backward
     for d, same in zip(groups[0] + groups[1], itertools.chain(*played(settings()))):
         assert [t.ids for t in d.turns] == [t.ids for t in same.turns]
@@ -705,7 +707,7 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_the_cache(micr
 # The game: agent 0 says one of them, whoever speaks later repeats it.
 WORDS = [" the", " and", " farm", " share", " water", " council"]
 # So short that two layers learn it.
-PROMPTS = {"SYSTEM": "{me}", "CASE": "{dilemma} ", "ASK": "So?", "FINAL": "Sum up."}
+PROMPTS = {"SYSTEM": "{me}", "TASK": "{dilemma} ", "ASK": "So?", "FINAL": "Sum up."}
 
 
 def word_ids():
@@ -747,9 +749,9 @@ def parrots(monkeypatch):
         eos_token_id=helpers.tokenizer().eos_token_id,
     )
     model = lm.prepare(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    voice = chat.voice(model, helpers.tokenizer())
+    voice = chat.Voice(model, helpers.tokenizer())
     group = [game(voice, word) for word in word_ids()]
-    trees = grpo.pack(group, "dialogue", WHOLE) + grpo.pack(group, "final", WHOLE)
+    trees = packing.pack(group, "dialogue", WHOLE) + packing.pack(group, "final", WHOLE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     for _ in range(400):
         loss = 0.0
@@ -801,7 +803,7 @@ def train_parrots(model, how):
     learner = new_learner(cfg, copy.deepcopy(model), clip=0.0)
     learner.optimizer.adamw = torch.optim.SGD(learner.optimizer.masters.values())
     learner.optimizer.lr = 5e-3
-    voice, rng = chat.voice(learner.model, helpers.tokenizer()), random.Random(5)
+    voice, rng = chat.Voice(learner.model, helpers.tokenizer()), random.Random(5)
 
     def fresh():
         return selfplay.play((voice, voice), helpers.dialogues(1, 60, step=1000), cfg)
@@ -824,7 +826,7 @@ def train_parrots(model, how):
             train.settle(group, cfg)
             assert all(d.reward is not None for d in group)
             spoil(group, how, rng)
-            for tree, rows in grpo.pack(group, "dialogue", 4096):
+            for tree, rows in packing.pack(group, "dialogue", 4096):
                 if how == "inverted":
                     as_if_sampled(learner, tree, rows)
                 learner.backward(tree, rows)

@@ -100,7 +100,7 @@ def test_diversity_and_collapse():
 
 def test_figure_of_a_known_case():
     row = figure("x", "A", [("s1", 0.0), ("s2", 1.0), ("s2", None)])
-    assert row == measure.Row("x", "A", 0.5, 0.0, 1.0, n=2, scenarios=2, missing=1)
+    assert row == measure.ResultRow("x", "A", 0.5, 0.0, 1.0, n=2, scenarios=2, missing=1)
     many = figure("x", "A", [(i, float(i % 2)) for i in range(400)])
     expected = (0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025)
     assert many.value == 0.5

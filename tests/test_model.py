@@ -34,7 +34,7 @@ import cli
 import model as lm
 import selfplay
 from attention import RaggedCache, Tree
-from chat import voice
+from chat import Voice
 
 SEED = random.Random(0)
 
@@ -151,7 +151,7 @@ class Twin:
 
     def together(self, chosen):
         rows = self.cache.together(chosen)
-        places = [self.cache.place[row] for row in rows]
+        places = [self.cache.slot_of[row] for row in rows]
         assert sorted(rows) == sorted(chosen)
         assert places == list(range(places[0], places[0] + len(rows)))
         return rows
@@ -191,7 +191,7 @@ def test_rows_of_the_cache_keep_apart(kind, at_once, monkeypatch):
             twin.feed(rows, [some_ids(1, rng) for _ in rows])
             fed += len(chosen)
         assert twin.cache.lengths == [len(ids) for ids in twin.rows]
-        assert sorted(twin.cache.place) == list(range(n))
+        assert sorted(twin.cache.slot_of) == list(range(n))
     assert fed > 60
     assert twin.cache.capacity > 8
 
@@ -203,16 +203,16 @@ def test_rows_are_brought_together_where_most_of_them_are():
     cache.feed(model, list(range(6)), rows)
     assert cache.together([4, 3, 2]) == [2, 3, 4]
     assert cache.together([]) == []
-    assert cache.place == [0, 1, 2, 3, 4, 5]
+    assert cache.slot_of == [0, 1, 2, 3, 4, 5]
     assert cache.together([5, 3, 2]) == [5, 2, 3]
-    assert cache.place == [0, 5, 2, 3, 4, 1]
+    assert cache.slot_of == [0, 5, 2, 3, 4, 1]
     for row in (1, 5):
         alone = RaggedCache(1)
         alone.feed(model, [0], [rows[row]])
         held = itertools.chain.from_iterable(cache.store.values())
         expected = itertools.chain.from_iterable(alone.store.values())
         for a, b in zip(held, expected, strict=True):
-            a, b = a[cache.place[row]], b[0]
+            a, b = a[cache.slot_of[row]], b[0]
             length = len(rows[row])
             torch.testing.assert_close(a[:, :length], b[:, :length], rtol=0, atol=1e-5)
 
@@ -265,7 +265,7 @@ def test_packed_layers_compute_the_same_and_are_put_back(kind, dtype):
     model, ids = lm.cast(helpers.tiny(kind), dtype), some_ids(20)
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     expected = logits_of(model, ids)
-    with lm.packed(model):
+    with lm.reordered_weights(model):
         assert all("forward" in vars(layer) for layer in linear)
         got = logits_of(model, ids)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
@@ -783,7 +783,7 @@ def check_sample(model, sample, temperature):
 @torch.no_grad()
 def test_smollm2_plays_scores_and_saves_exactly(tmp_path):
     model, tokenizer = lm.load("smollm2-135m", "fp32")
-    speaker, decode = voice(model, tokenizer), tokenizer.decode
+    speaker, decode = Voice(model, tokenizer), tokenizer.decode
     chat = speaker.chat
     assert chat.has_system
     assert chat.stable

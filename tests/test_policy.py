@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import checkpoint
-import grpo
 import model as lm
 import plan
 import policy
@@ -51,7 +50,9 @@ def named_tensors(model):
 
 def step(built, scale):
     """The log-probs of some tokens, and {name: master} after one step to make them likelier."""
-    logprobs = torch.cat(grpo.score(built.model, TREE, WANTED))
+    score = getattr(built.model, "token_logprobs", None)  # of shards
+    score = score or functools.partial(lm.token_logprobs, built.model)
+    logprobs = torch.cat(score(TREE, WANTED))
     (-logprobs.sum()).backward()
     built.optimizer.step(scale)
     return logprobs.detach(), {n: whole(m) for n, m in built.optimizer.masters.items()}
@@ -177,7 +178,7 @@ lm.fetch_default_model = fail
 def test_a_fetch_that_fails_ends_all_ranks_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     flags = ["--model", "smollm2-135m", "--out", str(tmp_path / "run")]
-    run = runs.Run(flags, 2, FAIL)
+    run = runs.Process(flags, 2, FAIL)
     code, said, err = run.wait()
     told = [line for line in err.splitlines() if line.startswith("error:")]
     assert code != 0 and told == ["error: --model smollm2-135m: no network"], err[-3000:]

@@ -23,10 +23,11 @@ import checkpoint
 import cli
 import grpo
 import model as lm
+import packing
 import selfplay
 import train
 from policy import World, build
-from run import begin
+from run import take_folder
 from settings import read_settings
 
 HARD = dict(updates_per_rollout=2, beta=0.05)  # losses that are not 0
@@ -45,7 +46,7 @@ def judge():
 
 def complete(tiny, judge, out, ranks=0, **more):
     """Run to the end; returns the folder."""
-    code, said, err = runs.Run(runs.flags(tiny, judge.url, out, **more), ranks).wait()
+    code, said, err = runs.Process(runs.flags(tiny, judge.url, out, **more), ranks).wait()
     assert code == 0, err[-3000:]
     return out
 
@@ -146,7 +147,7 @@ def test_one_hung_judge_call_does_not_hold_up_the_ranks(tiny, tmp_path):
 
 def test_ranks_that_do_not_divide_the_scenarios_are_refused(tiny, judge, tmp_path):
     flags = runs.flags(tiny, judge.url, tmp_path / "run", scenarios_per_step=3)
-    code, said, err = runs.Run(flags, 2).wait()
+    code, said, err = runs.Process(flags, 2).wait()
     assert code != 0
     assert "--scenarios-per-step 3: 2 ranks need a multiple of 2" in err
     assert not (tmp_path / "run").exists()
@@ -179,7 +180,7 @@ def test_a_killed_and_resumed_run_is_bitwise_the_whole_one(ranks, more, tiny, ju
     whole = complete(tiny, judge, tmp_path / "whole", ranks, **more)
     out = tmp_path / "killed"
     patch = DIE.format(place="train.deal", when=f"if a[2] == 5: {KILL}")
-    run = runs.Run(runs.flags(tiny, judge.url, out, **more), ranks, patch)
+    run = runs.Process(runs.flags(tiny, judge.url, out, **more), ranks, patch)
     assert run.wait()[0] != 0 and run.gone(60)
     assert len(runs.rows(out)) == 4
     with open(out / "metrics.jsonl", "a") as file:
@@ -187,14 +188,14 @@ def test_a_killed_and_resumed_run_is_bitwise_the_whole_one(ranks, more, tiny, ju
     (out / "checkpoints/.writing-step_000005").mkdir()
     if ranks == 2 and not more.get("fsdp"):
         shutil.copytree(out, tmp_path / "elsewhere")
-    code, said, err = runs.Run(["--resume", str(out)], ranks).wait()
+    code, said, err = runs.Process(["--resume", str(out)], ranks).wait()
     assert code == 0, err[-3000:]
     assert [runs.steady(r) for r in runs.rows(out)] == [runs.steady(r) for r in runs.rows(whole)]
     assert runs.rows(out, "dialogues.jsonl") == runs.rows(whole, "dialogues.jsonl")
     assert runs.same(runs.weights(out, 6), runs.weights(whole, 6))
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
     if ranks == 2 and not more.get("fsdp"):  # the same run goes on with one rank
-        code, said, err = runs.Run(["--resume", str(tmp_path / "elsewhere")]).wait()
+        code, said, err = runs.Process(["--resume", str(tmp_path / "elsewhere")]).wait()
         assert code == 0, err[-3000:]
         close(tmp_path / "elsewhere", whole)
 
@@ -219,7 +220,7 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
         path = out / "metrics.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
 
-    run = runs.Run(runs.flags(tiny, judge.url, out, steps=10000, **more), patch=SLOW_SAVES)
+    run = runs.Process(runs.flags(tiny, judge.url, out, steps=10000, **more), patch=SLOW_SAVES)
     newest = 0
     for kill in range(20):
         assert runs.wait_for(lambda: (out / "config.json").exists())
@@ -241,7 +242,7 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
         )  # the save after the last line may have been under way
         if whole:
             AutoModelForCausalLM.from_pretrained(out / "checkpoints" / f"step_{newest:06d}")
-        run = runs.Run(["--resume", str(out)], patch=SLOW_SAVES)
+        run = runs.Process(["--resume", str(out)], patch=SLOW_SAVES)
     assert runs.wait_for(lambda: (out / f"checkpoints/step_{newest + 2:06d}").exists())
     run.process.send_signal(signal.SIGINT)
     assert run.wait(60)[0] == 130
@@ -274,7 +275,7 @@ def test_when_a_rank_dies_the_other_ends_with_one_message(how, place, tiny, judg
     act = KILL if how == "kill" else "raise ValueError('out of luck')"
     when = f"count.append(1)\n    if os.environ['RANK'] == '1' and len(count) == 3: {act}"
     patch = "import grpo, selfplay, os; count = []" + DIE.format(place=place, when=when)
-    run = runs.Run(runs.flags(tiny, judge.url, out, steps=10000, save_every=1), 2, patch)
+    run = runs.Process(runs.flags(tiny, judge.url, out, steps=10000, save_every=1), 2, patch)
     assert runs.wait_for(lambda: len(runs.rows(out)) >= 2)
     code, said, err = run.wait(60)
     assert code != 0 and run.gone(5)
@@ -284,14 +285,16 @@ def test_when_a_rank_dies_the_other_ends_with_one_message(how, place, tiny, judg
         "go on from the last checkpoint with --resume"
     ], err[-3000:]
     assert ("out of luck" in err) == (how == "raise")
-    code, said, err = runs.Run(["--resume", str(out), "--steps", "4"], 2).wait()
+    code, said, err = runs.Process(["--resume", str(out), "--steps", "4"], 2).wait()
     assert code == 0 and [r["step"] for r in runs.rows(out)] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun(tiny, judge, tmp_path):
     out = tmp_path / "run"
-    run = runs.Run(runs.flags(tiny, judge.url, out, steps=10000, agreement="judge", max_turns=8), 2)
+    run = runs.Process(
+        runs.flags(tiny, judge.url, out, steps=10000, agreement="judge", max_turns=8), 2
+    )
     assert runs.wait_for(lambda: len(runs.rows(out)) >= 2)
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: torchrun and both ranks
     code, said, err = run.wait(60)
@@ -306,7 +309,7 @@ def test_a_spent_budget_stops_every_rank(tiny, judge, tmp_path):
     for name, more in kinds.items():
         out = tmp_path / name
         flags = runs.flags(tiny, judge.url, out, steps=10000, judge_budget=30, **more)
-        code, said, err = runs.Run(flags, 2).wait()
+        code, said, err = runs.Process(flags, 2).wait()
         assert code != 0 and "--judge-budget" in said
         # torchrun ends a rank (-15) that is a moment later than the other
         codes = set(re.findall(r"exitcode +: (-?\d+)", err))
@@ -375,11 +378,11 @@ def test_a_run_begins_only_where_a_checkpoint_fits(more, tiny, tmp_path, monkeyp
         "--out .*run: not one checkpoint fits there .* GB are needed, .* are free.*; make room"
     )
     with contextlib.ExitStack() as stack, pytest.raises(cli.UserError, match=refused):
-        begin(out, settings, {}, policy.model, stack)
+        take_folder(out, settings, {}, policy.model, stack)
     assert not out.parent.exists()
     free(1.1)
     with contextlib.ExitStack() as stack:
-        begin(out, settings, {}, policy.model, stack)
+        take_folder(out, settings, {}, policy.model, stack)
     assert sorted(path.name for path in out.iterdir()) == [".lock", "config.json"]
 
 
@@ -401,7 +404,7 @@ def test_a_run_on_a_full_disk_goes_on_and_its_checkpoint_stays(tiny, judge, tmp_
     with small_disk(tmp_path / "disk", 2_500_000) as disk:
         out = disk / "run"
         flags = runs.flags(tiny, judge.url, out, steps=3, save_every=1, keep=5)
-        code, said, err = runs.Run(flags).wait()
+        code, said, err = runs.Process(flags).wait()
         steps = [path.name for path in (out / "checkpoints").iterdir()]
         assert code == 3 and "no checkpoint at step 3" in err, err
         assert "step_000001" in steps and "step_000003" not in steps
@@ -412,12 +415,14 @@ def test_a_run_on_a_full_disk_goes_on_and_its_checkpoint_stays(tiny, judge, tmp_
         out = disk / "crammed"
         cram = f"if a[2] == 2: os.system('dd if=/dev/zero of={disk}/filler 2>/dev/null')"
         flags = runs.flags(tiny, judge.url, out, steps=50, save_every=1)
-        code, said, err = runs.Run(flags, patch=DIE.format(place="train.deal", when=cram)).wait()
+        code, said, err = runs.Process(
+            flags, patch=DIE.format(place="train.deal", when=cram)
+        ).wait()
         assert code == 2 and "Traceback" not in err, err
         assert err.strip().splitlines()[-1].startswith("error: --out: cannot write"), err
         (disk / "filler").unlink()
         # the disk holds one checkpoint, not two
-        code, said, err = runs.Run(["--resume", str(out), "--steps", "2"]).wait()
+        code, said, err = runs.Process(["--resume", str(out), "--steps", "2"]).wait()
         assert [row["step"] for row in runs.rows(out)] == [1, 2], err
         assert code == 3 and "the last checkpoint could not be saved" in said
 
@@ -460,7 +465,7 @@ def test_the_reference_of_an_adapted_model_is_its_base(tiny):
         if with_copy:
             reference = lm.load(tiny, "fp32")[0].requires_grad_(False)
         learner = grpo.Learner(model, optimizer, settings, reference)
-        for tree, rows in grpo.pack(group, "dialogue", 10**6):
+        for tree, rows in packing.pack(group, "dialogue", 10**6):
             learner.backward(tree, rows)
         gradients.append({n: p.grad.clone() for n, p in optimizer.masters.items()})
         assert learner.step()["kl_ref"] > 0.01
@@ -473,7 +478,7 @@ def with_advantages(model):
     how = selfplay.PlaySettings(
         max_turns=2, turn_tokens=6, final_tokens=6, agreement="none", temperature=0.7, top_p=1.0
     )
-    voice = chat.voice(model, helpers.tokenizer())
+    voice = chat.Voice(model, helpers.tokenizer())
     group = selfplay.play((voice, voice), helpers.dialogues(1, 4), how)
     for dialogue, advantage in zip(group, (1.0, -1.0, 0.5, -0.5)):
         dialogue.advantage = advantage
@@ -536,7 +541,7 @@ def test_the_plan_tells_the_memory_that_a_run_takes(size, nothing, tmp_path):
     assert not any(row["no_evidence"] for row in rows)
     used = max(row["peak_memory_gb"] for row in rows) - nothing
     flags = runs.flags(model, judge.url, tmp_path / "never", **PLANNED)
-    code, said, err = runs.Run([*flags, "--plan"]).wait()
+    code, said, err = runs.Process([*flags, "--plan"]).wait()
     assert code == 0 and "fits in 24 GB: yes" in said and "largest: " in said, err
     assert not (tmp_path / "never").exists()
     assert used == pytest.approx(peak(said), rel=0.2), said

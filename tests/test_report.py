@@ -15,7 +15,7 @@ from test_measure import record
 
 import eval as evaluation
 import report
-from measure import Row
+from measure import ResultRow
 
 EVIL = (
     '</script><script>document.title = "owned"</script><!-- <script> <img src=x '
@@ -84,7 +84,7 @@ def run(tmp_path):
     pairs = itertools.product((1, 2), enumerate((3.5, None)))
     dialogues = [evil_dialogue(step, member, score) for step, (member, score) in pairs]
     write_lines(folder / "dialogues.jsonl", dialogues)
-    row = dataclasses.asdict(Row(EVIL, "A - B", missing=2, wins=3))
+    row = dataclasses.asdict(ResultRow(EVIL, "A - B", missing=2, wins=3))
     rows = [row, {**row, "low": 1.0, "high": 2.0}]
     found = {"settings": {"A": {"model": EVIL}}, "judge": EVIL, "rows": rows}
     (folder / "eval" / "conflict.json").write_text(json.dumps(found))

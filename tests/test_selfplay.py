@@ -22,12 +22,12 @@ from test_sampler import chi_square, nucleus_of
 from transformers import GenerationConfig
 
 import cli
-import grpo
 import model as lm
+import packing
 import progress
 import selfplay
 from attention import RaggedCache
-from chat import Turn, voice
+from chat import Turn, Voice
 from rubric import Verdict
 
 TEMPLATES = {
@@ -66,7 +66,7 @@ def talker(kind="llama", template=helpers.CHATML, stop=0.15, seed=0, ends=(2,), 
     for end in ends:
         bias[end] = (logits.max(1).values - logits[:, end]).quantile(stop)
     model.get_output_embeddings().bias = torch.nn.Parameter(bias)
-    return voice(model, tokenizer)
+    return Voice(model, tokenizer)
 
 
 class Script:
@@ -186,7 +186,7 @@ def test_recorded_logprobs_are_those_of_a_plain_forward(kind, context_turns):
     for d in played:
         check_logprobs(speaker.model, d, cfg)
         check_masks(d)
-        assert d.verdict.result().value == len(d.turns) and (d.stop == "agreed") == d.agreed
+        assert d.pending_verdict.result().value == len(d.turns) and (d.stop == "agreed") == d.agreed
     assert len({len(d.turns) for d in played}) > 2  # early finishers
     lengths = set()
     for d in played:
@@ -249,7 +249,7 @@ def test_views_read_as_the_template_renders_them(template, me):
     }
     system, case = (
         chat.tokenizer.decode(chat.plain(selfplay.fill(text, slots)))
-        for text in (selfplay.SYSTEM, selfplay.CASE)
+        for text in (selfplay.SYSTEM, selfplay.TASK)
     )
     words = [
         "We share the water.",
@@ -322,7 +322,7 @@ def by_generate(scenario, cfg):
             "dilemma": scenario.dilemma,
             "marker": "",
         }
-        system, case = (selfplay.fill(text, slots) for text in (selfplay.SYSTEM, selfplay.CASE))
+        system, case = (selfplay.fill(text, slots) for text in (selfplay.SYSTEM, selfplay.TASK))
         streams.append(
             encode(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n") + encode(case)
         )
@@ -443,7 +443,7 @@ def forgetful(monkeypatch):
         for pair in cache.store.values():
             for row, length in enumerate(cache.lengths):
                 for stored in pair:
-                    stored[cache.place[row], :, length:] = 1e4
+                    stored[cache.slot_of[row], :, length:] = 1e4
         return feed(cache, model, rows, tokens)
 
     monkeypatch.setattr(RaggedCache, "feed", poisoned)
@@ -512,11 +512,11 @@ def test_the_last_turn_is_judged_too(moment, on_impasse):
     judge = Script(lambda _, turns: len(turns) == 3, moment)
     (yes,) = play(talker(), helpers.dialogues(1, 1), cfg, judge)
     assert (len(yes.turns), yes.stop, yes.agreed, yes.reward) == (3, "agreed", True, None)
-    assert yes.final is not None and yes.verdict
+    assert yes.final is not None and yes.pending_verdict
     (no,) = play(talker(), helpers.dialogues(1, 1), cfg, Script(lambda *_: False, moment))
     assert (len(no.turns), no.stop, no.agreed) == (3, "max_turns", False)
     if on_impasse == "zero":
-        assert (no.reward, no.final, no.final_sample, no.verdict) == (0.0, None, None, None)
+        assert (no.reward, no.final, no.final_sample, no.pending_verdict) == (0.0, None, None, None)
         check_masks(no)  # and is trained all the same
     else:
         assert no.reward is None and no.final is not None
@@ -526,7 +526,7 @@ def test_the_last_turn_is_judged_too(moment, on_impasse):
 def test_an_impasse_that_nobody_could_judge_is_missing_and_not_zero(moment):
     cfg = settings(agreement="judge", max_turns=3, on_impasse="zero")
     (d,) = play(talker(), helpers.dialogues(1, 1), cfg, Script(lambda *_: None, moment))
-    assert (d.reward, d.final, d.verdict, d.stop) == (None, None, None, "max_turns")
+    assert (d.reward, d.final, d.pending_verdict, d.stop) == (None, None, None, "max_turns")
     assert d.judge["failures"] == ["agreement: "]
     # the last answer is the one that counts
     judge = Script(lambda _, turns: None if len(turns) == 2 else False, moment)
@@ -601,7 +601,7 @@ def test_top_p_is_the_same_nucleus_for_sampler_and_learner(context_turns):
     for d in played:
         check_logprobs(speaker.model, d, cfg)
     for train_tokens, temperature, top_p in (("dialogue", 0.6, 0.7), ("final", 0.7, 0.5)):
-        for tree, rows in grpo.pack(played, train_tokens, 10**6):
+        for tree, rows in packing.pack(played, train_tokens, 10**6):
             wanted, cuts = [r.wanted for r in rows], [r.cuts for r in rows]
             learned = lm.token_logprobs(speaker.model, tree, wanted, temperature, cuts)
             for row, own, continuation in zip(rows, learned, tree.continuations):
@@ -620,7 +620,7 @@ def test_top_p_is_the_same_nucleus_for_sampler_and_learner(context_turns):
 def test_in_one_row_dialogue_and_final_keep_each_its_own_nucleus(top_p, final_top_p):
     speaker, cfg = talker(), settings(top_p=top_p, final_top_p=final_top_p, final_temperature=0.6)
     played = play(speaker, helpers.dialogues(1, 3), cfg)
-    for tree, rows in grpo.pack(played, "both", 10**6):
+    for tree, rows in packing.pack(played, "both", 10**6):
         wanted = [row.wanted for row in rows]
         cuts = [row.cuts or [-math.inf] * len(row.wanted) for row in rows]
         learned = lm.token_logprobs(speaker.model, tree, wanted, 0.6, cuts)
@@ -633,7 +633,7 @@ def test_the_learners_ratio_is_one(kind):
     speaker, cfg = talker(kind), settings(max_turns=3)
     played = play(speaker, helpers.dialogues(1, 4), cfg)
     model = speaker.model.train()
-    for tree, rows in grpo.pack(played, "dialogue", 10**6):
+    for tree, rows in packing.pack(played, "dialogue", 10**6):
         wanted = [row.wanted for row in rows]
         for row, own in zip(rows, lm.token_logprobs(model, tree, wanted, cfg.temperature)):
             ratio = (own - torch.tensor(row.sampler_logp)).exp()
@@ -728,7 +728,7 @@ def test_a_context_too_small_for_anything_gives_no_reward(monkeypatch):
     monkeypatch.setattr(speaker.model.config, "max_position_embeddings", 200)
     for on_impasse in ("complete", "zero"):
         (d,) = play(speaker, helpers.dialogues(1, 1), settings(on_impasse=on_impasse))
-        assert (d.stop, d.turns, d.final, d.reward, d.verdict) == (
+        assert (d.stop, d.turns, d.final, d.reward, d.pending_verdict) == (
             "context",
             [],
             None,

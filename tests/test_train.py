@@ -59,7 +59,7 @@ def judge():
 def finished(tiny, judge, tmp_path_factory):
     """A run of three steps that has ended well: (folder, stdout)."""
     out = tmp_path_factory.mktemp("run") / "run"
-    run = runs.Run(runs.flags(tiny, judge.url, out, save_every=1, keep=2, epoch_steps=1))
+    run = runs.Process(runs.flags(tiny, judge.url, out, save_every=1, keep=2, epoch_steps=1))
     code, said, err = run.wait()
     assert code == 0, err
     assert run.gone()
@@ -319,12 +319,12 @@ def test_a_resumed_run_keeps_its_rubric_and_its_scenarios_whatever_their_paths(
     file.write_text(json.dumps(CASE) + "\n")
     rubric.write_text(json.dumps(RUBRIC))
     more = dict(scenarios=file, rubric=rubric, steps=1, scenarios_per_step=1)
-    assert runs.Run(runs.flags(tiny, judge.url, out, **more)).wait()[0] == 0
+    assert runs.Process(runs.flags(tiny, judge.url, out, **more)).wait()[0] == 0
     moved = tmp_path / "moved.jsonl"
     file.rename(moved)
     here = ["--resume", str(out), "--scenarios", str(moved)]
     with runs.judge() as elsewhere:
-        run = runs.Run([*here, "--steps", "2", "--judge-url", elsewhere.url])
+        run = runs.Process([*here, "--steps", "2", "--judge-url", elsewhere.url])
         code, _, err = run.wait()
     assert code == 0, err
     resume = [*here, "--steps", "3", "--judge-url", judge.url]
@@ -336,7 +336,7 @@ def test_a_resumed_run_keeps_its_rubric_and_its_scenarios_whatever_their_paths(
     for flag, value in (("--judge-model", "other"), ("--judge-mode", "expect")):
         line = complaint([*resume, flag, value], capfd)
         assert f"{flag} would change the mathematics" in line
-    assert runs.Run([*resume, "--force"]).wait()[0] == 0
+    assert runs.Process([*resume, "--force"]).wait()[0] == 0
     assert [r["step"] for r in runs.rows(out)] == [1, 2, 3]
 
 
@@ -348,7 +348,7 @@ def test_a_reward_model_cannot_tell_whether_they_agree(tiny, tmp_path, capfd):
             in complaint([*flags, "--agreement", "judge"], capfd)
         )
         assert not (tmp_path / "run").exists()
-        code, _, err = runs.Run(flags, ranks=2).wait()  # asked alike by both ranks
+        code, _, err = runs.Process(flags, ranks=2).wait()  # asked alike by both ranks
         assert code == 0, err
     assert json.loads((tmp_path / "run" / "config.json").read_text())["judge_mode"] == "rm"
     assert all(r["reward"] is not None for r in runs.rows(tmp_path / "run", "dialogues.jsonl"))
@@ -530,7 +530,7 @@ def stand_in(file):
 def test_metrics_and_a_transcript_a_step_are_shown_elsewhere(kind, ranks, tiny, judge, tmp_path):
     out, file = tmp_path / "run", tmp_path / "shown.jsonl"
     more = dict(log=kind, steps=2, eval_every=2, eval_scenarios=2)
-    run = runs.Run(runs.flags(tiny, judge.url, out, **more), ranks, stand_in(file))
+    run = runs.Process(runs.flags(tiny, judge.url, out, **more), ranks, stand_in(file))
     code, said, err = run.wait()
     assert code == 0, err
     shown = [json.loads(line) for line in file.read_text().splitlines()]
@@ -556,7 +556,7 @@ def test_what_is_shown_elsewhere_is_closed_on_every_way_out(ending, tiny, judge,
     flags = runs.flags(
         tiny, judge.url, out, log="tensorboard", steps=10000 if ending == "signal" else 1
     )
-    run = runs.Run(flags, patch=stand_in(file) + (BROKEN if ending == "error" else ""))
+    run = runs.Process(flags, patch=stand_in(file) + (BROKEN if ending == "error" else ""))
     if ending == "signal":
         assert runs.wait_for(lambda: len(runs.rows(out)) >= 1)
         run.process.send_signal(signal.SIGTERM)
@@ -636,9 +636,9 @@ def test_a_signal_between_two_steps_plays_nothing_more():
 def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(tiny, judge, tmp_path):
     out = tmp_path / "run"
     assert (
-        runs.Run(runs.flags(tiny, judge.url, out, steps=2, eval_every=2, eval_scenarios=2)).wait()[
-            0
-        ]
+        runs.Process(
+            runs.flags(tiny, judge.url, out, steps=2, eval_every=2, eval_scenarios=2)
+        ).wait()[0]
         == 0
     )
     lines = (out / "metrics.jsonl").read_text().splitlines()
@@ -653,7 +653,7 @@ def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(tiny, judge, tmp_pat
         whole[3]["heldout"]["judge_calls"] == 4 and whole[1]["judge_calls"] == 6
     )  # those of an evaluation stand in its own line
     (out / "metrics.jsonl").write_text("\n".join(lines[:3]) + "\n")
-    code, _, err = runs.Run(["--resume", str(out)]).wait()
+    code, _, err = runs.Process(["--resume", str(out)]).wait()
     again = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert code == 0 and again == whole, err
 
@@ -714,7 +714,7 @@ def test_resume_refuses_what_would_change_the_mathematics(finished, capfd):
 
 def test_bad_input_to_the_program_itself(tiny, judge, tmp_path):
     flags = runs.flags(tiny, judge.url, tmp_path / "run", group_size=1)
-    code, said, err = runs.Run(flags, fresh=True).wait()
+    code, said, err = runs.Process(flags, fresh=True).wait()
     assert code == 2 and err == "error: --group-size 1: must be at least 2\n" and said == ""
 
 
@@ -724,7 +724,7 @@ def test_bad_input_to_the_program_itself(tiny, judge, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_a_checkpoint_and_it_can_go_on(number, tiny, judge, tmp_path):
     out = tmp_path / "run"
-    run = runs.Run(runs.flags(tiny, judge.url, out, steps=10000, save_every=0))
+    run = runs.Process(runs.flags(tiny, judge.url, out, steps=10000, save_every=0))
     assert runs.wait_for(lambda: len(runs.rows(out)) >= 2)
     run.process.send_signal(number)
     code, said, err = run.wait(30)
@@ -738,13 +738,13 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_it_can_go_on(number, tiny, 
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step_{done:06d}"]
     AutoModelForCausalLM.from_pretrained(out / "checkpoints" / f"step_{done:06d}")
     assert len(runs.rows(out, "dialogues.jsonl")) == 6 * done
-    code, said, err = runs.Run(["--resume", str(out), "--steps", str(done + 1)]).wait()
+    code, said, err = runs.Process(["--resume", str(out), "--steps", str(done + 1)]).wait()
     assert code == 0 and [r["step"] for r in runs.rows(out)] == list(range(1, done + 2)), err
 
 
 def test_a_second_ctrl_c_stops_at_once(tiny, tmp_path):
     with runs.judge(faults=lambda number, path: "hang" if number > 8 else None, hang=120) as server:
-        run = runs.Run(runs.flags(tiny, server.url, tmp_path / "run", steps=100))
+        run = runs.Process(runs.flags(tiny, server.url, tmp_path / "run", steps=100))
         assert runs.wait_for(lambda: len(server.requests) > 10)
         time.sleep(1)  # it waits for the judge now
         run.process.send_signal(signal.SIGINT)
@@ -760,12 +760,12 @@ def test_a_second_ctrl_c_stops_at_once(tiny, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_takes_the_embedded_judge_along(tiny, tmp_path):
     out = tmp_path / "run"
-    run = runs.Run(runs.flags(tiny, None, out, judge_mode=None, steps=10000))
+    run = runs.Process(runs.flags(tiny, None, out, judge_mode=None, steps=10000))
     assert runs.wait_for(lambda: len(runs.rows(out)) >= 1, 180)
     assert len(run.processes()) == 2
     run.process.send_signal(signal.SIGINT)
     assert run.wait(60)[0] == 130 and run.gone()
-    run = runs.Run(["--resume", str(out)])
+    run = runs.Process(["--resume", str(out)])
     assert runs.wait_for(lambda: len(run.processes()) == 2 and len(runs.rows(out)) >= 2, 180)
     run.process.kill()  # -9: nobody can say good-bye
     assert run.gone()
@@ -779,18 +779,18 @@ def test_a_spent_budget_saves_and_stops(where, tiny, judge, tmp_path):
         "learn": dict(judge_budget=25),
         "evaluate": dict(judge_budget=4, eval_every=1, eval_scenarios=2),
     }[where]
-    code, said, err = runs.Run(runs.flags(tiny, judge.url, out, steps=100, **more)).wait()
+    code, said, err = runs.Process(runs.flags(tiny, judge.url, out, steps=100, **more)).wait()
     assert code == 3 and "--judge-budget" in said and "Traceback" not in err, err
     rows = runs.rows(out)
     assert sum(r["judge_calls"] for r in rows) <= 25
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step_{len(rows):06d}"]
-    code, said, err = runs.Run(["--resume", str(out), "--judge-budget", "20"]).wait()
+    code, said, err = runs.Process(["--resume", str(out), "--judge-budget", "20"]).wait()
     assert code in (2, 3) and "--judge-budget" in said + err  # what was used stays used
 
 
 def test_a_judge_that_answers_nothing_stops_the_run_after_five_steps(tiny, tmp_path):
     with runs.judge(faults=lambda number, path: "refusal" if number > 2 else None) as server:
-        code, said, err = runs.Run(
+        code, said, err = runs.Process(
             runs.flags(
                 tiny, server.url, tmp_path / "run", steps=100, judge_attempts=1, final_tokens=20
             )
@@ -847,7 +847,7 @@ def test_a_run_through_every_fault_of_a_judge(tiny, tmp_path):
             save_every=6,
             judge_tokens=64,
         )
-        run = runs.Run(runs.flags(tiny, server.url, out, **more))
+        run = runs.Process(runs.flags(tiny, server.url, out, **more))
         code, said, err = run.wait(150)
         posts = len(server.requests)
     rows, dialogues = runs.rows(out), runs.rows(out, "dialogues.jsonl")
@@ -892,7 +892,7 @@ import grpo
 step = grpo.Optimizer.step
 grpo.Optimizer.step = lambda self, scale, finite=True: step(self, scale, self.updates < 1)
 """
-    code, said, err = runs.Run(
+    code, said, err = runs.Process(
         runs.flags(tiny, judge.url, tmp_path / "run", steps=100, save_every=1), patch=patch
     ).wait()
     rows = runs.rows(tmp_path / "run")

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attention
 import grpo
 import model as lm
+import packing
 import selfplay
 import train
 from settings import Settings
@@ -49,7 +50,7 @@ def backward(learner, groups, micro_tokens=600):
     """Add up the gradients; returns the number of trees."""
     number = 0
     for group in groups:
-        for tree, rows in grpo.pack(group, "dialogue", micro_tokens):
+        for tree, rows in packing.pack(group, "dialogue", micro_tokens):
             learner.backward(tree, rows)
             number += 1
     return number
@@ -139,9 +140,9 @@ def test_micro_tokens_0_go_by_the_device(monkeypatch):
     (group,) = settled([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]], cfg)
 
     def sizes(micro_tokens):
-        return [tree.tokens for tree, _ in grpo.pack(group, "dialogue", micro_tokens)]
+        return [tree.tokens for tree, _ in packing.pack(group, "dialogue", micro_tokens)]
 
-    monkeypatch.setattr(grpo, "MICRO_TOKENS", {"cpu": 200, "cuda": 8192})
+    monkeypatch.setattr(packing, "MICRO_TOKENS", {"cpu": 200, "cuda": 8192})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert sizes(0) == sizes(200) != sizes(8192)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -19,6 +19,7 @@ import cli
 import dataset
 import grpo
 import model as lm
+import packing
 import selfplay
 from chat import ChatFormat
 from settings import RECIPES, Settings
@@ -75,7 +76,7 @@ def test_what_is_imitated_is_what_was_written(template):
     }[template]
     chat = helpers.voice(template=made).chat
     for demonstration in demonstrations():
-        d = selfplay.imitate(demonstration, chat, settings())
+        d = selfplay.dialogue_of(demonstration, chat, settings())
         assert (
             [t.text for t in d.turns] == list(demonstration.turns)
             and d.final == demonstration.final
@@ -110,7 +111,7 @@ def test_it_is_the_stream_of_a_dialogue_that_was_played():
     for turn in played.turns:
         turn.truncated = turn.ids[-1] != speaker.chat.end
     texts = [speaker.chat.text(t.ids) for t in played.turns]
-    again = selfplay.imitate(
+    again = selfplay.dialogue_of(
         dataset.Demonstration(
             played.scenario,
             tuple(texts),
@@ -132,10 +133,10 @@ def test_it_is_the_stream_of_a_dialogue_that_was_played():
 def test_the_gradient_is_that_of_plain_likelihood(kind, tokens):
     model, cfg = helpers.tiny(kind), settings(train_tokens=tokens)
     chat = ChatFormat(helpers.tokenizer(), model)
-    dialogues = [selfplay.imitate(d, chat, cfg) for d in demonstrations()]
+    dialogues = [selfplay.dialogue_of(d, chat, cfg) for d in demonstrations()]
     learner = grpo.Learner(model, grpo.Optimizer(model, lr=0.0), cfg)
     for dialogue in dialogues:
-        for tree, rows in grpo.pack([dialogue], tokens, cfg.micro_tokens):
+        for tree, rows in packing.pack([dialogue], tokens, cfg.micro_tokens):
             learner.backward(tree, rows)
     mine = {n: p.grad.clone() for n, p in model.named_parameters()}
     streams = (
@@ -153,7 +154,7 @@ def test_the_gradient_is_that_of_plain_likelihood(kind, tokens):
     total.backward()
     for name, p in model.named_parameters():
         assert (mine[name] - p.grad).abs().max() <= 1e-4 * p.grad.abs().max(), name
-    assert learner.surprise(dialogues) == (pytest.approx(total.item(), rel=1e-5), number)
+    assert learner.nll(dialogues) == (pytest.approx(total.item(), rel=1e-5), number)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     means = learner.step()
@@ -228,7 +229,7 @@ def flags(tiny, files, out, **more):
 def finished(tiny, files, tmp_path_factory):
     """Two epochs of three steps: (folder, stdout)."""
     out = tmp_path_factory.mktemp("run") / "run"
-    code, said, err = runs.Run(flags(tiny, files, out)).wait()
+    code, said, err = runs.Process(flags(tiny, files, out)).wait()
     assert code == 0, err
     return out, said
 
@@ -276,12 +277,12 @@ def test_a_run_learns_and_leaves_what_every_run_leaves(finished, tiny):
 
 STOP_AT_STEP_3 = """
 import os, signal
-once = train.imitation_step
+once = train.demonstration_step
 def third(run, step, dialogues):
     if step == 3:
         os.kill(os.getpid(), signal.SIGINT)
     return once(run, step, dialogues)
-train.imitation_step = third
+train.demonstration_step = third
 """
 
 
@@ -291,11 +292,13 @@ def test_resuming_changes_nothing(finished, tiny, files, tmp_path):
     The number of steps is part of the mathematics, because the rate falls with it.
     """
     out = tmp_path / "run"
-    assert runs.Run(flags(tiny, files, out), patch=STOP_AT_STEP_3).wait()[0] == 130
+    assert runs.Process(flags(tiny, files, out), patch=STOP_AT_STEP_3).wait()[0] == 130
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000003"]
-    code, _, err = runs.Run(["--resume", str(out), "--steps", "9"]).wait()
+    code, _, err = runs.Process(["--resume", str(out), "--steps", "9"]).wait()
     assert code == 2 and "--steps would change the mathematics" in err
-    code, _, err = runs.Run(["--resume", str(out)], fresh=True).wait()  # with hash seeds of its own
+    code, _, err = runs.Process(
+        ["--resume", str(out)], fresh=True
+    ).wait()  # with hash seeds of its own
     assert code == 0, err
     assert runs.same(runs.weights(out, 6), runs.weights(finished[0], 6))
     assert [runs.steady(r) for r in runs.rows(out) if "loss" in r] == [
@@ -304,14 +307,14 @@ def test_resuming_changes_nothing(finished, tiny, files, tmp_path):
 
 
 def test_two_ranks_learn_what_one_learns(finished, tiny, files, tmp_path):
-    code, _, err = runs.Run(flags(tiny, files, tmp_path / "run"), ranks=2).wait()
+    code, _, err = runs.Process(flags(tiny, files, tmp_path / "run"), ranks=2).wait()
     assert code == 0, err
     one, two = runs.weights(finished[0], 6), runs.weights(tmp_path / "run", 6)
     assert all(torch.allclose(one[n], two[n], atol=1e-5) for n in one if ":" not in n)
 
 
 def test_it_ends_when_the_heldout_loss_rises(tiny, files, tmp_path):
-    code, said, err = runs.Run(flags(tiny, files, tmp_path / "run", lr=0.5, steps=60)).wait()
+    code, said, err = runs.Process(flags(tiny, files, tmp_path / "run", lr=0.5, steps=60)).wait()
     assert (
         code == 0 and "the held-out loss rises, so the checkpoint before is the one to use" in said
     ), err
