@@ -1,5 +1,6 @@
 """Ranks: who reads the model, what each holds of it, who tells what went wrong."""
 
+import functools
 import json
 from pathlib import Path
 
