@@ -4,12 +4,14 @@
                         -> a linear head each: score, endorse, agreed                         apply
     data/judge_labels.jsonl, agreement_labels.jsonl -> ridge -> data/judge_heads.safetensors  fit
 
-Each text is read by itself, so its score depends on nothing else. Left out: batches (a text of
-some 300 tokens keeps a CPU as busy). What `python judge_server.py fit` prints stands in RESULTS.md.
+A case is read once, and each text after it by itself, so its score depends on nothing else. Left
+out: batches (a text keeps a CPU as busy). What `judge_server.py fit` prints stands in RESULTS.md.
 """
 
 import collections
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -30,6 +32,7 @@ from model import compute_dtype, default_model_folder
 from rubric import Case, case_of, clean, for_reward_model, spoken
 
 HEADS = DATA / "judge_heads.safetensors"
+CASES = 32  # whose keys and values are kept, some 5 MB each
 LONGEST_TEXT = 1000  # tokens of a case, and of a judged text; of more, the last ones are read
 # What a head reads: (layer, tokens of the judged text from its beginning; None: all of them).
 # Chosen by cross-validation over the dilemmas that are not the test's, as are the two numbers of
@@ -80,6 +83,7 @@ class Base:
         last = max(layer for parts in reads.values() for layer, _ in parts)
         self.model.layers = self.model.layers[:last]
         self.model.norm = nn.Identity()
+        self.read_case = functools.lru_cache(CASES)(self._read_case)
 
     def ids(self, text):
         """Ids of untrusted text, in which no control token can be spelled."""
@@ -91,13 +95,19 @@ class Base:
         """What `head` reads of a text after its case: mean hidden states in a row, (F,) fp32."""
         before = self.ids(case + "\n\n")
         judged = self.ids(text) or self.ids("(nothing)")
-        ids = torch.tensor([before + judged], device=self.device)  # (1, T)
-        states = self.model(ids, use_cache=False, output_hidden_states=True).hidden_states
+        ids = torch.tensor([judged], device=self.device)  # (1, T)
+        cache = copy.deepcopy(self.read_case(tuple(before)))  # the model adds to it
+        states = self.model(ids, cache=cache, output_hidden_states=True).hidden_states
         means = []
         for layer, tokens in self.reads[head]:
-            read = states[layer][0, len(before) :][:tokens]  # (tokens read, H)
+            read = states[layer][0, :tokens]  # (tokens read, H)
             means.append(read.float().mean(0))
         return torch.cat(means).cpu()
+
+    def _read_case(self, ids):
+        """Keys and values of a case, which all solutions of a group share."""
+        ids = torch.tensor([ids], device=self.device)
+        return self.model(ids, use_cache=True).cache
 
 
 def apply(weights, features):
