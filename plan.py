@@ -32,11 +32,8 @@ def show_plan(settings):
     """Print what a card must hold, where it fits, and what to change if not. Returns 0."""
     _, config, tokenizer = find(settings.model)
     dtype = torch.float32 if settings.dtype == "fp32" else torch.bfloat16
-    prompts = []
-    for scenario in dataset.load_scenarios(settings.scenarios or None, settings.seed):
-        creed = max((persona["creed"] for persona in scenario.personas), key=len)
-        prompts.append(selfplay.SYSTEM + selfplay.TASK + scenario.dilemma + creed)
-    prompt = max(len(ids) for ids in tokenizer(prompts)["input_ids"])
+    scenarios = dataset.load_scenarios(settings.scenarios or None, settings.seed)
+    prompt = prompt_tokens(tokenizer, scenarios)
     plan = memory_plan(config, settings, dtype, prompt)
     print(f"{settings.model} on {settings.nproc} card(s), {dtype}, GB per card:")
     for what, size in plan.items():
@@ -50,6 +47,15 @@ def show_plan(settings):
     print(f"  host memory, of {settings.nproc} rank(s) as they load or save: {host:.1f} GB")
     print(f"largest: {largest}; to need less: {advice}")
     return 0
+
+
+def prompt_tokens(tokenizer, scenarios):
+    """Tokens before a dialogue on the longest of these scenarios."""
+    prompts = []
+    for scenario in scenarios:
+        creed = max((persona["creed"] for persona in scenario.personas), key=len)
+        prompts.append(selfplay.SYSTEM + selfplay.TASK + scenario.dilemma + creed)
+    return max(len(ids) for ids in tokenizer(prompts)["input_ids"])
 
 
 def memory_plan(config, settings, dtype, prompt):

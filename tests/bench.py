@@ -13,19 +13,18 @@ warm up.
 
 import concurrent.futures
 import dataclasses
-import json
+import itertools
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import workload
 
 import chat
 import dataset
 import grpo
+import model as lm
+import plan
 import policy
 import reward
 import selfplay
@@ -34,55 +33,39 @@ from cli import command_line, option, run_cli
 from progress import peak_memory_gb
 from settings import Settings
 
-PLACES = ["A mid-sized town", "A coastal city", "A mountain village", "A desert district"]
-DILEMMA = (
-    " has one reservoir. A drought has begun. The farming cooperative needs irrigation water or it "
-    "loses the season; the hospital and households need a reserve for the summer. What should the "
-    "council decide?"
-)
-FARM = "You lead the farming cooperative. You value livelihoods, food and the dignity of work."
-HOSPITAL = "You direct the hospital. You value safety, health and protecting the vulnerable."
-PERSONAS = ({"name": "Rosa", "creed": FARM}, {"name": "Dr. Chen", "creed": HOSPITAL})
-
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
-    """The workload."""
+class Bench(workload.Flags):
+    """What our own program adds."""
 
     model: str = option("smollm2-135m", "smollm2-135m, a folder, or a Hugging Face id")
-    dtype: str = option("auto", "of the computation", choices=("auto", "fp32", "bf16"))
-    scenarios: int = option(1, "scenarios, each with other dilemma text", low=1)
-    group: int = option(8, "dialogues of a scenario", low=2)
-    turns: int = option(4, "turns", low=1)
-    turn_tokens: int = option(48, "tokens of a turn", low=2)
-    final_tokens: int = option(64, "tokens of the final completion", low=2)
     micro_tokens: int = option(
         Settings.micro_tokens, "tokens of one forward and backward pass (0: by device)", low=0
     )
-    repeats: int = option(3, "steps that are timed", low=1)
+    lora_rank: int = option(0, "train adapters of this rank (0: the whole model)", low=0)
     judge_latency: float = option(0.0, "seconds that each judge call takes, 8 in flight", low=0)
-    json: str = option("", "a file to add the results to, as one line of JSON")
     profile: bool = option(False, "print the costliest operations of a step")
 
 
 class SlowJudge:
-    """A judge that answers any score after `latency` seconds, 8 calls at once."""
+    """A judge that answers after `latency` seconds, 8 calls at once; its scores differ in turn."""
 
     def __init__(self, latency):
         self.latency = latency
         self.pool = concurrent.futures.ThreadPoolExecutor(8)
+        self.scores = itertools.cycle([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
 
     def score(self, dilemma, personas, turns, final):
         """A Future of a verdict."""
-        return self.pool.submit(self.answer, final)
+        return self.pool.submit(self.answer, next(self.scores))
 
-    def answer(self, final):
+    def answer(self, score):
         """The verdict, in time."""
         time.sleep(self.latency)
-        return reward.Verdict(float(len(final) % 6))
+        return reward.Verdict(score)
 
 
-# ---- the workload --------------------------------------------------------------------------------
+# ---- steps ---------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -115,8 +98,7 @@ class Workload:
     def groups(self, number):
         """The empty dialogues of step `number`."""
         groups = []
-        for g in range(self.bench.scenarios):
-            scenario = dataset.Scenario(f"bench-{g}", "", PLACES[g % 4] + DILEMMA, PERSONAS)
+        for g, scenario in enumerate(scenarios_of(self.bench)):
             members = range(self.bench.group)
             groups.append([selfplay.Dialogue(scenario, number, g, m) for m in members])
         return groups
@@ -125,16 +107,22 @@ class Workload:
         """Play and learn once."""
         groups = self.groups(number)
         dialogues = sum(groups, [])
-        start = time.perf_counter()
+        start = workload.now(self.world.device)
         selfplay.play((self.voice, self.voice), dialogues, self.settings, judge, seed=0)
-        middle = time.perf_counter()
+        middle = workload.now(self.world.device)
         means, waited = train.learn(groups, self.learner, self.settings, self.world)
-        end = time.perf_counter()
+        end = workload.now(self.world.device)
         return Step(middle - start, end - middle, waited, means["trained_tokens"])
 
     def steps(self, judge):
         """--repeats steps, after one to warm up."""
         return [self.step(number, judge) for number in range(self.bench.repeats + 1)][1:]
+
+
+def scenarios_of(bench):
+    """The scenarios of a workload."""
+    texts = enumerate(workload.dilemmas(bench))
+    return [dataset.Scenario(f"bench-{g}", "", text, workload.PERSONAS) for g, text in texts]
 
 
 def settings_of(bench):
@@ -153,6 +141,7 @@ def settings_of(bench):
         group_size=bench.group,
         scenarios_per_step=bench.scenarios,
         micro_tokens=bench.micro_tokens,
+        lora_rank=bench.lora_rank,
         lr=1e-6,
     )
 
@@ -166,38 +155,21 @@ def median(steps, what):
 
 
 def results_of(work, steps):
-    """What the steps took, {name: number}, beside what they were measured on."""
-    device, bench = work.world.device, work.bench
-    play = median(steps, "play")
-    sampled = bench.scenarios * bench.group * (bench.turns * bench.turn_tokens + bench.final_tokens)
-    return {
-        "what": f"bench {bench.scenarios} x {bench.group}",
-        "model": bench.model,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "play_s": play,
-        "learn_s": median(steps, "learn"),
-        "step_s": median(steps, "whole"),
-        "sampled_tokens_per_s": sampled / play,
-        "peak_memory_gb": peak_memory_gb(device),
-    }
+    """One line of results; on a card what --plan says as well."""
+    device = work.world.device
+    seconds = [median(steps, what) for what in ("play", "learn", "whole")]
+    row = workload.results(work.bench, "ours", device, seconds, peak_memory_gb(device))
+    if device.type == "cuda":
+        row["plan_gb"] = planned_gb(work.bench)
+    return row
 
 
-def show(row, work, steps):
-    """Print the lines of play, learn and step."""
-    trained = steps[-1].trained_tokens / row["learn_s"]
-    dtype = next(work.model.parameters()).dtype
-    print(f"play   {row['play_s']:6.1f} s  {row['sampled_tokens_per_s']:6.1f} sampled tokens/s")
-    print(f"learn  {row['learn_s']:6.1f} s  {trained:6.1f} trained tokens/s")
-    print(
-        f"step   {row['step_s']:6.1f} s  peak memory {row['peak_memory_gb']:.1f} GB   "
-        f"{dtype}, {torch.get_num_threads()} threads, median of {work.bench.repeats}"
-    )
-
-
-def add_line(path, row):
-    """Add a line of JSON to the file of --json."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def planned_gb(bench):
+    """GB that `train.py --plan` reckons with for this workload on one card."""
+    _, config, tokenizer = lm.find(bench.model)
+    prompt = plan.prompt_tokens(tokenizer, scenarios_of(bench))
+    dtype = lm.compute_dtype(bench.dtype, lm.own_device())
+    return plan.memory_plan(config, settings_of(bench), dtype, prompt)["peak"] / 1e9
 
 
 def show_slow_judge(work, steps):
@@ -227,9 +199,11 @@ def main(argv=None):
     work = Workload(bench)
     steps = work.steps(SlowJudge(0.0))
     row = results_of(work, steps)
-    show(row, work, steps)
+    dtype = next(work.model.parameters()).dtype
+    about = f"{dtype}, {torch.get_num_threads()} threads, median of {bench.repeats}"
+    workload.show(row, steps[-1].trained_tokens, about)
     if bench.json:
-        add_line(bench.json, row)
+        workload.add_line(bench.json, row)
     if bench.judge_latency:
         show_slow_judge(work, steps)
     if bench.profile:

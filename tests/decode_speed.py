@@ -3,7 +3,6 @@
 
     python tests/decode_speed.py --shape qwen3-0.6b --rows 32 [--json FILE]
     python tests/decode_speed.py --shape smollm2-135m --save FOLDER     # the same as a folder
-    python tests/decode_speed.py --table FILE                           # read such a file
 
 Three ways: rows (rows that do not speak are left out, as on a CPU), block (all rows, launched one
 kernel at a time) and graph (the block replayed; on a card only). The limit is the time that reading
@@ -11,15 +10,14 @@ the weights once would take at this machine's own bandwidth.
 """
 
 import dataclasses
-import json
 import statistics
 import time
-from pathlib import Path
 
-import bench
 import helpers
+import table
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+import workload
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
 
 import attention
 import decode
@@ -28,7 +26,13 @@ import model as lm
 from cli import command_line, option, run_cli
 
 # what both sizes of Qwen3 share
-QWEN3 = dict(num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)
+QWEN3 = dict(
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+    max_position_embeddings=40960,
+    tie_word_embeddings=True,
+)
 SHAPES = {
     "smollm2-135m": LlamaConfig(
         hidden_size=576,
@@ -67,7 +71,6 @@ class Speed:
     tokens: int = option(32, "steps that are timed, after five", low=1)
     save: str = option("", "a folder to save the model in; nothing is measured")
     json: str = option("", "a file to add the results to, as one line of JSON")
-    table: str = option("", "a file of such lines to print; nothing is measured")
 
 
 def random_model(shape, device):
@@ -79,9 +82,14 @@ def random_model(shape, device):
 
 
 def save(shape, folder):
-    """Write a model folder with the tests' own tokenizer."""
+    """Write a model folder with the default model's tokenizer, or the tests' own without it.
+
+    Ids beyond the tokenizer's vocabulary are sampled as any other, and heard as nothing.
+    """
     random_model(shape, lm.own_device()).cpu().save_pretrained(folder)
-    helpers.tokenizer().save_pretrained(folder)
+    kept = lm.cache_folder() / "smollm2-135m"
+    tokenizer = AutoTokenizer.from_pretrained(kept) if kept.exists() else helpers.tokenizer()
+    tokenizer.save_pretrained(folder)
 
 
 def step_of(model, speed, way):
@@ -128,7 +136,9 @@ def milliseconds(model, speed, way):
 
 def read_bandwidth(device):
     """Bytes/s of a plain read, the best of six."""
-    block = torch.randn(1 << 26, device=device)  # 256 MB
+    # far more than caches hold, and than the card could read while a kernel is launched
+    numbers = 1 << 30 if device.type == "cuda" else 1 << 26
+    block = torch.ones(numbers, device=device)  # 4 GB, 256 MB
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
@@ -143,43 +153,32 @@ def measure(speed):
     model = random_model(speed.shape, device)
     on_card = device.type == "cuda"
     row = {
-        "what": f"decode {speed.rows} rows",
+        "what": "decode",
         "model": speed.shape,
-        "device": torch.cuda.get_device_name() if on_card else "CPU",
+        "rows": speed.rows,
+        "device": workload.device_name(device),
     }
     for way in ("rows", "block", "graph") if on_card else ("rows", "block"):
         row[f"{way}_ms"] = milliseconds(model, speed, way)
+    if on_card:
+        row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     weights = sum(p.numel() * p.itemsize for p in model.parameters())
     row["limit_ms"] = 1000 * weights / read_bandwidth(device)
     best = min(row[key] for key in ("rows_ms", "block_ms", "graph_ms") if row.get(key))
     row["share_of_limit"] = row["limit_ms"] / best
-    if on_card:
-        row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return row
 
 
-def line_of(row):
-    """A row of results for people."""
-    words = [f"{row.pop('what'):22}", f"{row.pop('model', ''):20}", row.pop("device", "")]
-    for key, value in row.items():
-        words.append(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}")
-    return "  ".join(words)
-
-
 def main(argv=None):
-    """Measure and print, or save, or show a table."""
+    """Measure and print, or save."""
     speed = command_line(Speed, argv, prog="tests/decode_speed.py")
     if speed.save:
         return save(speed.shape, speed.save)
-    if speed.table:
-        for line in Path(speed.table).read_text(encoding="utf-8").splitlines():
-            print(line_of(json.loads(line)))
-        return 0
     row = measure(speed)
     if speed.json:
-        bench.add_line(speed.json, row)
+        workload.add_line(speed.json, row)
     failed = row.get("graph_ms", 0.0) is None
-    print(line_of(row))
+    print(table.tables([row]))
     return 1 if failed else 0
 
 

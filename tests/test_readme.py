@@ -119,7 +119,7 @@ def test_the_map_is_in_reading_order():
 def flags_of_the_code():
     """Every flag of every command: the fields that are made by `option`."""
     flags = set()
-    for path in [*ROOT.glob("*.py"), TESTS / "bench.py"]:
+    for path in [*ROOT.glob("*.py"), TESTS / "bench.py", TESTS / "workload.py"]:
         fields = re.findall(r"^    (\w+): \w+ = option\(", path.read_text("utf-8"), re.MULTILINE)
         flags |= {"--" + name.replace("_", "-") for name in fields}
     return flags
