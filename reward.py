@@ -116,7 +116,7 @@ ADVICE = {
     "redirect": "give the address that it redirects to",
     "tls": "look at the certificate, or use http:// for a server of your own",
     "proxy": "look at HTTPS_PROXY and NO_PROXY",
-    "truncated": "it thinks aloud, or keeps to no form; try --judge-tokens 2000, or expect",
+    "truncated": "it thinks aloud, or keeps to no form; try --judge-tokens 2000",
     **dict.fromkeys(NOT_THERE, "start the server, correct the address, or raise --judge-wait"),
 }
 
