@@ -24,7 +24,6 @@ from drawing import draw_static
 from model import LoRALinear
 
 ALWAYS = False  # tests decode so on a CPU as well
-EAGER = "decoding without CUDA graphs"
 DECODERS = weakref.WeakKeyDictionary()  # model -> its Decoder
 
 
@@ -35,7 +34,7 @@ def decoder_of(model):
     if model not in DECODERS:
         stretches = [m for m in model.modules() if changes_with_length(m)]
         if stretches:
-            print(f"{EAGER}: its rotary embedding changes with the length", file=sys.stderr)
+            do_without("CUDA graphs", "the rotary embedding changes with the length")
         DECODERS[model] = None if stretches else Decoder(model)
     return DECODERS[model]
 
@@ -49,6 +48,11 @@ def changes_with_length(module):
 def bucket(tokens):
     """The capacity of a cache for so many tokens: few sizes, so that recordings last."""
     return -(-tokens // 256) * 256
+
+
+def do_without(what, error):
+    """Say in one line what is not used, and why."""
+    print(f"decoding without {what}: {' '.join(str(error).split())[:160]}", file=sys.stderr)
 
 
 class Decoder:
@@ -127,11 +131,25 @@ class Decoder:
         drawn = draw_static(logits, *numbers, any_greedy, any_nucleus)
         self.outputs.copy_(torch.stack([column.double() for column in drawn], dim=1))
 
+    def compile(self):
+        """From now on Inductor fuses the small kernels of `compute`, unless it cannot."""
+        plain, compiled = self.compute, torch.compile(self.compute, fullgraph=True, dynamic=False)
+
+        def compute(*arguments):
+            try:
+                compiled(*arguments)
+            except RuntimeError as error:  # mostly: no C compiler
+                do_without("torch.compile", error)
+                self.compute = plain
+                plain(*arguments)
+
+        self.compute = compute
+
     def record(self, work):
         """A CUDA graph of work(), or None, for good, where it cannot be recorded."""
         here, aside = torch.cuda.current_stream(), self.aside
         graph = torch.cuda.CUDAGraph()
-        # the embedded judge's threads may use the card meanwhile: hence thread_local
+        # NCCL's watchdog, a thread of its own, asks the card meanwhile: hence thread_local
         how = dict(pool=self.pool, stream=aside, capture_error_mode="thread_local")
         try:
             aside.wait_stream(here)
@@ -144,7 +162,6 @@ class Decoder:
         except RuntimeError as error:
             torch.cuda.set_stream(here)
             self.use_graphs = False
-            reason = f"{type(error).__name__} {error}".splitlines()[0][:160]
-            print(f"{EAGER}: {reason}", file=sys.stderr)
+            do_without("CUDA graphs", error)
             return None
         return graph

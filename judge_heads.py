@@ -4,7 +4,7 @@
                         -> a linear head each: score, endorse, agreed                         apply
     data/judge_labels.jsonl, agreement_labels.jsonl -> ridge -> data/judge_heads.safetensors  fit
 
-A case is read once, and each text after it by itself, so its score depends on nothing else. Left
+A group's case is read once, and each text by itself, so its score depends on nothing else. Left
 out: batches (a text keeps a CPU as busy). What `judge_server.py fit` prints stands in RESULTS.md.
 """
 
@@ -41,7 +41,7 @@ READS = {"score": [(22, None)], "endorse": [(22, None)], "agreed": [(20, 12)]}
 RIDGE = {"score": (10000.0, 8.0), "endorse": (10000.0, 8.0), "agreed": (3000.0, 1.0)}
 POLICIES = ("warm", "trained", "policy")  # sources of labels: texts that a policy wrote
 
-# ---- reading ----
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def heads_digest():
@@ -56,7 +56,7 @@ def heads_digest():
         raise UserError(f"{problem}; put it back, or name a --judge-url") from error
 
 
-def place():
+def judge_device():
     """Where the base reads: on the last card, without any on the CPU.
 
     A turn waits for the judge's word, and one judge serves the dialogues of all ranks: a CPU, which
@@ -76,7 +76,7 @@ class Base:
     def __init__(self, reads):
         self.reads = reads
         folder = default_model_folder()
-        self.device = place()
+        self.device = judge_device()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         dtype = compute_dtype("auto", self.device)
         self.model = AutoModel.from_pretrained(folder, dtype=dtype).eval().to(self.device)
@@ -95,12 +95,16 @@ class Base:
         """What `head` reads of a text after its case: mean hidden states in a row, (F,) fp32."""
         before = self.ids(case + "\n\n")
         judged = self.ids(text) or self.ids("(nothing)")
-        ids = torch.tensor([judged], device=self.device)  # (1, T)
-        cache = copy.deepcopy(self.read_case(tuple(before)))  # the model adds to it
-        states = self.model(ids, cache=cache, output_hidden_states=True).hidden_states
+        cache = None
+        if head != "agreed":  # before that stand the turns so far, which nobody asks about again
+            cache = copy.deepcopy(self.read_case(tuple(before)))  # the model adds to it
+            before = []
+        ids = torch.tensor([before + judged], device=self.device)  # (1, T)
+        options = dict(cache=cache, use_cache=bool(cache), output_hidden_states=True)
+        states = self.model(ids, **options).hidden_states
         means = []
         for layer, tokens in self.reads[head]:
-            read = states[layer][0, :tokens]  # (tokens read, H)
+            read = states[layer][0, len(before) :][:tokens]  # (tokens read, H)
             means.append(read.float().mean(0))
         return torch.cat(means).cpu()
 
@@ -119,15 +123,15 @@ def load_heads():
     """({head: what it reads}, {head: weights (F + 1,)}). Raises UserError for a damaged file."""
     try:
         with safe_open(HEADS, "pt") as file:
-            reads = json.loads(file.metadata()["reads"])
+            reads = json.loads((file.metadata() or {}).get("reads", ""))
         heads = {name: head.float() for name, head in load_file(HEADS).items()}
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         problem = f"{HEADS}: cannot be read ({error})"
         raise UserError(f"{problem}; put it back, or run python judge_server.py fit") from error
     return reads, heads
 
 
-# ---- fitting ----
+# ---- fitting -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,18 +42,18 @@ class Engine:
         self.base = Base(reads)
         threads = threads or max(1, torch.get_num_threads() // 2)
         self.worker = ThreadPoolExecutor(1, "judge", torch.set_num_threads, [threads])
-        self.places = threading.BoundedSemaphore(WAITING)
+        self.waiting = threading.BoundedSemaphore(WAITING)
 
     def ask(self, head, case, text):
         """The number that a head gives, waiting for its turn. Raises Refusal."""
-        if not self.places.acquire(blocking=False):
+        if not self.waiting.acquire(blocking=False):
             raise Refusal(429, "too many requests are waiting; come back in a second")
         try:
             return self.worker.submit(self.read, head, case, text).result()
         except (RuntimeError, MemoryError) as error:  # this one fails, the server lives
             raise Refusal(500, str(error)[:200]) from error
         finally:
-            self.places.release()
+            self.waiting.release()
 
     def read(self, head, case, text):
         """On the worker: the head's number, a score from 0 to 5, an agreement as it is."""
@@ -145,7 +145,7 @@ class ServeSettings:
 
     port: int = option(8000, "port (0: a free one)", low=0, high=65535)
     host: str = option("127.0.0.1", "address; anything but loopback lets others in")
-    threads: int = option(0, "CPU threads (0: half of the cores)", low=0)
+    threads: int = option(0, "CPU threads (0: half of what torch takes)", low=0)
     until_eof: bool = option(False, "end when standard input ends: with the parent, that is")
 
 
@@ -170,7 +170,7 @@ def main():
     try:
         server.engine = Engine(settings.threads)
     except torch.OutOfMemoryError as error:
-        advice = "start this file by itself with CUDA_VISIBLE_DEVICES= and name it by --judge-url"
+        advice = "start CUDA_VISIBLE_DEVICES= python judge_server.py, and name it by --judge-url"
         raise UserError(f"embedded judge: the last card is full; {advice}") from error
     url = f"http://{settings.host}:{server.server_address[1]}/v1"
     print(f"serving {server.engine.name} at {url}", flush=True)

@@ -94,7 +94,8 @@ def start_world():
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        # the others wait for the first one's download
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     return World(rank, size, device, local_rank)
 
 
@@ -170,6 +171,8 @@ def build(settings, world, weights=None):
     decoder = decoder_of(player)
     if decoder and not settings.cuda_graphs:
         decoder.use_graphs = False
+    if decoder and settings.compile:
+        decoder.compile()
     return Policy(model, player, tokenizer, optimizer, reference, sharded)
 
 
@@ -292,5 +295,6 @@ def whole_state(policy, world):
 def placed(tensor, master):
     """A copy of the tensor on the master's device, where that is sharded cut into such shards."""
     if isinstance(master, DTensor) and tensor.dim():  # without a dimension: AdamW's step count
-        return distribute_tensor(tensor.to(master.device), master.device_mesh, master.placements)
+        how = master.device_mesh, master.placements
+        return distribute_tensor(tensor.to(master.device), *how, src_data_rank=None)  # all have it
     return tensor.to(master.device, copy=True)

@@ -167,7 +167,7 @@ class Run:
         left = settings.judge_budget
         if left:
             left -= sum(row.get("heldout", row).get("judge_calls", 0) for row in self.metrics())
-            left = world.share(max(1, left))
+            left = world.share(world.broadcast(max(1, left)))  # rank 0 has the file
         at_once = world.share(settings.judge_concurrency)
         asking = dataclasses.replace(settings, judge_budget=left, judge_concurrency=at_once)
         return reward.open_judge(asking, world.rank, world.broadcast)

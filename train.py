@@ -5,7 +5,7 @@
     python train.py                                            # the debug recipe, on a laptop
     python train.py --model Qwen/Qwen3-0.6B --judge-url http://127.0.0.1:8000/v1         # 1 GPU
     torchrun --nproc_per_node=8 train.py --recipe paper --model Qwen/Qwen3-14B --fsdp \
-        --judge-url http://judge:8000/v1 --judge-model NAME                              # 8 GPUs
+        --judge-url http://judge:8000/v1 --judge-model NAME --judge-concurrency 64       # 8 GPUs
 
 What differs from the paper (arXiv 2603.10476); `--recipe paper` takes back 3 to 5:
 

@@ -90,8 +90,8 @@ bench 4-x-8 60 --model "$model" --scenarios 4
 # 5. the peer, its passes about as large as ours on a card
 if "$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("trl"))'; then
     for scenarios in 1 4; do
-        stage "peer-$scenarios-x-8" 60 "$python" tests/peer.py --model "$model" \
-            --scenarios "$scenarios" --micro-batch 16 --repeats 1 --json "$results"
+        stage "peer-$scenarios-x-8" 75 "$python" tests/peer.py --model "$model" \
+            --scenarios "$scenarios" --micro-batch 16 --repeats 3 --json "$results"
     done
 else
     echo "== no peer: $python has no trl (pip install trl==1.16)"

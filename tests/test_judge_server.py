@@ -18,7 +18,7 @@ import pytest
 import requests
 import runs
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM
 
 import cli
@@ -89,7 +89,7 @@ def test_the_judge_takes_the_last_card(monkeypatch):
     """One that no rank has, or that of the rank that does not write the run's folder."""
     for cards, place in ((0, "cpu"), (1, "cuda:0"), (8, "cuda:7")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: cards)
-        assert judge_heads.place() == torch.device(place)
+        assert judge_heads.judge_device() == torch.device(place)
 
 
 TEXTS = [
@@ -125,9 +125,11 @@ def test_damaged_heads_are_told_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(judge_heads, "HEADS", tmp_path / "heads.safetensors")
     with pytest.raises(cli.UserError, match="cannot be read .*; put it back, or name a"):
         judge_server.Engine(1)
-    judge_heads.HEADS.write_bytes(b"half")
-    with pytest.raises(cli.UserError, match="cannot be read .*, or run .*judge_server.py fit"):
-        judge_server.Engine(1)
+    head = {"score": torch.ones(65)}
+    for damaged in (b"half", save(head), save(head, {"reads": "no JSON"})):
+        judge_heads.HEADS.write_bytes(damaged)
+        with pytest.raises(cli.UserError, match="cannot be read .*, or run .*judge_server.py fit"):
+            judge_server.Engine(1)
 
 
 def test_an_empty_text_has_a_score_too(served):
@@ -201,7 +203,7 @@ def test_bad_requests_get_an_answer_in_the_openai_shape_and_the_server_lives(ser
 
 
 def test_a_full_queue_answers_429_with_retry_after(served, monkeypatch):
-    served.engine.places = threading.BoundedSemaphore(3)
+    served.engine.waiting = threading.BoundedSemaphore(3)
     started, gate = threading.Event(), threading.Event()
     features = served.engine.base.features
 

@@ -203,6 +203,7 @@ def test_shares_of_a_number_add_up_to_it():
 def test_each_rank_asks_the_judge_with_its_share(tmp_path, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(reward, "open_judge", lambda asking, *ranks: asking)
+    monkeypatch.setattr(World, "broadcast", lambda world, thing: thing)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "judge_calls": 4}))
     run, asking = Run.__new__(Run), []
     run.settings = read_settings(["--judge-concurrency", "10", "--judge-budget", "30"])

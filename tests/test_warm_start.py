@@ -296,9 +296,8 @@ def test_resuming_changes_nothing(finished, tiny, files, tmp_path):
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000003"]
     code, _, err = runs.Process(["--resume", str(out), "--steps", "9"]).wait()
     assert code == 2 and "--steps would change the mathematics" in err
-    code, _, err = runs.Process(
-        ["--resume", str(out)], fresh=True
-    ).wait()  # with hash seeds of its own
+    again = runs.Process(["--resume", str(out)], fresh=True)  # with hash seeds of its own
+    code, _, err = again.wait()
     assert code == 0, err
     assert runs.same(runs.weights(out, 6), runs.weights(finished[0], 6))
     assert [runs.steady(r) for r in runs.rows(out) if "loss" in r] == [
