@@ -202,7 +202,7 @@ def for_reward_model(kind, case):
     return "\n".join([case.head, *before]).rstrip(), judged
 
 
-# ---- three ways to read a reply: each returns a Verdict or raises Missing ------------------------
+# ---- three ways to read a reply: a Verdict (`read_reward`: a number) each, or Missing ------------
 
 LEAST_MASS = 0.05  # `expect` reads nothing when the answer words together are less likely
 
@@ -214,6 +214,10 @@ class Verdict:
     value: float | bool | str | None  # "A", "B" or "tie" where two are compared; None: missing
     reason: str = ""  # why it is missing
     raw: str = ""  # the reply, or the numbers read from it
+
+    def record(self):
+        """What a dialogue's record keeps of it, under "judge"."""
+        return {"raw": self.raw, "failures": [self.reason] if self.reason else []}
 
 
 def read_expect(kind, reply):

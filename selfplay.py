@@ -114,7 +114,7 @@ class Dialogue:
 
     stop: "agreed", "max_turns" or "context"; "written" where nobody played it. streams: the
     Samples of each agent. pending_verdict: the Future of a rubric.Verdict on the final. reward:
-    None where it is missing.
+    None where it is missing. judgement: what came of the judge, a Verdict's record.
     """
 
     scenario: dataset.Scenario
@@ -131,7 +131,13 @@ class Dialogue:
     pending_verdict: object = None
     reward: float = None
     advantage: float = None
-    judge: dict = dataclasses.field(default_factory=lambda: {"raw": "", "failures": []})
+    judgement: dict = dataclasses.field(default_factory=lambda: {"raw": "", "failures": []})
+
+    def take_verdict(self):
+        """Wait for the Verdict on the final, if one is pending: its value is the reward."""
+        if self.pending_verdict is not None:
+            verdict = self.pending_verdict.result()
+            self.reward, self.judgement = verdict.value, verdict.record()
 
     def record(self):
         """The line of dialogues.jsonl."""
@@ -156,7 +162,7 @@ class Dialogue:
             "final_truncated": self.final_truncated,
             "reward": self.reward,
             "advantage": self.advantage,
-            "judge": self.judge,
+            "judge": self.judgement,
             "streams": streams,
             "final_ids": self.final_sample.sampled() if self.final_sample else [],
             "final_sample": self.final_sample.record() if self.final_sample else None,
@@ -287,14 +293,14 @@ def negotiate(match):
     if turns and not dialogue.agreed and settings.on_impasse == "zero":
         if last_verdict and last_verdict.value is None:
             # Nobody knows whether they agreed: a missing reward, not a zero.
-            dialogue.judge["failures"] = [f"agreement: {last_verdict.reason}"]
+            dialogue.judgement["failures"] = [f"agreement: {last_verdict.reason}"]
         else:
             dialogue.reward = 0.0  # the paper: no completion, reward 0, kept in the group
         return
     say = match.say_final()
     if say is None:
         dialogue.stop = "context"
-        dialogue.judge["failures"] = ["context full"]
+        dialogue.judgement["failures"] = ["context full"]
         return
     final = yield say
     dialogue.final = final.text
@@ -466,9 +472,10 @@ def main(argv=None):
         screen = Screen(scenario, speaker.chat)
         partner = screen.ask_human if settings.human else None
         play(voices, [dialogue], settings, judge, settings.seed, partner, screen.on_token)
-        missing = reward.Verdict(None, "no final completion")
-        verdict = dialogue.pending_verdict.result() if dialogue.pending_verdict else missing
-    score = f"none ({verdict.reason})" if verdict.value is None else f"{verdict.value:.2f} of 5"
+        dialogue.take_verdict()
+    why = "".join(dialogue.judgement["failures"]) or "no joint solution"
+    scored = dialogue.pending_verdict and dialogue.reward is not None
+    score = f"{dialogue.reward:.2f} of 5" if scored else f"none ({why})"
     print(f"\n\nstopped: {dialogue.stop}; the judge's score: {score}")
 
 

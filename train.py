@@ -175,14 +175,10 @@ def settle(group, settings):
     A missing reward is None, and so is its advantage.
     """
     for dialogue in group:
-        if dialogue.pending_verdict is not None:
-            try:
-                verdict = dialogue.pending_verdict.result()
-            except BudgetSpent:
-                verdict = Verdict(None, "budget spent")
-            failures = [verdict.reason] if verdict.reason else []
-            dialogue.reward = verdict.value
-            dialogue.judge = {"raw": verdict.raw, "failures": failures}
+        try:
+            dialogue.take_verdict()
+        except BudgetSpent:
+            dialogue.judgement = Verdict(None, "budget spent").record()
     rewards = [math.nan if dialogue.reward is None else dialogue.reward for dialogue in group]
     advantages = grpo.group_advantages(
         torch.tensor([rewards], dtype=torch.float64),  # (1, G)

@@ -527,11 +527,11 @@ def test_an_impasse_that_nobody_could_judge_is_missing_and_not_zero(moment):
     cfg = settings(agreement="judge", max_turns=3, on_impasse="zero")
     (d,) = play(talker(), helpers.dialogues(1, 1), cfg, Script(lambda *_: None, moment))
     assert (d.reward, d.final, d.pending_verdict, d.stop) == (None, None, None, "max_turns")
-    assert d.judge["failures"] == ["agreement: "]
+    assert d.judgement["failures"] == ["agreement: "]
     # the last answer is the one that counts
     judge = Script(lambda _, turns: None if len(turns) == 2 else False, moment)
     (d,) = play(talker(), helpers.dialogues(1, 1), cfg, judge)
-    assert (d.reward, d.judge["failures"]) == (0.0, [])
+    assert (d.reward, d.judgement["failures"]) == (0.0, [])
 
 
 @pytest.mark.parametrize(
@@ -734,7 +734,7 @@ def test_a_context_too_small_for_anything_gives_no_reward(monkeypatch):
             None,
             None,
             None,
-        ) and d.judge["failures"] == ["context full"]
+        ) and d.judgement["failures"] == ["context full"]
 
 
 def test_what_a_person_sees():
