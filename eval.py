@@ -124,7 +124,7 @@ HELPER = "You are a helpful assistant."  # the system text of open and general
 
 def asked_alone(voice, prompt):
     """Ids of a prompt, a user's message, up to where the answer begins."""
-    return voice.chat.asked("", voice.chat.head_parts(HELPER, prompt))
+    return voice.chat.asked("", voice.chat.prompt_parts(HELPER, prompt))
 
 
 @torch.no_grad()

@@ -152,7 +152,7 @@ def clean(text):
 class Case:
     """What a question is about."""
 
-    head: str  # the dilemma and the creeds
+    before: str  # the dilemma and the creeds
     texts: dict  # the untrusted texts that are judged, by name
     slots: dict  # of the question's own words
 
@@ -171,9 +171,9 @@ def spoken(personas, turns):
 
 def marked(case):
     """The case as text, each untrusted part between markers: a hash of it all, so unknowable."""
-    marker = hashlib.sha256(json.dumps([case.head, case.texts]).encode()).hexdigest()[:8]
+    marker = hashlib.sha256(json.dumps([case.before, case.texts]).encode()).hexdigest()[:8]
     parts = [f"\n{name} {marker}:\n{text}\n{marker}\n" for name, text in case.texts.items()]
-    return case.head + "".join(parts)
+    return case.before + "".join(parts)
 
 
 def for_chat(rubric, kind, case, how):
@@ -199,7 +199,7 @@ def for_reward_model(kind, case):
         said, _, last = judged.rpartition("\n")
         name, _, judged = last.partition(": ")
         before = [said, name + ":"]
-    return "\n".join([case.head, *before]).rstrip(), judged
+    return "\n".join([case.before, *before]).rstrip(), judged
 
 
 # ---- three ways to read a reply: a Verdict (`read_reward`: a number) each, or Missing ------------

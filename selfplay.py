@@ -4,7 +4,7 @@
                 agent 1's stream: system(persona 1) | dilemma, heard: turn 0 | turn 1 | ...
              -> when they agree, or at the limit, agent 0 writes the joint solution (the final)
 
-    play -> Match.advance -> negotiate -> talk -> Match.say_turn -> View.before -> a Say
+    play -> Match.advance -> negotiate -> talk -> Match.next_say -> View.sample_to_speak -> a Say
          -> speak, a token each time -> a Turn, sent back into talk -> ... -> Judge.score
 
 `negotiate` is one dialogue, top to bottom: a generator that yields what it waits for, a Say (until
@@ -30,7 +30,7 @@ import torch
 import dataset
 import reward
 from attention import context_limit
-from chat import Sample, Turn, View, Voice, streams_of
+from chat import Sample, Turn, View, Voice, samples_of
 from cli import UserError, command_line, option, run_cli
 from model import WARM_MODEL, load, own_device, reordered_weights
 from progress import printable
@@ -164,7 +164,7 @@ class Dialogue:
             "advantage": self.advantage,
             "judge": self.judgement,
             "streams": streams,
-            "final_ids": self.final_sample.sampled() if self.final_sample else [],
+            "final_ids": self.final_sample.trained_ids() if self.final_sample else [],
             "final_sample": self.final_sample.record() if self.final_sample else None,
         }
 
@@ -185,9 +185,9 @@ def dialogue_of(demonstration, chat, settings):
     dialogue = Dialogue(scenario, step=0, group=0, member=0, turns=turns)
     dialogue.agreed = demonstration.agreed
     dialogue.stop = "written"
-    dialogue.streams = [streams_of(view, turns, settings.context_turns) for view in views]
+    dialogue.streams = [samples_of(view, turns, settings.context_turns) for view in views]
     dialogue.final = demonstration.final
-    dialogue.final_sample = views[0].until(turns, final, train=False, closing=closing)
+    dialogue.final_sample = views[0].sample_with(turns, final, train=False, closing=closing)
     dialogue.advantage = 1.0
     return dialogue
 
@@ -234,12 +234,12 @@ class Match:
         scenario = zlib.crc32(d.scenario.id.encode())
         return np.random.default_rng([self.seed, d.step, scenario, d.member, number])
 
-    def say_turn(self, number, unless):
+    def next_say(self, number, unless):
         """The Say of a turn, or None where it would leave no room for the final completion."""
         settings, turns, me = self.settings, self.dialogue.turns, number % 2
         seen = turns[-settings.context_turns :] if settings.context_turns else turns
-        ids = self.views[me].before(seen, windowed=len(seen) < len(turns)).ids
-        closed = self.views[0].before(turns, self.request).ids
+        ids = self.views[me].sample_to_speak(seen, windowed=len(seen) < len(turns)).ids
+        closed = self.views[0].sample_to_speak(turns, self.request).ids
         if len(ids) + room(settings) > self.limits[me]:
             return None
         if len(closed) + room(settings) + settings.final_tokens > self.limits[0]:
@@ -247,13 +247,13 @@ class Match:
         limit, rng = settings.turn_tokens, self.rng(number)
         return Say(me, ids, limit, settings.temperature, settings.top_p, rng, unless)
 
-    def say_final(self):
+    def final_say(self):
         """The Say of the final completion, or None where the context is full."""
         settings = self.settings
-        ids = self.views[0].before(self.dialogue.turns, self.request).ids
+        ids = self.views[0].sample_to_speak(self.dialogue.turns, self.request).ids
         if len(ids) + settings.final_tokens > self.limits[0]:
             return None
-        limit, rng = settings.final_tokens, self.rng(1 << 20)
+        limit, rng = settings.final_tokens, self.rng(1 << 20)  # no turn's number
         how = settings.final_temperature, settings.final_top_p
         return Say(0, ids, limit, *how, rng, final=True)
 
@@ -289,7 +289,7 @@ def negotiate(match):
     dialogue, settings, views = match.dialogue, match.settings, match.views
     last_verdict = yield from talk(match)
     turns = dialogue.turns
-    dialogue.streams = [streams_of(view, turns, settings.context_turns) for view in views]
+    dialogue.streams = [samples_of(view, turns, settings.context_turns) for view in views]
     if turns and not dialogue.agreed and settings.on_impasse == "zero":
         if last_verdict and last_verdict.value is None:
             # Nobody knows whether they agreed: a missing reward, not a zero.
@@ -297,7 +297,7 @@ def negotiate(match):
         else:
             dialogue.reward = 0.0  # the paper: no completion, reward 0, kept in the group
         return
-    say = match.say_final()
+    say = match.final_say()
     if say is None:
         dialogue.stop = "context"
         dialogue.judgement["failures"] = ["context full"]
@@ -305,7 +305,7 @@ def negotiate(match):
     final = yield say
     dialogue.final = final.text
     dialogue.final_truncated = final.truncated
-    dialogue.final_sample = views[0].until(turns, final, train=False, closing=match.request)
+    dialogue.final_sample = views[0].sample_with(turns, final, train=False, closing=match.request)
     if match.judge:
         dilemma, personas = dialogue.scenario.dilemma, dialogue.scenario.personas
         dialogue.pending_verdict = match.judge.score(dilemma, personas, turns, final.text)
@@ -322,7 +322,7 @@ def talk(match):
     dialogue.stop = "max_turns"
     check = None  # Future of the Verdict whether `turns` end in agreement
     for number in range(settings.max_turns):
-        say = match.say_turn(number, unless=check)
+        say = match.next_say(number, unless=check)
         if say is None:
             dialogue.stop = "context"
             break
@@ -382,10 +382,10 @@ def play(
         places = (tables[0], row), (tables[1], row + count)
         matches.append(Match(dialogue, voices, settings, judge, seed, partner, places))
     with reordered_weights(*{voice.model for voice in voices}):
-        tables[0].read_heads({row: match.views[0].head for row, match in enumerate(matches)})
+        tables[0].read_prompts({row: match.views[0].prompt for row, match in enumerate(matches)})
         if settings.max_turns > 1 and not partner:
-            heads = {row: match.views[1].head for row, match in enumerate(matches, count)}
-            tables[1].read_heads(heads)
+            prompts = {row: match.views[1].prompt for row, match in enumerate(matches, count)}
+            tables[1].read_prompts(prompts)
         while matches:
             for match in [match for match in matches if match.ready()]:
                 matches.remove(match)

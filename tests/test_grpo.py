@@ -724,11 +724,11 @@ def said(voice, speaker, word):
 def game(voice, word):
     """A dialogue in which both agents and the final say the word."""
     d = helpers.dialogues(1, 1)[0]
-    views = [selfplay.view_of(voice.chat, me, d.scenario, False) for me in (0, 1)]
+    one, two = [selfplay.view_of(voice.chat, me, d.scenario, False) for me in (0, 1)]
     d.turns = [said(voice, 0, word), said(voice, 1, word)]
-    d.streams = [[views[0].until([], d.turns[0])], [views[1].until(d.turns[:1], d.turns[1])]]
-    request = selfplay.final_request(d.scenario, selfplay.FINAL)
-    d.final_sample = views[0].until(d.turns, said(voice, 0, word), train=False, closing=request)
+    d.streams = [[one.sample_with([], d.turns[0])], [two.sample_with(d.turns[:1], d.turns[1])]]
+    final, request = said(voice, 0, word), selfplay.final_request(d.scenario, selfplay.FINAL)
+    d.final_sample = one.sample_with(d.turns, final, train=False, closing=request)
     return d
 
 
