@@ -57,7 +57,7 @@ class JudgeSettings:
         "auto", "how it is read (auto: the first that works)", choices=("auto", *MODES)
     )
     judge_sees: str = option(
-        "final", "the final completion, or the dialogue too", choices=("final", "dialogue")
+        "final", "the joint solution, or the dialogue too", choices=("final", "dialogue")
     )
     judge_noise: float = option(0.02, "rewards of a group this close count as equal", low=0)
     judge_concurrency: int = option(
@@ -156,23 +156,24 @@ class Judge:
         return self.way.mode
 
     def score(self, dilemma, personas, turns, final):
-        """CA score of a joint solution: a float from 0 to 5 (of a reward model: any number)."""
+        """A Future of a Verdict whose value is a joint solution's CA score, a float (0 to 5, or
+        of a reward model any number); None where it is missing, here and below."""
         texts = {"solution": clean(final)}
         if self.settings.judge_sees == "dialogue":
             texts = {"dialogue": spoken(personas, turns), **texts}
         return self._ask("score", dilemma, personas, texts)
 
     def agreed(self, dilemma, personas, turns):
-        """Whether the core direction is settled: True or False."""
+        """A Future of a Verdict whose value is whether the core direction is settled: a bool."""
         return self._ask("agreed", dilemma, personas, {"dialogue": spoken(personas, turns)})
 
     def endorse(self, dilemma, persona, final):
-        """How satisfied one persona is with a solution: a float from 0 to 5."""
+        """A Future of a Verdict whose value is how satisfied one persona is, a float likewise."""
         texts = {"solution": clean(final)}
         return self._ask("endorse", dilemma, [persona], texts, name=clean(persona["name"]))
 
     def compare(self, dilemma, personas, first, second, question):
-        """Which of two solutions is better by `question`: "A" (the first), "B" or "tie"."""
+        """A Future of a Verdict whose value is the better by `question`: "A", "B" or "tie"."""
         texts = {"solution A": clean(first), "solution B": clean(second)}
         return self._ask("compare", dilemma, personas, texts, question=question)
 
