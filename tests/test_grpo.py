@@ -438,6 +438,12 @@ def test_packed_logprobs_are_those_of_the_sampler(kind):
 # ---- the update ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("trained", "length"), [("dialogue", 24), ("final", 5), ("both", 29)])
+def test_the_constant_length_is_all_that_a_dialogue_may_have_trained(trained, length):
+    cfg = settings(max_turns=3, turn_tokens=8, final_tokens=5, train_tokens=trained)
+    assert grpo.Learner(None, None, cfg).row_length == length
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -769,7 +775,7 @@ def parrots(monkeypatch):
 
 
 def score(d, word):
-    """The share of the final completion that is one certain word."""
+    """The share of the joint solution that is one certain word."""
     ids = [i for i, m in zip(d.final_sample.ids, d.final_sample.mask) if m]
     return ids.count(word_ids()[word]) / 3
 
