@@ -11,7 +11,8 @@
 it is spoken) or a Future (until the judge answers). `play` serves many in one batch. A Dialogue is
 the record, a Match what it takes to play it, a Table the cache that the matches share.
 Left out: tools, streams that branch, more than two agents: two is assumed here, in chat.View (which
-does not say who spoke) and in dataset.py; packing, learner and transcripts take any number.
+does not say who spoke), in dataset.py, in what the judge is told (rubric.py, the `agreed` head) and
+in eval.py's pairs and scripted partners; packing, learner and transcripts take any number.
 
     python selfplay.py --dilemma "..." --human b      # watch one negotiation, or take a side
 """
@@ -44,7 +45,7 @@ class PlaySettings:
 
     max_turns: int = option(3, "turns at most; 0: agent 0 answers alone, no negotiation", low=0)
     turn_tokens: int = option(56, "tokens a turn may have", low=2)
-    final_tokens: int = option(112, "tokens the joint final completion may have", low=2)
+    final_tokens: int = option(112, "tokens the joint solution may have", low=2)
     context_turns: int = option(0, "last turns that an agent sees (0: all; the paper: 2)", low=0)
     agreement: str = option(
         "judge",
@@ -53,13 +54,13 @@ class PlaySettings:
     )
     on_impasse: str = option(
         "complete",
-        "without agreement: write the final completion all the same, or none and reward zero",
+        "without agreement: write the joint solution all the same, or none and reward zero",
         choices=("complete", "zero"),
     )
     temperature: float = option(0.9, "of the dialogue", above=0)
     top_p: float = option(0.8, "nucleus of the dialogue, the learner's too", above=0, high=1)
-    final_temperature: float = option(0.8, "of the final completion (0: greedy)", low=0)
-    final_top_p: float = option(0.8, "nucleus of the final completion", above=0, high=1)
+    final_temperature: float = option(0.8, "of the joint solution (0: greedy)", low=0)
+    final_top_p: float = option(0.8, "nucleus of the joint solution", above=0, high=1)
     date: str = option(str(datetime.date.today()), "the day, for chat templates that print one")
 
 
@@ -110,7 +111,7 @@ def view_of(chat, me, scenario, marker, alone=False):
 
 @dataclasses.dataclass
 class Dialogue:
-    """One negotiation: scenario number `group` of the step, dialogue number `member` of its group.
+    """One negotiation: number `member` of the step's group number `group_index`.
 
     stop: "agreed", "max_turns" or "context"; "written" where nobody played it. streams: the
     Samples of each agent. pending_verdict: the Future of a rubric.Verdict on the final. reward:
@@ -119,7 +120,7 @@ class Dialogue:
 
     scenario: dataset.Scenario
     step: int
-    group: int
+    group_index: int
     member: int
     turns: list = dataclasses.field(default_factory=list)
     streams: list = dataclasses.field(default_factory=lambda: [[], []])
@@ -145,13 +146,11 @@ class Dialogue:
             {"speaker": turn.speaker, "text": turn.text, "truncated": turn.truncated}
             for turn in self.turns
         ]
-        streams = []
-        for speaker, samples in enumerate(self.streams):
-            streams.append({"speaker": speaker, "samples": [s.record() for s in samples]})
+        streams = [[sample.record() for sample in samples] for samples in self.streams]
         return {
             "step": self.step,
             "scenario_id": self.scenario.id,
-            "group": self.group,
+            "group": self.group_index,
             "member": self.member,
             "dilemma": self.scenario.dilemma,
             "personas": list(self.scenario.personas),
@@ -163,7 +162,7 @@ class Dialogue:
             "reward": self.reward,
             "advantage": self.advantage,
             "judge": self.judgement,
-            "streams": streams,
+            "streams": [{"speaker": i, "samples": samples} for i, samples in enumerate(streams)],
             "final_ids": self.final_sample.trained_ids() if self.final_sample else [],
             "final_sample": self.final_sample.record() if self.final_sample else None,
         }
@@ -182,9 +181,8 @@ def dialogue_of(demonstration, chat, settings):
     views = [view_of(chat, me, scenario, settings.agreement == "marker") for me in (0, 1)]
     final = written(chat, 0, demonstration.final)
     closing = final_request(scenario, FINAL)
-    dialogue = Dialogue(scenario, step=0, group=0, member=0, turns=turns)
-    dialogue.agreed = demonstration.agreed
-    dialogue.stop = "written"
+    dialogue = Dialogue(scenario, step=0, group_index=0, member=0, turns=turns)
+    dialogue.agreed, dialogue.stop = demonstration.agreed, "written"
     dialogue.streams = [samples_of(view, turns, settings.context_turns) for view in views]
     dialogue.final = demonstration.final
     dialogue.final_sample = views[0].sample_with(turns, final, train=False, closing=closing)
@@ -235,7 +233,7 @@ class Match:
         return np.random.default_rng([self.seed, d.step, scenario, d.member, number])
 
     def next_say(self, number, unless):
-        """The Say of a turn, or None where it would leave no room for the final completion."""
+        """The Say of a turn, or None where it would leave no room for the joint solution."""
         settings, turns, me = self.settings, self.dialogue.turns, number % 2
         seen = turns[-settings.context_turns :] if settings.context_turns else turns
         ids = self.views[me].sample_to_speak(seen, windowed=len(seen) < len(turns)).ids
@@ -248,7 +246,7 @@ class Match:
         return Say(me, ids, limit, settings.temperature, settings.top_p, rng, unless)
 
     def final_say(self):
-        """The Say of the final completion, or None where the context is full."""
+        """The Say of the joint solution, or None where the context is full."""
         settings = self.settings
         ids = self.views[0].sample_to_speak(self.dialogue.turns, self.request).ids
         if len(ids) + settings.final_tokens > self.limits[0]:
@@ -281,11 +279,8 @@ class Match:
 
 
 def negotiate(match):
-    """One dialogue, top to bottom: a generator that is sent a Turn for each Say that it yields,
-    and a Verdict for each Future.
-
-    Fills in the dialogue's turns, streams, agreed, stop, final and the pending verdict.
-    """
+    """One dialogue, top to bottom: is sent a Turn for each Say that it yields, a Verdict for each
+    Future. Fills in the dialogue's turns, streams, agreed, stop, final and the pending verdict."""
     dialogue, settings, views = match.dialogue, match.settings, match.views
     last_verdict = yield from talk(match)
     turns = dialogue.turns
@@ -295,7 +290,7 @@ def negotiate(match):
             # Nobody knows whether they agreed: a missing reward, not a zero.
             dialogue.judgement["failures"] = [f"agreement: {last_verdict.reason}"]
         else:
-            dialogue.reward = 0.0  # the paper: no completion, reward 0, kept in the group
+            dialogue.reward = 0.0  # the paper: no solution, reward 0, kept in the group
         return
     say = match.final_say()
     if say is None:
@@ -314,13 +309,14 @@ def negotiate(match):
 def talk(match):
     """The turns, until the agents agree, have had their turns, or a context is full.
 
+    Yields the Say of each turn and the Future of each Verdict; fills in turns, agreed and stop.
     Turn n + 1 is spoken while the judge reads turn n. If it finds agreement there, turn n + 1 is
     dropped. Returns the Verdict on the last turn, or None if nobody was asked.
     """
     dialogue, settings, turns = match.dialogue, match.settings, match.dialogue.turns
     dilemma, personas = dialogue.scenario.dilemma, dialogue.scenario.personas
     dialogue.stop = "max_turns"
-    check = None  # Future of the Verdict whether `turns` end in agreement
+    check, verdict = None, None  # the Future, until it is read, and the Verdict: do they agree?
     for number in range(settings.max_turns):
         say = match.next_say(number, unless=check)
         if say is None:
@@ -330,8 +326,9 @@ def talk(match):
         if not partner_speaks:
             turn = yield say
         if check:
-            verdict = yield check
-            if verdict.value:
+            verdict, check = (yield check), None
+            dialogue.agreed = bool(verdict.value)
+            if dialogue.agreed:
                 break
         if partner_speaks:
             text = match.partner(dialogue)
@@ -342,8 +339,7 @@ def talk(match):
             break
         if settings.agreement == "judge" and len(turns) > 1:
             check = match.judge.agreed(dilemma, personas, turns[:])
-    verdict = None
-    if check:  # of the last turn that counts; where it broke the loop, it is answered already
+    if check:  # on the last turn
         verdict = yield check
         dialogue.agreed = bool(verdict.value)
     if dialogue.agreed:
@@ -364,7 +360,7 @@ def both_accept(turns):
 def play(
     voices, dialogues, settings, judge=None, seed=0, partner=None, on_token=None, on_done=None
 ):
-    """Play `dialogues` (scenario, step, group and member set) to their ends; returns them.
+    """Play `dialogues` (scenario, step, group_index, member set) to their ends; returns them.
 
     voices: the Voice of agent 0 and of agent 1, usually one and the same. A finished dialogue is
     sent to the judge while the others still talk. partner: see `Match`. on_token(say, id) and
@@ -467,7 +463,7 @@ def main(argv=None):
     settings = command_line(WatchSettings, argv, prog="selfplay.py")
     scenario = watched_scenario(settings)
     speaker = Voice(*load(settings.model, device=own_device()), settings.date)
-    voices, dialogue = (speaker, speaker), Dialogue(scenario, step=0, group=0, member=0)
+    voices, dialogue = (speaker, speaker), Dialogue(scenario, step=0, group_index=0, member=0)
     with reward.open_judge(settings) as judge:
         screen = Screen(scenario, speaker.chat)
         partner = screen.ask_human if settings.human else None

@@ -393,7 +393,7 @@ def test_each_token_is_computed_once_per_stream(monkeypatch, context_turns, chec
         for sample in samples(d):
             me = sample in d.streams[1]
             most += len(sample.ids) - 1 - len(views[me].prompt)
-        if context_turns == 0:  # the final completion goes on where agent 0's stream ends
+        if context_turns == 0:  # the joint solution goes on where agent 0's stream ends
             most -= len(d.streams[0][0].ids) - 1 - len(views[0].prompt)
             # nobody needs to read the end that closes a truncated turn
             most -= d.final_truncated + d.turns[3].truncated
