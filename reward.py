@@ -173,7 +173,7 @@ class Judge:
         return self._ask("endorse", dilemma, [persona], texts, name=clean(persona["name"]))
 
     def compare(self, dilemma, personas, first, second, question):
-        """A Future of a Verdict whose value is the better by `question`: "A", "B" or "tie"."""
+        """A Future of a Verdict: the better one by `question`, "A" (the first), "B" or "tie"."""
         texts = {"solution A": clean(first), "solution B": clean(second)}
         return self._ask("compare", dilemma, personas, texts, question=question)
 
