@@ -2,7 +2,7 @@
 
     A_i   = (r_i - mean r) / (std r + eps)        r: the rewards of one scenario's group        (1)
     rho_t = pi(a_t | s_t) / pi_old(a_t | s_t)     pi_old: the policy that sampled a_t           (2)
-    L_t   = -min(rho_t A, clip(rho_t, 1 - low, 1 + high) A)                                     (3)
+    L_t   = -min(rho_t A_i, clip(rho_t, 1 - low, 1 + high) A_i)                                 (3)
     k3_t  = exp(d_t) - d_t - 1                    d_t = log pi_ref - log pi                     (4)
     L     = sum_t m_t (L_t + beta k3_t) / D       m: the token mask, D: its sum over the batch  (5)
 
