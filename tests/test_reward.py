@@ -583,11 +583,7 @@ def test_the_servers_own_words_are_shown_with_the_right_advice(status, words, ad
     [
         ("redirect", f"{NOWHERE}/chat/completions", "give the address that it redirects to"),
         ("prose", "no json: I would give it a 4.", OTHERWISE),
-        (
-            "truncated",
-            'truncated: {"score": 5',
-            "it thinks aloud, or keeps to no form; try --judge-tokens 2000",
-        ),
+        ("truncated", 'truncated: {"score": 5', reward.ADVICE["truncated"]),
         ("reset", "(connection: ", ABSENT),
         ("hang", "(timeout: ", ABSENT),
     ],
