@@ -545,7 +545,7 @@ def test_two_ranks_compute_what_one_does_and_skip_together(tmp_path):
         assert torch.load(tmp_path / f"nan-{rank}.pt", weights_only=False) == (True, True, 0)
 
 
-@pytest.mark.parametrize("broken", ["loss", "gradient"])
+@pytest.mark.parametrize("broken", ["loss", "sampler", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(broken):
     cfg = settings(lr=1e-2)
     groups = played(cfg)
@@ -556,6 +556,9 @@ def test_a_step_that_is_not_finite_changes_nothing(broken):
     hurt = copy.copy(groups[0][0])
     if broken == "loss":
         hurt.advantage = NAN
+    elif broken == "sampler":  # only where nobody sampled is a NaN no fault
+        hurt.streams = copy.deepcopy(hurt.streams)
+        hurt.streams[0][0].logprobs = [NAN] * len(hurt.streams[0][0].ids)
     else:
         weight = next(learner.model.parameters())
         handle = weight.register_hook(lambda gradient: gradient * INF)
