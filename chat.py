@@ -1,7 +1,7 @@
 """A conversation as token ids: chat templates, control tokens, thoughts, and how an agent sees it.
 
     chat template -> ChatFormat: pieces of text -> encode -> ids, as apply_chat_template gives them
-    turns -> View.before -> Sample: ids, and a mask that is 1 on the tokens to be trained
+    turns -> View.sample_to_speak -> Sample: ids, and a mask, 1 on the tokens to be trained
 
 Token in, token out: a stream grows by the ids that were sampled, never by their text encoded
 again. Other text is encoded as in the whole rendering: cut at control tokens and nowhere else.
@@ -32,7 +32,7 @@ from cli import UserError
 class Turn:
     """One utterance, and the ids that were sampled for it (end of turn included unless truncated).
 
-    logprobs: at the sampling temperature. cuts, masses: of the nucleus, see `sampler.draw`.
+    logprobs: at the sampling temperature. cuts, log_masses: of the nucleus, see `drawing.draw`.
     """
 
     speaker: int
@@ -41,7 +41,7 @@ class Turn:
     ids: list = dataclasses.field(default_factory=list)
     logprobs: list = dataclasses.field(default_factory=list)
     cuts: list = dataclasses.field(default_factory=list)
-    masses: list = dataclasses.field(default_factory=list)
+    log_masses: list = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -55,9 +55,9 @@ class Sample:
     mask: list = dataclasses.field(default_factory=list)
     logprobs: list = dataclasses.field(default_factory=list)
     cuts: list = dataclasses.field(default_factory=list)
-    masses: list = dataclasses.field(default_factory=list)
+    log_masses: list = dataclasses.field(default_factory=list)
 
-    def sampled(self):
+    def trained_ids(self):
         """The ids with mask 1."""
         return [token for token, mask in zip(self.ids, self.mask) if mask]
 
@@ -69,7 +69,7 @@ class Sample:
 def add_ids(sample, ids):
     """Append ids that nobody sampled here: mask 0."""
     sample.ids += ids
-    for column in (sample.mask, sample.logprobs, sample.cuts, sample.masses):
+    for column in (sample.mask, sample.logprobs, sample.cuts, sample.log_masses):
         column += [0] * len(ids)
 
 
@@ -82,7 +82,7 @@ def add_turn(sample, turn, trained, end):
         sample.mask += [1] * len(turn.ids)
         sample.logprobs += turn.logprobs or zeros
         sample.cuts += turn.cuts or zeros
-        sample.masses += turn.masses or zeros
+        sample.log_masses += turn.log_masses or zeros
     else:
         add_ids(sample, turn.ids)
     if turn.truncated:
@@ -288,7 +288,7 @@ class ChatFormat:
             said = PROBE
         else:
             said[0] = f"{system}\n\n{task}"
-        ids = self.asked("", self.head_parts(system, task), past=True)
+        ids = self.asked("", self.prompt_parts(system, task), past=True)
         ids += [*self._turn(first, past=True), self.end] + self.asked(question, past=True)
         ids += [*self._turn(second, past=True), self.end] + self.asked(last)
         rendered = self.render(self._messages(said))
@@ -339,7 +339,7 @@ class ChatFormat:
         """Ids of untrusted text by itself, in which a literal <|im_end|> stays letters."""
         return self.encode([(text, False)])
 
-    def head_parts(self, system, task=""):
+    def prompt_parts(self, system, task=""):
         """The texts of a stream up to the end of `task`, with which its first message begins."""
         if self.has_system:
             parts = [(self._before_system, True), (system, False), (self._before_user, True)]
@@ -347,16 +347,16 @@ class ChatFormat:
             parts = [(self._before_user, True), (f"{system}\n\n", False)]
         return [*parts, (task, False), SEAM]
 
-    def head(self, system, task=""):
+    def prompt(self, system, task=""):
         """Their ids."""
-        return self.encode(self.head_parts(system, task), first=True)
+        return self.encode(self.prompt_parts(system, task), first=True)
 
-    def asked(self, words, head=None, past=False):
+    def asked(self, words, prompt=None, past=False):
         """Ids of a user's words up to where the assistant speaks: at the beginning of a stream
-        behind its head, later behind the end of the assistant's turn."""
+        behind its prompt, later behind the end of the assistant's turn."""
         opening = self._past if past else self._opening
-        before = head or [(self._after, True)]
-        return self.encode([*before, (words, False), (opening, True)], first=bool(head))
+        before = prompt or [(self._after, True)]
+        return self.encode([*before, (words, False), (opening, True)], first=bool(prompt))
 
     def _turn(self, text, before_end="", past=False):
         """Ids of a text that the assistant says, as they follow its opening."""
@@ -427,18 +427,18 @@ class View:
     silence: str
 
     @property
-    def head(self):
+    def prompt(self):
         """Ids up to the end of the task: what the dialogues of a scenario share."""
-        return self.chat.head(self.system, self.task)
+        return self.chat.prompt(self.system, self.task)
 
-    def before(self, turns, closing=None, train=True, windowed=False):
+    def sample_to_speak(self, turns, closing=None, train=True, windowed=False):
         """The Sample of `turns` up to the point where this agent speaks next.
 
         closing: the request for the joint solution, in place of the last `ask`. train: whether
         this agent's turns get mask 1. windowed: earlier turns exist that are not shown.
         """
         chat, sample = self.chat, Sample()
-        head = chat.head_parts(self.system, self.task)
+        prompt = chat.prompt_parts(self.system, self.task)
         heard = []  # what the other side said since this agent's last turn
         unseen = [self.earlier] if windowed else []
         for turn in turns:
@@ -446,31 +446,31 @@ class View:
                 heard.append(turn.text or self.silence)
                 continue
             words = "\n\n".join([*(heard or unseen), self.ask])
-            add_ids(sample, chat.asked(words, head, past=True))
+            add_ids(sample, chat.asked(words, prompt, past=True))
             if chat.forgets(turn.ids):
                 add_ids(sample, chat.turn(turn.text, past=True))
             else:
                 add_turn(sample, turn, train, chat.end)
-            heard, head = [], None
+            heard, prompt = [], None
         words = "\n\n".join([*heard, closing or self.ask])
-        add_ids(sample, chat.asked(words, head))
+        add_ids(sample, chat.asked(words, prompt))
         return sample
 
-    def until(self, turns, last, train=True, closing=None, windowed=False):
+    def sample_with(self, turns, last, train=True, closing=None, windowed=False):
         """The Sample of `turns` followed by this agent's own turn `last`, which gets mask 1."""
-        sample = self.before(turns, closing, train, windowed)
+        sample = self.sample_to_speak(turns, closing, train, windowed)
         add_turn(sample, last, True, self.chat.end)
         return sample
 
 
-def streams_of(view, turns, context_turns):
+def samples_of(view, turns, context_turns):
     """An agent's stream as Samples: one with all its turns, or one for each of them where its
     view is a window (context_turns > 0) or the template rewrites what was said."""
     own = [i for i, turn in enumerate(turns) if turn.speaker == view.me and turn.logprobs]
     if own and view.chat.stable and not context_turns:
-        return [view.until(turns[: own[-1]], turns[own[-1]])]
+        return [view.sample_with(turns[: own[-1]], turns[own[-1]])]
     samples = []
     for i in own:
         start = max(0, i - context_turns) if context_turns else 0
-        samples.append(view.until(turns[start:i], turns[i], train=False, windowed=start > 0))
+        samples.append(view.sample_with(turns[start:i], turns[i], train=False, windowed=start > 0))
     return samples

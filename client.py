@@ -163,7 +163,7 @@ class Client:
 
     def start_batch(self):
         """From now on there are `batch_seconds` for all that is submitted before the next call."""
-        self.ends = time.monotonic() + self.batch_seconds
+        self.deadline = time.monotonic() + self.batch_seconds
 
     def count(self, name, number=1):
         """Add to one of COUNTERS, or to the questions that are missing for the reason `name`."""
@@ -178,17 +178,17 @@ class Client:
         return {**stats, "missing": dict(taken)}
 
     def submit(self, job, *args):
-        """Run `job(*args, ends)` on a worker (only workers may `ask`); a Future.
+        """Run `job(*args, deadline)` on a worker (only workers may `ask`); a Future.
 
-        ends: the deadline of this batch. A question that comes late, because playing took long,
-        has time for one attempt all the same.
+        deadline: of this batch, on time.monotonic. A question that comes late, because playing took
+        long, has time for one attempt all the same.
         """
         now = time.monotonic()
         one_attempt = min(self.timeout, self.batch_seconds)
-        ends = self.ends if self.ends > now + one_attempt / 2 else now + one_attempt
-        return self._pool.submit(job, *args, ends)
+        deadline = self.deadline if self.deadline > now + one_attempt / 2 else now + one_attempt
+        return self._pool.submit(job, *args, deadline)
 
-    def ask(self, path, payload, parse, ends=math.inf, root=False):
+    def ask(self, path, payload, parse, deadline=math.inf, root=False):
         """`parse(reply)` of a POST of `payload` (None: a GET).
 
         root: `path` stands beside /v1, not below it. Raises Missing when no answer that parses
@@ -196,28 +196,28 @@ class Client:
         """
         url = (self.url.removesuffix("/v1") if root else self.url) + path
         body = None if payload is None else json.dumps(payload, sort_keys=True).encode()
-        return parse(self._persist(url, body, ends))
+        return parse(self._persist(url, body, deadline))
 
-    def _persist(self, url, body, ends):
+    def _persist(self, url, body, deadline):
         """The reply of the first attempt that succeeds, with longer and longer pauses between."""
         jitter = random.Random(body)
         for attempt in range(1, self.attempts + 1):
             try:
-                return self._attempt(url, body, ends)
+                return self._attempt(url, body, deadline)
             except Missing as miss:
                 doubled = FIRST_PAUSE * 2 ** (attempt - 1)
                 pause = max(miss.pause, doubled * (0.5 + jitter.random()))
-                too_late = time.monotonic() + pause >= ends
+                too_late = time.monotonic() + pause >= deadline
                 if not miss.again or attempt == self.attempts or too_late:
                     raise
             self.count("retries")
             self.count("retry_seconds", pause)
             self._closing.wait(pause)
 
-    def _attempt(self, url, body, ends):
+    def _attempt(self, url, body, deadline):
         """One request, bounded in time whatever the server does: the decoded JSON, or Missing."""
         started = time.monotonic()
-        limit = min(self.timeout, ends - started)
+        limit = min(self.timeout, deadline - started)
         if limit <= 0 or self._closing.is_set():
             raise Missing("deadline")
         self._spend(free=body is None)  # a list of models costs nothing

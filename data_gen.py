@@ -219,7 +219,7 @@ def variety_faults(sets):
     rows = sets["demonstrations.jsonl"]
     openings = {" ".join(row["final"].lower().split()[:3]) for row in rows}
     if len(openings) < 0.8 * len(rows):
-        found = f"{len(openings)} different openings of {len(rows)} finals"
+        found = f"{len(openings)} different openings of {len(rows)} joint solutions"
         yield f"demonstrations.jsonl: {found}; vary them"
 
 

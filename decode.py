@@ -2,7 +2,7 @@
 
     id, place, temperature, top-p, uniform number of each row  -> one copy in
     embedding ... logits, the drawn token                      -> a CUDA graph, or the same in eager
-    id, log-prob, cut, mass of each row                        -> one copy out, the only wait
+    id, log-prob, cut, log mass of each row                    -> one copy out, the only wait
 
 Launched one by one from Python, the thousand small kernels of a step take longer to launch than to
 run; a CUDA graph launches all of them at once. It repeats what was recorded with the same tensors,
@@ -85,7 +85,7 @@ class Decoder:
         """Read one id into each row of `wishes` and draw the next.
 
         wishes: {row: (id, temperature, top-p, uniform number)}. Returns a list, in their order, of
-        (id, log-prob, cut, mass), see `drawing.draw`.
+        (id, log-prob, cut, log mass), see `drawing.draw`.
         """
         lengths = self.cache.lengths
         self.cache.grow(max(lengths) + 1)

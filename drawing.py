@@ -16,22 +16,22 @@ def draw(logits, temperature, top_p, uniform):
 
     logits (b, V) fp32; temperature, top_p and uniform (b,). Returns, (b,) each: ids; log-probs at
     that temperature over the full vocabulary; cuts, the log-prob at which the row's nucleus ends
-    (-inf without one); masses, the log of the nucleus's probability.
+    (-inf without one); log masses, the log of the nucleus's probability.
     """
     logp = log_probs(logits, temperature)  # (b, V)
     weights = logp.exp()
     cut = torch.full_like(uniform, -math.inf)
-    mass = torch.zeros_like(uniform)
+    log_mass = torch.zeros_like(uniform)
     rows = (top_p < 1).nonzero()[:, 0]
     if len(rows):
         cut[rows] = nucleus(logp[rows], top_p[rows])
         weights[rows] = torch.where(logp[rows] >= cut[rows, None], weights[rows], 0.0)
-        mass[rows] = weights[rows].sum(1).log()
+        log_mass[rows] = weights[rows].sum(1).log()
     ids = invert(weights, uniform)
     greedy = temperature == 0
     if greedy.any():
         ids = torch.where(greedy, logits.argmax(1), ids)
-    return ids, logp.gather(1, ids[:, None])[:, 0], cut, mass
+    return ids, logp.gather(1, ids[:, None])[:, 0], cut, log_mass
 
 
 def draw_static(logits, temperature, top_p, uniform, any_greedy, any_nucleus):
@@ -39,16 +39,16 @@ def draw_static(logits, temperature, top_p, uniform, any_greedy, any_nucleus):
     logp = log_probs(logits, temperature)  # (b, V)
     weights = logp.exp()
     cut = torch.full_like(uniform, -math.inf)
-    mass = torch.zeros_like(uniform)
+    log_mass = torch.zeros_like(uniform)
     if any_nucleus:
         cuts = top_p < 1
         cut = torch.where(cuts, nucleus(logp, top_p, quick=None), cut)
         weights = weights.masked_fill(~(logp >= cut[:, None]), 0.0)
-        mass = torch.where(cuts, weights.sum(1).log(), mass)
+        log_mass = torch.where(cuts, weights.sum(1).log(), log_mass)
     ids = invert(weights, uniform)
     if any_greedy:
         ids = torch.where(temperature == 0, logits.argmax(1), ids)
-    return ids, logp.gather(1, ids[:, None])[:, 0], cut, mass
+    return ids, logp.gather(1, ids[:, None])[:, 0], cut, log_mass
 
 
 def log_probs(logits, temperature):

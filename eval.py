@@ -55,12 +55,6 @@ from sides import (
 TOKENS = {"streams", "final_ids", "final_sample", "advantage", "step", "group"}  # of a record
 
 
-def judged(record, verdict):
-    """A record with its reward, None where the verdict is missing."""
-    said = {"raw": verdict.raw, "failures": [verdict.reason] if verdict.reason else []}
-    return {**record, "reward": verdict.value, "judge": said}
-
-
 def played(voices, pairs, settings, judge, seed, partner=None, quiet=False):
     """Play (scenario, seed number) pairs in one batch: records as in dialogues.jsonl, judged."""
     dialogues = [selfplay.Dialogue(scenario, 0, i, k) for i, (scenario, k) in enumerate(pairs)]
@@ -69,13 +63,9 @@ def played(voices, pairs, settings, judge, seed, partner=None, quiet=False):
         selfplay.play(
             voices, dialogues, settings, judge, seed, partner, on_done=lambda _: bar.update()
         )
-    records = []
     for dialogue in dialogues:
-        record = dialogue.record()
-        if dialogue.pending_verdict is not None:
-            record = judged(record, dialogue.pending_verdict.result())
-        records.append(record)
-    return records
+        dialogue.take_verdict()
+    return [dialogue.record() for dialogue in dialogues]
 
 
 def negotiations(pair, settings, judge, partner, pairs):
@@ -103,7 +93,7 @@ def endorse(records, judge):
 
 
 def heldout(voice, scenarios, settings, judge, samples=2, seed=0, share=slice(None)):
-    """For train.py: records of `samples` dialogues on each scenario, with the same seeds each time.
+    """For run.py: records of `samples` dialogues on each scenario, with the same seeds each time.
 
     share: which of them this rank plays. A judge who is away costs rewards (None), never the run.
     """
@@ -134,7 +124,7 @@ HELPER = "You are a helpful assistant."  # the system text of open and general
 
 def asked_alone(voice, prompt):
     """Ids of a prompt, a user's message, up to where the answer begins."""
-    return voice.chat.asked("", voice.chat.head_parts(HELPER, prompt))
+    return voice.chat.asked("", voice.chat.prompt_parts(HELPER, prompt))
 
 
 @torch.no_grad()
@@ -322,8 +312,8 @@ def answered(side, judge, pairs):
     for (row, k), turn, verdict in zip(pairs, turns, verdicts(asked), strict=True):
         case = {"scenario_id": row["id"], "member": k, "dilemma": row["question"], "personas": []}
         said = {"turns": [], "agreed": False, "final": turn.text}
-        record = {**case, **said, "final_truncated": turn.truncated}
-        records.append(judged(record, verdict))
+        said |= {"final_truncated": turn.truncated}
+        records.append({**case, **said, "reward": verdict.value, "judge": verdict.record()})
     return records
 
 

@@ -2,7 +2,7 @@
 
     A_i   = (r_i - mean r) / (std r + eps)        r: the rewards of one scenario's group        (1)
     rho_t = pi(a_t | s_t) / pi_old(a_t | s_t)     pi_old: the policy that sampled a_t           (2)
-    L_t   = -min(rho_t A, clip(rho_t, 1 - low, 1 + high) A)                                     (3)
+    L_t   = -min(rho_t A_i, clip(rho_t, 1 - low, 1 + high) A_i)                                 (3)
     k3_t  = exp(d_t) - d_t - 1                    d_t = log pi_ref - log pi                     (4)
     L     = sum_t m_t (L_t + beta k3_t) / D       m: the token mask, D: its sum over the batch  (5)
 
@@ -30,10 +30,11 @@ from packing import pack
 
 
 def group_advantages(rewards, scale="std", eps=1e-4, noise=0.0):
-    """Eq. 1. rewards (P, G) float, NaN = missing -> advantages (P, G), 0 where missing.
+    """Eq. 1. rewards (P, G) float: P groups of G dialogues, NaN = missing -> advantages (P, G).
 
     scale "std" divides by the unbiased standard deviation + eps, "none" does not. A group of under
-    two rewards, or of rewards no further apart than `noise` (the judge's wobble), gets exact zeros.
+    two rewards, or of rewards no further apart than `noise` (the judge's wobble), gets exact zeros,
+    and so does a missing reward.
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale {scale!r}: must be 'std' or 'none'")
@@ -108,7 +109,7 @@ def sum_losses(losses, mask, aggregate, length=None):
     if aggregate == "constant" and length is not None:
         return losses.sum() / length, len(mask)
     raise ValueError(
-        f"aggregate {aggregate!r}: must be 'token', 'sequence' or, with a denominator, 'constant'"
+        f"aggregate {aggregate!r}: must be 'token', 'sequence' or, with a length, 'constant'"
     )
 
 
@@ -180,8 +181,8 @@ class Learner:
         logp = self.logprobs(self.model, tree, samples)  # (B, T)
         self.model.eval()
         mask, old_logp = self.mask_and_old_logp(samples)  # (B, T) each
-        if samples[0].dialogue.stop == "written":
-            # Nobody sampled it: at ratio 1 the gradient is that of plain likelihood.
+        nobody_sampled = samples[0].dialogue.stop == "written"  # a sampler's NaN skips the step
+        if nobody_sampled:  # at ratio 1 the gradient is that of plain likelihood
             old_logp = torch.where(old_logp.isnan(), logp.detach(), old_logp)
         ref_logp = self.reference_logprobs(tree, samples) if cfg.beta > 0 else None  # (B, T)
         advantages = [sample.dialogue.advantage for sample in samples]
@@ -196,7 +197,7 @@ class Learner:
 
         tokens = sum(len(sample.wanted) for sample in samples)
         stats["logprob_gap"] = masked_mean((logp.detach() - old_logp).abs(), mask)
-        # One sample's estimate of the entropy; of written text it is the loss.
+        # The mean -log-prob that the sampler recorded estimates it; of written text it is the loss.
         stats["entropy"] = masked_mean(-old_logp, mask)
         self.add(**{name: mean.double() * tokens for name, mean in stats.items()})
         evidence = advantages.abs().sum()
@@ -216,8 +217,10 @@ class Learner:
 
     @property
     def row_length(self):
-        """The length of a row for --aggregate constant: all that it may have."""
-        return self.settings.turn_tokens * max(1, self.settings.max_turns)
+        """The length of a row for --aggregate constant: all that a dialogue may have trained."""
+        cfg = self.settings
+        turns = cfg.turn_tokens * cfg.max_turns if cfg.train_tokens != "final" else 0
+        return turns + (cfg.final_tokens if cfg.train_tokens != "dialogue" else 0)
 
     def mask_and_old_logp(self, samples):
         """(B, T) each, padded with 0: 1 at trained tokens; the sampler's log-probs of them."""

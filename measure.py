@@ -111,9 +111,9 @@ RISEN = {  # above this, and not so in the first step: a sign of collapse
 }
 HALVED = {
     "distinct_2": "few different word pairs",
-    "distinct_openings": "finals begin alike",
-    "grounding": "finals leave the dilemma",
-    "final_words": "finals shrink",
+    "distinct_openings": "joint solutions begin alike",
+    "grounding": "joint solutions leave the dilemma",
+    "final_words": "joint solutions shrink",
 }
 
 

@@ -49,7 +49,7 @@ def continued(sample, final):
     """One sample for a stream and the final that goes on from it: no token is read twice."""
     n = len(sample.ids)
     columns = {}
-    for name in ("mask", "logprobs", "cuts", "masses"):
+    for name in ("mask", "logprobs", "cuts", "log_masses"):
         columns[name] = getattr(sample, name) + getattr(final, name)[n:]
     return dataclasses.replace(final, **columns)
 
@@ -66,6 +66,7 @@ def pack(group, train_tokens, micro_tokens):
         for sample in trained_samples(dialogue, train_tokens):
             if 1 in sample.mask:
                 untrained = sample.ids[: sample.mask.index(1)]
+                # 32 ids tell agents apart; `common_prefix` looks at all of them
                 alike[tuple(untrained[:32])].append((sample, dialogue))
     trees = []
     for pairs in alike.values():
@@ -103,7 +104,7 @@ def pack_sample(sample, dialogue, group, prefix_tokens):
         dialogue,
         group,
         wanted=[i - prefix_tokens for i in trained],
-        # mass: the log of the nucleus's probability, by which the sampler renormalised
-        sampler_logp=[sample.logprobs[i] - sample.masses[i] for i in trained],
+        # log_masses: of the nucleus's probability, by which the sampler renormalised
+        sampler_logp=[sample.logprobs[i] - sample.log_masses[i] for i in trained],
         cuts=[sample.cuts[i] if sample.cuts[i] < 0 else -math.inf for i in trained],
     )

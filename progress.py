@@ -2,7 +2,7 @@
 
     dialogues.jsonl's records  ->  summary: a row  ->  metrics.jsonl, Terminal.show, Log.write
 
-Everything here reads; nothing changes what a run computes.
+Everything here reads; nothing changes what a step computes. `reason_to_stop` may end a run.
 """
 
 import collections

@@ -57,7 +57,7 @@ class JudgeSettings:
         "auto", "how it is read (auto: the first that works)", choices=("auto", *MODES)
     )
     judge_sees: str = option(
-        "final", "the final completion, or the dialogue too", choices=("final", "dialogue")
+        "final", "the joint solution, or the dialogue too", choices=("final", "dialogue")
     )
     judge_noise: float = option(0.02, "rewards of a group this close count as equal", low=0)
     judge_concurrency: int = option(
@@ -156,23 +156,24 @@ class Judge:
         return self.way.mode
 
     def score(self, dilemma, personas, turns, final):
-        """CA score of a joint solution: a float from 0 to 5 (of a reward model: any number)."""
+        """A Future of a Verdict whose value is a joint solution's CA score, a float (0 to 5, or
+        of a reward model any number); None where it is missing, here and below."""
         texts = {"solution": clean(final)}
         if self.settings.judge_sees == "dialogue":
             texts = {"dialogue": spoken(personas, turns), **texts}
         return self._ask("score", dilemma, personas, texts)
 
     def agreed(self, dilemma, personas, turns):
-        """Whether the core direction is settled: True or False."""
+        """A Future of a Verdict whose value is whether the core direction is settled: a bool."""
         return self._ask("agreed", dilemma, personas, {"dialogue": spoken(personas, turns)})
 
     def endorse(self, dilemma, persona, final):
-        """How satisfied one persona is with a solution: a float from 0 to 5."""
+        """A Future of a Verdict whose value is how satisfied one persona is, a float likewise."""
         texts = {"solution": clean(final)}
         return self._ask("endorse", dilemma, [persona], texts, name=clean(persona["name"]))
 
     def compare(self, dilemma, personas, first, second, question):
-        """Which of two solutions is better by `question`: "A" (the first), "B" or "tie"."""
+        """A Future of a Verdict: the better one by `question`, "A" (the first), "B" or "tie"."""
         texts = {"solution A": clean(first), "solution B": clean(second)}
         return self._ask("compare", dilemma, personas, texts, question=question)
 
@@ -185,7 +186,7 @@ class Judge:
     def _ask(self, kind, dilemma, personas, texts, **slots):
         texts = {name: text or "(nothing)" for name, text in texts.items()}
         case = Case(case_of(dilemma, personas), texts, slots)
-        question = json.dumps([kind, case.head, texts, slots])
+        question = json.dumps([kind, case.before, texts, slots])
         digest = hashlib.sha256(question.encode()).digest()
         known = self.answers.get(digest)
         if known and not is_missing(known):
@@ -196,39 +197,39 @@ class Judge:
             self.answers[digest] = asked
         return asked
 
-    def _answer(self, kind, case, ends):
+    def _answer(self, kind, case, deadline):
         """On a worker: a Verdict, whatever happens (only BudgetSpent goes up)."""
         try:
-            return self._read(kind, case, ends)
+            return self._read(kind, case, deadline)
         except Missing as miss:
             self.client.count(miss.reason)
             return Verdict(None, miss.reason, miss.raw)
 
-    def _read(self, kind, case, ends):
+    def _read(self, kind, case, deadline):
         """One question, asked and read in the way that was found. Raises Missing."""
         if self.mode == "rm":
-            return self._read_reward(kind, case, ends)
+            return self._read_reward(kind, case, deadline)
         question = QUESTIONS[kind]
         payload = {"model": self.model}
         if self.mode == "expect":
-            read = read_expect
+            read = functools.partial(read_expect, kind)
             payload["messages"] = for_chat(self.rubric, kind, case, question.in_a_word)
             payload[self.way.limit] = 1
             payload["logprobs"] = True
             payload["top_logprobs"] = 10
         else:
-            read = read_chat
+            read = functools.partial(read_chat, kind)
             payload["messages"] = for_chat(self.rubric, kind, case, question.in_json)
             payload[self.way.limit] = self.settings.judge_tokens
         if self.way.cold:
             payload["temperature"] = 0
-        return self.client.ask("/chat/completions", payload, functools.partial(read, kind), ends)
+        return self.client.ask("/chat/completions", payload, read, deadline)
 
-    def _read_reward(self, kind, case, ends):
+    def _read_reward(self, kind, case, deadline):
         """What a reward model gives; of two solutions, the one with the higher number."""
         if kind == "compare":
-            alone = [Case(case.head, {"solution": text}, {}) for text in case.texts.values()]
-            first, second = [self._read_reward("score", one, ends).value for one in alone]
+            alone = [Case(case.before, {"solution": text}, {}) for text in case.texts.values()]
+            first, second = [self._read_reward("score", one, deadline).value for one in alone]
             raw = f"{first}, {second}"
             if abs(first - second) <= self.settings.judge_noise:
                 return Verdict("tie", raw=raw)
@@ -245,7 +246,7 @@ class Judge:
                 {"role": "user", "content": before},
                 {"role": "assistant", "content": judged},
             ]
-        value = self.client.ask(self.way.endpoint, payload, read_reward, ends, root=True)
+        value = self.client.ask(self.way.endpoint, payload, read_reward, deadline, root=True)
         return Verdict(value > 0.5 if kind == "agreed" else round(value, 3), raw=f"{value:.4f}")
 
     # -- before the run
@@ -293,12 +294,12 @@ class Judge:
                     break
         return misses
 
-    def _try(self, ends):
+    def _try(self, deadline):
         """Ask one easy question in this mode, in words that the server takes. Raises Missing."""
         for changes in REWARD_WAYS if self.mode == "rm" else CHAT_WAYS:
             self.way = dataclasses.replace(self.way, **changes)
             try:
-                return self._read("score", EASY, ends)
+                return self._read("score", EASY, deadline)
             except Missing as miss:
                 last = miss
                 if miss.reason not in REFUSED:
@@ -368,10 +369,10 @@ def embedded_server():
 
 
 @contextlib.contextmanager
-def open_judge(settings, rank=0, share=lambda value: value, key="JUDGE_API_KEY"):
+def open_judge(settings, rank=0, broadcast=lambda value: value, key="JUDGE_API_KEY"):
     """The judge that `settings` name, after its preflight, closed at the end of the block.
 
-    Rank 0 starts the embedded server (without --judge-url) and finds the way to ask; `share`
+    Rank 0 starts the embedded server (without --judge-url) and finds the way to ask; `broadcast`
     gives the other ranks rank 0's value: all of them ask alike. key: the environment variable.
     """
     if settings.judge_model and not settings.judge_url:
@@ -382,10 +383,10 @@ def open_judge(settings, rank=0, share=lambda value: value, key="JUDGE_API_KEY")
         url = settings.judge_url
         if rank == 0 and not url:
             url = stack.enter_context(embedded_server())
-        judge = stack.enter_context(contextlib.closing(Judge(settings, share(url), key)))
+        judge = stack.enter_context(contextlib.closing(Judge(settings, broadcast(url), key)))
         if rank == 0:
             print(judge.preflight(), flush=True)
-        judge.way = share(judge.way)
+        judge.way = broadcast(judge.way)
         if settings.rubric and judge.mode == "rm":
             raise UserError("--rubric: a reward model reads none; name a chat judge by --judge-url")
         yield judge

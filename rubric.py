@@ -152,7 +152,7 @@ def clean(text):
 class Case:
     """What a question is about."""
 
-    head: str  # the dilemma and the creeds
+    before: str  # the dilemma and the creeds
     texts: dict  # the untrusted texts that are judged, by name
     slots: dict  # of the question's own words
 
@@ -171,9 +171,9 @@ def spoken(personas, turns):
 
 def marked(case):
     """The case as text, each untrusted part between markers: a hash of it all, so unknowable."""
-    marker = hashlib.sha256(json.dumps([case.head, case.texts]).encode()).hexdigest()[:8]
+    marker = hashlib.sha256(json.dumps([case.before, case.texts]).encode()).hexdigest()[:8]
     parts = [f"\n{name} {marker}:\n{text}\n{marker}\n" for name, text in case.texts.items()]
-    return case.head + "".join(parts)
+    return case.before + "".join(parts)
 
 
 def for_chat(rubric, kind, case, how):
@@ -199,10 +199,10 @@ def for_reward_model(kind, case):
         said, _, last = judged.rpartition("\n")
         name, _, judged = last.partition(": ")
         before = [said, name + ":"]
-    return "\n".join([case.head, *before]).rstrip(), judged
+    return "\n".join([case.before, *before]).rstrip(), judged
 
 
-# ---- three ways to read a reply: each returns a Verdict or raises Missing ------------------------
+# ---- three ways to read a reply: a Verdict (`read_reward`: a number) each, or Missing ------------
 
 LEAST_MASS = 0.05  # `expect` reads nothing when the answer words together are less likely
 
@@ -214,6 +214,10 @@ class Verdict:
     value: float | bool | str | None  # "A", "B" or "tie" where two are compared; None: missing
     reason: str = ""  # why it is missing
     raw: str = ""  # the reply, or the numbers read from it
+
+    def record(self):
+        """What a dialogue's record keeps of it, under "judge"."""
+        return {"raw": self.raw, "failures": [self.reason] if self.reason else []}
 
 
 def read_expect(kind, reply):

@@ -207,7 +207,7 @@ class Run:
         return sorted(everyone, key=lambda record: (record[key], record["member"]))
 
     def log_step(self, step, dialogues, means, seconds):
-        """Write and show what a step was like. Raises Ended where it has to be the last.
+        """Write and show what a step was like. Returns (exit code, reason); code 0: go on.
 
         means: of the learner. seconds: {"play" | "judge" | "learn": time}.
         """
@@ -226,7 +226,7 @@ class Run:
             self.terminal.show(row, self.metrics, dialogues[0], len(self.scenarios))
         why = self.terminal.reason_to_stop(row, records)
         ended = (3, f"stopped: {why}, then --resume") if why else (0, "done")
-        self.end_if_any(*max(ended, self.stop.ending))
+        return max(ended, self.stop.ending)
 
     def evaluate_if_due(self):
         """Play the held-out scenarios, with the same seeds as ever."""

@@ -44,7 +44,7 @@ class Say:
         self.turn = Turn(self.speaker, "", truncated=True)
         self.spoken = False
 
-    def add(self, token, logprob, cut, mass):
+    def add(self, token, logprob, cut, log_mass):
         """Take the token that was drawn; at the end of the turn, decode its text."""
         chat, turn = self.table.voice.chat, self.turn
         self.unread = [token]
@@ -52,7 +52,7 @@ class Say:
         turn.logprobs.append(logprob)
         if self.top_p < 1:
             turn.cuts.append(cut)
-            turn.masses.append(mass)
+            turn.log_masses.append(log_mass)
         turn.truncated = token not in chat.ends
         self.spoken = not turn.truncated or len(turn.ids) == self.limit
         if self.spoken:
@@ -76,17 +76,17 @@ class Table:
         self.cache = self.decoder.cache_for(rows) if self.decoder else RaggedCache(rows)
         self.held = [[] for _ in range(rows)]
 
-    def read_heads(self, heads):
-        """Begin rows with their heads {row: ids}; what a group shares is read once, then copied."""
+    def read_prompts(self, prompts):
+        """Begin rows with prompts {row: ids}; what a group shares is read once, then copied."""
         rows_of = {}
-        for row, head in heads.items():
-            rows_of.setdefault(tuple(head), []).append(row)
-            self.held[row] = list(head)
+        for row, prompt in prompts.items():
+            rows_of.setdefault(tuple(prompt), []).append(row)
+            self.held[row] = list(prompt)
         readers = [rows[0] for rows in rows_of.values()]
-        self.cache.feed(self.voice.model, readers, [list(head) for head in rows_of])
-        for head, (reader, *others) in rows_of.items():
+        self.cache.feed(self.voice.model, readers, [list(prompt) for prompt in rows_of])
+        for prompt, (reader, *others) in rows_of.items():
             if others:
-                self.cache.copy(reader, others, len(head))
+                self.cache.copy(reader, others, len(prompt))
 
     def crop(self, row, ids):
         """Crop a row to what it shares with `ids`. Returns the ids to read, at least the last."""
@@ -104,8 +104,8 @@ class Table:
 
 
 def choose_batch(says):
-    """Who is in the next forward pass, all of one table: those who have one id to read, or first
-    those who have more, as soon as these are a quarter as many."""
+    """Who is in the next forward pass, all of one table: those who have one id to read, or those
+    who have more, once these are a quarter as many: all wait for a long pass, so it serves many."""
     says = [say for say in says if say.table is says[0].table]
     reading = [say for say in says if len(say.unread) > 1]
     talking = [say for say in says if len(say.unread) == 1]
@@ -120,14 +120,14 @@ def speak(batch, on_token=None):
     else:
         batch, logits = read(batch, table)
         drawn = zip(*draw_for(batch, logits))
-    for say, (token, logprob, cut, mass) in zip(batch, drawn):
-        say.add(token, logprob, cut, mass)
+    for say, (token, logprob, cut, log_mass) in zip(batch, drawn):
+        say.add(token, logprob, cut, log_mass)
         if on_token:
             on_token(say, token)
 
 
 def decode(batch, table):
-    """The static step of the table's decoder: (id, log-prob, cut, mass) of each."""
+    """The static step of the table's decoder: (id, log-prob, cut, log mass) of each."""
     wishes = {}
     for say in batch:
         wishes[say.row] = (say.unread[0], say.temperature, say.top_p, say.rng.random())
@@ -149,7 +149,7 @@ def read(batch, table):
 
 
 def draw_for(batch, logits):
-    """Draw the next token of each: lists of ids, log-probs, cuts and masses."""
+    """Draw the next token of each: lists of ids, log-probs, cuts, log masses."""
     temperatures = [say.temperature for say in batch]
     top_ps = [say.top_p for say in batch]
     uniforms = [say.rng.random() for say in batch]

@@ -4,14 +4,15 @@
                 agent 1's stream: system(persona 1) | dilemma, heard: turn 0 | turn 1 | ...
              -> when they agree, or at the limit, agent 0 writes the joint solution (the final)
 
-    play -> Match.advance -> negotiate -> talk -> Match.say_turn -> View.before -> a Say
+    play -> Match.advance -> negotiate -> talk -> Match.next_say -> View.sample_to_speak -> a Say
          -> speak, a token each time -> a Turn, sent back into talk -> ... -> Judge.score
 
 `negotiate` is one dialogue, top to bottom: a generator that yields what it waits for, a Say (until
 it is spoken) or a Future (until the judge answers). `play` serves many in one batch. A Dialogue is
 the record, a Match what it takes to play it, a Table the cache that the matches share.
 Left out: tools, streams that branch, more than two agents: two is assumed here, in chat.View (which
-does not say who spoke) and in dataset.py; packing, learner and transcripts take any number.
+does not say who spoke), in dataset.py, in what the judge is told (rubric.py, the `agreed` head) and
+in eval.py's pairs and scripted partners; packing, learner and transcripts take any number.
 
     python selfplay.py --dilemma "..." --human b      # watch one negotiation, or take a side
 """
@@ -30,7 +31,7 @@ import torch
 import dataset
 import reward
 from attention import context_limit
-from chat import Sample, Turn, View, Voice, streams_of
+from chat import Sample, Turn, View, Voice, samples_of
 from cli import UserError, command_line, option, run_cli
 from model import WARM_MODEL, load, own_device, reordered_weights
 from progress import printable
@@ -44,7 +45,7 @@ class PlaySettings:
 
     max_turns: int = option(3, "turns at most; 0: agent 0 answers alone, no negotiation", low=0)
     turn_tokens: int = option(56, "tokens a turn may have", low=2)
-    final_tokens: int = option(112, "tokens the joint final completion may have", low=2)
+    final_tokens: int = option(112, "tokens the joint solution may have", low=2)
     context_turns: int = option(0, "last turns that an agent sees (0: all; the paper: 2)", low=0)
     agreement: str = option(
         "judge",
@@ -53,13 +54,13 @@ class PlaySettings:
     )
     on_impasse: str = option(
         "complete",
-        "without agreement: write the final completion all the same, or none and reward zero",
+        "without agreement: write the joint solution all the same, or none and reward zero",
         choices=("complete", "zero"),
     )
     temperature: float = option(0.9, "of the dialogue", above=0)
     top_p: float = option(0.8, "nucleus of the dialogue, the learner's too", above=0, high=1)
-    final_temperature: float = option(0.8, "of the final completion (0: greedy)", low=0)
-    final_top_p: float = option(0.8, "nucleus of the final completion", above=0, high=1)
+    final_temperature: float = option(0.8, "of the joint solution (0: greedy)", low=0)
+    final_top_p: float = option(0.8, "nucleus of the joint solution", above=0, high=1)
     date: str = option(str(datetime.date.today()), "the day, for chat templates that print one")
 
 
@@ -110,16 +111,16 @@ def view_of(chat, me, scenario, marker, alone=False):
 
 @dataclasses.dataclass
 class Dialogue:
-    """One negotiation: scenario number `group` of the step, dialogue number `member` of its group.
+    """One negotiation: number `member` of the step's group number `group_index`.
 
     stop: "agreed", "max_turns" or "context"; "written" where nobody played it. streams: the
     Samples of each agent. pending_verdict: the Future of a rubric.Verdict on the final. reward:
-    None where it is missing.
+    None where it is missing. judgement: what came of the judge, a Verdict's record.
     """
 
     scenario: dataset.Scenario
     step: int
-    group: int
+    group_index: int
     member: int
     turns: list = dataclasses.field(default_factory=list)
     streams: list = dataclasses.field(default_factory=lambda: [[], []])
@@ -131,7 +132,13 @@ class Dialogue:
     pending_verdict: object = None
     reward: float = None
     advantage: float = None
-    judge: dict = dataclasses.field(default_factory=lambda: {"raw": "", "failures": []})
+    judgement: dict = dataclasses.field(default_factory=lambda: {"raw": "", "failures": []})
+
+    def take_verdict(self):
+        """Wait for the Verdict on the final, if one is pending: its value is the reward."""
+        if self.pending_verdict is not None:
+            verdict = self.pending_verdict.result()
+            self.reward, self.judgement = verdict.value, verdict.record()
 
     def record(self):
         """The line of dialogues.jsonl."""
@@ -139,13 +146,11 @@ class Dialogue:
             {"speaker": turn.speaker, "text": turn.text, "truncated": turn.truncated}
             for turn in self.turns
         ]
-        streams = []
-        for speaker, samples in enumerate(self.streams):
-            streams.append({"speaker": speaker, "samples": [s.record() for s in samples]})
+        streams = [[sample.record() for sample in samples] for samples in self.streams]
         return {
             "step": self.step,
             "scenario_id": self.scenario.id,
-            "group": self.group,
+            "group": self.group_index,
             "member": self.member,
             "dilemma": self.scenario.dilemma,
             "personas": list(self.scenario.personas),
@@ -156,9 +161,9 @@ class Dialogue:
             "final_truncated": self.final_truncated,
             "reward": self.reward,
             "advantage": self.advantage,
-            "judge": self.judge,
-            "streams": streams,
-            "final_ids": self.final_sample.sampled() if self.final_sample else [],
+            "judge": self.judgement,
+            "streams": [{"speaker": i, "samples": samples} for i, samples in enumerate(streams)],
+            "final_ids": self.final_sample.trained_ids() if self.final_sample else [],
             "final_sample": self.final_sample.record() if self.final_sample else None,
         }
 
@@ -176,12 +181,11 @@ def dialogue_of(demonstration, chat, settings):
     views = [view_of(chat, me, scenario, settings.agreement == "marker") for me in (0, 1)]
     final = written(chat, 0, demonstration.final)
     closing = final_request(scenario, FINAL)
-    dialogue = Dialogue(scenario, step=0, group=0, member=0, turns=turns)
-    dialogue.agreed = demonstration.agreed
-    dialogue.stop = "written"
-    dialogue.streams = [streams_of(view, turns, settings.context_turns) for view in views]
+    dialogue = Dialogue(scenario, step=0, group_index=0, member=0, turns=turns)
+    dialogue.agreed, dialogue.stop = demonstration.agreed, "written"
+    dialogue.streams = [samples_of(view, turns, settings.context_turns) for view in views]
     dialogue.final = demonstration.final
-    dialogue.final_sample = views[0].until(turns, final, train=False, closing=closing)
+    dialogue.final_sample = views[0].sample_with(turns, final, train=False, closing=closing)
     dialogue.advantage = 1.0
     return dialogue
 
@@ -228,12 +232,12 @@ class Match:
         scenario = zlib.crc32(d.scenario.id.encode())
         return np.random.default_rng([self.seed, d.step, scenario, d.member, number])
 
-    def say_turn(self, number, unless):
-        """The Say of a turn, or None where it would leave no room for the final completion."""
+    def next_say(self, number, unless):
+        """The Say of a turn, or None where it would leave no room for the joint solution."""
         settings, turns, me = self.settings, self.dialogue.turns, number % 2
         seen = turns[-settings.context_turns :] if settings.context_turns else turns
-        ids = self.views[me].before(seen, windowed=len(seen) < len(turns)).ids
-        closed = self.views[0].before(turns, self.request).ids
+        ids = self.views[me].sample_to_speak(seen, windowed=len(seen) < len(turns)).ids
+        closed = self.views[0].sample_to_speak(turns, self.request).ids
         if len(ids) + room(settings) > self.limits[me]:
             return None
         if len(closed) + room(settings) + settings.final_tokens > self.limits[0]:
@@ -241,13 +245,13 @@ class Match:
         limit, rng = settings.turn_tokens, self.rng(number)
         return Say(me, ids, limit, settings.temperature, settings.top_p, rng, unless)
 
-    def say_final(self):
-        """The Say of the final completion, or None where the context is full."""
+    def final_say(self):
+        """The Say of the joint solution, or None where the context is full."""
         settings = self.settings
-        ids = self.views[0].before(self.dialogue.turns, self.request).ids
+        ids = self.views[0].sample_to_speak(self.dialogue.turns, self.request).ids
         if len(ids) + settings.final_tokens > self.limits[0]:
             return None
-        limit, rng = settings.final_tokens, self.rng(1 << 20)
+        limit, rng = settings.final_tokens, self.rng(1 << 20)  # no turn's number
         how = settings.final_temperature, settings.final_top_p
         return Say(0, ids, limit, *how, rng, final=True)
 
@@ -275,31 +279,28 @@ class Match:
 
 
 def negotiate(match):
-    """One dialogue, top to bottom: a generator that is sent a Turn for each Say that it yields,
-    and a Verdict for each Future.
-
-    Fills in the dialogue's turns, streams, agreed, stop, final and the pending verdict.
-    """
+    """One dialogue, top to bottom: is sent a Turn for each Say that it yields, a Verdict for each
+    Future. Fills in the dialogue's turns, streams, agreed, stop, final and the pending verdict."""
     dialogue, settings, views = match.dialogue, match.settings, match.views
     last_verdict = yield from talk(match)
     turns = dialogue.turns
-    dialogue.streams = [streams_of(view, turns, settings.context_turns) for view in views]
+    dialogue.streams = [samples_of(view, turns, settings.context_turns) for view in views]
     if turns and not dialogue.agreed and settings.on_impasse == "zero":
         if last_verdict and last_verdict.value is None:
             # Nobody knows whether they agreed: a missing reward, not a zero.
-            dialogue.judge["failures"] = [f"agreement: {last_verdict.reason}"]
+            dialogue.judgement["failures"] = [f"agreement: {last_verdict.reason}"]
         else:
-            dialogue.reward = 0.0  # the paper: no completion, reward 0, kept in the group
+            dialogue.reward = 0.0  # the paper: no solution, reward 0, kept in the group
         return
-    say = match.say_final()
+    say = match.final_say()
     if say is None:
         dialogue.stop = "context"
-        dialogue.judge["failures"] = ["context full"]
+        dialogue.judgement["failures"] = ["context full"]
         return
     final = yield say
     dialogue.final = final.text
     dialogue.final_truncated = final.truncated
-    dialogue.final_sample = views[0].until(turns, final, train=False, closing=match.request)
+    dialogue.final_sample = views[0].sample_with(turns, final, train=False, closing=match.request)
     if match.judge:
         dilemma, personas = dialogue.scenario.dilemma, dialogue.scenario.personas
         dialogue.pending_verdict = match.judge.score(dilemma, personas, turns, final.text)
@@ -308,15 +309,16 @@ def negotiate(match):
 def talk(match):
     """The turns, until the agents agree, have had their turns, or a context is full.
 
+    Yields the Say of each turn and the Future of each Verdict; fills in turns, agreed and stop.
     Turn n + 1 is spoken while the judge reads turn n. If it finds agreement there, turn n + 1 is
     dropped. Returns the Verdict on the last turn, or None if nobody was asked.
     """
     dialogue, settings, turns = match.dialogue, match.settings, match.dialogue.turns
     dilemma, personas = dialogue.scenario.dilemma, dialogue.scenario.personas
     dialogue.stop = "max_turns"
-    check = None  # Future of the Verdict whether `turns` end in agreement
+    check, verdict = None, None  # the Future, until it is read, and the Verdict: do they agree?
     for number in range(settings.max_turns):
-        say = match.say_turn(number, unless=check)
+        say = match.next_say(number, unless=check)
         if say is None:
             dialogue.stop = "context"
             break
@@ -324,8 +326,9 @@ def talk(match):
         if not partner_speaks:
             turn = yield say
         if check:
-            verdict = yield check
-            if verdict.value:
+            verdict, check = (yield check), None
+            dialogue.agreed = bool(verdict.value)
+            if dialogue.agreed:
                 break
         if partner_speaks:
             text = match.partner(dialogue)
@@ -336,8 +339,7 @@ def talk(match):
             break
         if settings.agreement == "judge" and len(turns) > 1:
             check = match.judge.agreed(dilemma, personas, turns[:])
-    verdict = None
-    if check:  # of the last turn that counts; where it broke the loop, it is answered already
+    if check:  # on the last turn
         verdict = yield check
         dialogue.agreed = bool(verdict.value)
     if dialogue.agreed:
@@ -358,7 +360,7 @@ def both_accept(turns):
 def play(
     voices, dialogues, settings, judge=None, seed=0, partner=None, on_token=None, on_done=None
 ):
-    """Play `dialogues` (scenario, step, group and member set) to their ends; returns them.
+    """Play `dialogues` (scenario, step, group_index, member set) to their ends; returns them.
 
     voices: the Voice of agent 0 and of agent 1, usually one and the same. A finished dialogue is
     sent to the judge while the others still talk. partner: see `Match`. on_token(say, id) and
@@ -376,10 +378,10 @@ def play(
         places = (tables[0], row), (tables[1], row + count)
         matches.append(Match(dialogue, voices, settings, judge, seed, partner, places))
     with reordered_weights(*{voice.model for voice in voices}):
-        tables[0].read_heads({row: match.views[0].head for row, match in enumerate(matches)})
+        tables[0].read_prompts({row: match.views[0].prompt for row, match in enumerate(matches)})
         if settings.max_turns > 1 and not partner:
-            heads = {row: match.views[1].head for row, match in enumerate(matches, count)}
-            tables[1].read_heads(heads)
+            prompts = {row: match.views[1].prompt for row, match in enumerate(matches, count)}
+            tables[1].read_prompts(prompts)
         while matches:
             for match in [match for match in matches if match.ready()]:
                 matches.remove(match)
@@ -461,14 +463,15 @@ def main(argv=None):
     settings = command_line(WatchSettings, argv, prog="selfplay.py")
     scenario = watched_scenario(settings)
     speaker = Voice(*load(settings.model, device=own_device()), settings.date)
-    voices, dialogue = (speaker, speaker), Dialogue(scenario, step=0, group=0, member=0)
+    voices, dialogue = (speaker, speaker), Dialogue(scenario, step=0, group_index=0, member=0)
     with reward.open_judge(settings) as judge:
         screen = Screen(scenario, speaker.chat)
         partner = screen.ask_human if settings.human else None
         play(voices, [dialogue], settings, judge, settings.seed, partner, screen.on_token)
-        missing = reward.Verdict(None, "no final completion")
-        verdict = dialogue.pending_verdict.result() if dialogue.pending_verdict else missing
-    score = f"none ({verdict.reason})" if verdict.value is None else f"{verdict.value:.2f} of 5"
+        dialogue.take_verdict()
+    why = "".join(dialogue.judgement["failures"]) or "no joint solution"
+    scored = dialogue.pending_verdict and dialogue.reward is not None
+    score = f"{dialogue.reward:.2f} of 5" if scored else f"none ({why})"
     print(f"\n\nstopped: {dialogue.stop}; the judge's score: {score}")
 
 

@@ -59,7 +59,7 @@ FREE = {  # settings that change no single item
     "date",  # a command that goes on the next day goes on where it was
 }
 # Taken from a run's config.json: how it played, and the judge that trained it. Not its end without
-# agreement: the protocol's evaluation writes a final completion all the same.
+# agreement: the protocol's evaluation writes a joint solution all the same.
 PLAY = {field.name for field in dataclasses.fields(selfplay.PlaySettings)} - {"on_impasse"}
 JUDGE = {"judge_url", "judge_model", "judge_mode", "judge_sees", "judge_noise", "rubric"}
 

@@ -54,9 +54,9 @@ from settings import read_settings
 
 def self_play_loop(run):
     """Deal, play, judge, learn, from the first step to the last."""
-    settings, world = run.settings, run.world
-    scenarios, held_out = divide(settings)
+    scenarios, held_out = divide(run.settings)
     run.begin_play(scenarios, held_out)
+    settings, world = run.settings, run.world
     run.evaluate_if_due()
     for step in range(run.done + 1, settings.steps + 1):
         groups = deal(scenarios, settings, step, world)
@@ -68,7 +68,8 @@ def self_play_loop(run):
         run.policy.update_player()
         learnt = time.perf_counter()
         seconds = {"play": played - start, "judge": waited, "learn": learnt - played - waited}
-        run.log_step(step, dialogues, means, seconds)
+        ending = run.log_step(step, dialogues, means, seconds)
+        run.end_if_any(*ending)  # a signal, a silent judge, steps that are not finite
         run.evaluate_if_due()
         due = settings.save_every and step % settings.save_every == 0
         if due or run.is_best():
@@ -94,7 +95,7 @@ def divide(settings):
     held_out = dataset.spread(scenarios, n) if n else []
     train_on = [scenario for scenario in scenarios if scenario not in held_out]
     if settings.epoch_steps:
-        rng = np.random.default_rng([settings.seed, 77])  # 77: none of `deal`'s orders
+        rng = np.random.default_rng([settings.seed, 77])  # 77: `deal` draws so in epoch 77 alone
         order = rng.permutation(len(train_on))
         drawn = order[: settings.epoch_steps * settings.scenarios_per_step]
         train_on = [train_on[i] for i in sorted(drawn)]
@@ -107,17 +108,17 @@ def deal(scenarios, settings, step, world):
     Scenarios come in the order of a permutation per epoch, a function of seed and step alone.
     """
     drawn, size = [], settings.group_size
-    for group in range(settings.scenarios_per_step):
-        epoch, at = divmod((step - 1) * settings.scenarios_per_step + group, len(scenarios))
+    for group_index in range(settings.scenarios_per_step):
+        epoch, at = divmod((step - 1) * settings.scenarios_per_step + group_index, len(scenarios))
         order = np.random.default_rng([settings.seed, epoch]).permutation(len(scenarios))
         drawn.append(order[at])
     groups = []
-    for group in range(world.rank, len(drawn), world.size):
-        scenario = scenarios[drawn[group]]
+    for index in range(world.rank, len(drawn), world.size):
+        scenario = scenarios[drawn[index]]
         # one that comes twice in a step goes on counting: other members draw other tokens
-        first = drawn[:group].count(drawn[group]) * size
+        first = drawn[:index].count(drawn[index]) * size
         members = range(first, first + size)
-        groups.append([selfplay.Dialogue(scenario, step, group, member) for member in members])
+        groups.append([selfplay.Dialogue(scenario, step, index, member) for member in members])
     return groups
 
 
@@ -175,14 +176,10 @@ def settle(group, settings):
     A missing reward is None, and so is its advantage.
     """
     for dialogue in group:
-        if dialogue.pending_verdict is not None:
-            try:
-                verdict = dialogue.pending_verdict.result()
-            except BudgetSpent:
-                verdict = Verdict(None, "budget spent")
-            failures = [verdict.reason] if verdict.reason else []
-            dialogue.reward = verdict.value
-            dialogue.judge = {"raw": verdict.raw, "failures": failures}
+        try:
+            dialogue.take_verdict()
+        except BudgetSpent:
+            dialogue.judgement = Verdict(None, "budget spent").record()
     rewards = [math.nan if dialogue.reward is None else dialogue.reward for dialogue in group]
     advantages = grpo.group_advantages(
         torch.tensor([rewards], dtype=torch.float64),  # (1, G)
@@ -219,16 +216,16 @@ def warm_start_loop(run):
     steps = range(run.done + 1, settings.steps + 1)
     for step in tqdm(steps, "steps", settings.steps, initial=run.done, disable=world.rank > 0):
         demonstration_step(run, step, deal_demonstrations(train_on, settings, step, epoch))
-        ends = step % epoch == 0 or step == settings.steps
-        if ends:
+        epoch_ends = step % epoch == 0 or step == settings.steps
+        if epoch_ends:
             log_heldout_loss(run, held_out, epoch)
         run.end_if_any(*run.stop.ending)
-        if ends and not run.is_best():
+        if epoch_ends and not run.is_best():
             run.saved = step  # on purpose without a checkpoint
             why = "the held-out loss rises, so the checkpoint before is the one to use"
             raise Ended(0, f"done: {why}")
         due = settings.save_every and step % settings.save_every == 0
-        if (ends or due) and not run.save():
+        if (epoch_ends or due) and not run.save():
             raise Ended(3, "a checkpoint could not be saved; make room, then --resume")
 
 

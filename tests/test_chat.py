@@ -235,14 +235,14 @@ def test_a_stream_is_what_the_template_renders(family, template, capsys):
         for count in range(me, 5, 2):
             expected = rendered(chat, view, WORDS[:count])
             if family == "byte-level BPE":  # the seam between the case and what follows it
-                at = len(view.head) - 1
+                at = len(view.prompt) - 1
                 assert expected[at : at + 2] == 2 * chat.plain("\n") and len(chat.plain("\n")) == 1
                 expected[at : at + 2] = chat.plain("\n\n")
-            assert view.before(turns[:count]).ids == expected
+            assert view.sample_to_speak(turns[:count]).ids == expected
         if chat.stable:
-            whole = view.before(turns[: 4 + me]).ids
+            whole = view.sample_to_speak(turns[: 4 + me]).ids
             for count in range(me, 4, 2):
-                ids = view.until(turns[:count], turns[count]).ids
+                ids = view.sample_with(turns[:count], turns[count]).ids
                 assert whole[: len(ids)] == ids
                 assert sum(token in chat.ends for token in ids) == ids.count(chat.end)
 
@@ -275,7 +275,7 @@ def test_no_text_becomes_a_control_token_or_a_marker(family, template):
         scene = dataclasses.replace(helpers.scenario(dilemma=words), personas=(persona, persona))
         said = chat.turn("Yes.")
         turns = [Turn(i % 2, words, False, said) for i in range(3)]
-        ids = selfplay.view_of(chat, 0, scene, True).before(turns, closing=words).ids
+        ids = selfplay.view_of(chat, 0, scene, True).sample_to_speak(turns, closing=words).ids
         return [token for token in ids if token in never]
 
     assert controls(BAD) == controls("Be fair.")
@@ -326,8 +326,8 @@ def test_a_thought_is_trained_and_not_part_of_the_past(template):
     ids = chat.encode([("<think>I lie.</think>Hello.", True)]) + [chat.end]
     first = Turn(0, chat.text(ids), False, ids, [-1.0] * len(ids))
     second = Turn(1, "No.", False, chat.turn("No."))
-    assert view.until([], first).sampled() == ids
-    seen = view.before([first, second])
+    assert view.sample_with([], first).trained_ids() == ids
+    seen = view.sample_to_speak([first, second])
     assert seen.ids == rendered(chat, view, ["Hello.", "No."])
     assert "lie" not in chat.tokenizer.decode(seen.ids)
 
@@ -339,7 +339,7 @@ DATED = "Today is {{ strftime_now('%d %b %Y') }}.\n" + helpers.CHATML
 
 def test_a_date_in_a_template_is_the_runs():
     chat = chat_format("tiktoken", DATED, "2024-02-29")
-    text = chat.tokenizer.decode(chat.head("Be fair."))
+    text = chat.tokenizer.decode(chat.prompt("Be fair."))
     assert text.startswith("Today is 29 Feb 2024.")
     assert selfplay.PlaySettings().date == str(datetime.date.today())
     with pytest.raises(cli.UserError, match="--date 'x': write it as YYYY-MM-DD"):

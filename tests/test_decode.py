@@ -59,11 +59,11 @@ def turns_of(dialogue):
 
 
 def assert_same(static, today):
-    """The same tokens, and their log-probs, cuts and masses to 1e-5."""
+    """The same tokens, and their log-probs, cuts and log masses to 1e-5."""
     for one, other in zip(static, today, strict=True):
         for a, b in zip(turns_of(one), turns_of(other), strict=True):
             assert a.ids == b.ids
-            for name in ("logprobs", "cuts", "masses"):
+            for name in ("logprobs", "cuts", "log_masses"):
                 numbers = torch.tensor([getattr(a, name), getattr(b, name)], dtype=torch.float64)
                 torch.testing.assert_close(*numbers, rtol=0, atol=1e-5)
 
@@ -78,7 +78,7 @@ def assert_same(static, today):
     ],
 )
 def test_the_static_step_draws_what_rows_left_out_draw(monkeypatch, kind, case):
-    """With idle rows (the other agent's, and who has spoken), sliding windows, heads read once."""
+    """With idle rows (the other agent's, who has spoken), sliding windows, prompts read once."""
     model, cfg = helpers.tiny(kind), settings(**CASES[case])
     today = played(monkeypatch, model, False, cfg)
     steps, compute = [], decode.Decoder.compute

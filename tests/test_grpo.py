@@ -438,6 +438,12 @@ def test_packed_logprobs_are_those_of_the_sampler(kind):
 # ---- the update ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("trained", "length"), [("dialogue", 24), ("final", 5), ("both", 29)])
+def test_the_constant_length_is_all_that_a_dialogue_may_have_trained(trained, length):
+    cfg = settings(max_turns=3, turn_tokens=8, final_tokens=5, train_tokens=trained)
+    assert grpo.Learner(None, None, cfg).row_length == length
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -539,7 +545,7 @@ def test_two_ranks_compute_what_one_does_and_skip_together(tmp_path):
         assert torch.load(tmp_path / f"nan-{rank}.pt", weights_only=False) == (True, True, 0)
 
 
-@pytest.mark.parametrize("broken", ["loss", "gradient"])
+@pytest.mark.parametrize("broken", ["loss", "sampler", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(broken):
     cfg = settings(lr=1e-2)
     groups = played(cfg)
@@ -550,6 +556,9 @@ def test_a_step_that_is_not_finite_changes_nothing(broken):
     hurt = copy.copy(groups[0][0])
     if broken == "loss":
         hurt.advantage = NAN
+    elif broken == "sampler":  # only where nobody sampled is a NaN no fault
+        hurt.streams = copy.deepcopy(hurt.streams)
+        hurt.streams[0][0].logprobs = [NAN] * len(hurt.streams[0][0].ids)
     else:
         weight = next(learner.model.parameters())
         handle = weight.register_hook(lambda gradient: gradient * INF)
@@ -724,11 +733,11 @@ def said(voice, speaker, word):
 def game(voice, word):
     """A dialogue in which both agents and the final say the word."""
     d = helpers.dialogues(1, 1)[0]
-    views = [selfplay.view_of(voice.chat, me, d.scenario, False) for me in (0, 1)]
+    one, two = [selfplay.view_of(voice.chat, me, d.scenario, False) for me in (0, 1)]
     d.turns = [said(voice, 0, word), said(voice, 1, word)]
-    d.streams = [[views[0].until([], d.turns[0])], [views[1].until(d.turns[:1], d.turns[1])]]
-    request = selfplay.final_request(d.scenario, selfplay.FINAL)
-    d.final_sample = views[0].until(d.turns, said(voice, 0, word), train=False, closing=request)
+    d.streams = [[one.sample_with([], d.turns[0])], [two.sample_with(d.turns[:1], d.turns[1])]]
+    final, request = said(voice, 0, word), selfplay.final_request(d.scenario, selfplay.FINAL)
+    d.final_sample = one.sample_with(d.turns, final, train=False, closing=request)
     return d
 
 
@@ -769,7 +778,7 @@ def parrots(monkeypatch):
 
 
 def score(d, word):
-    """The share of the final completion that is one certain word."""
+    """The share of the joint solution that is one certain word."""
     ids = [i for i, m in zip(d.final_sample.ids, d.final_sample.mask) if m]
     return ids.count(word_ids()[word]) / 3
 

@@ -792,7 +792,7 @@ def test_smollm2_plays_scores_and_saves_exactly(tmp_path):
     assert decode(chat.opening) == "<|im_end|>\n<|im_start|>assistant\n"
     assert decode(chat.after) == "\n<|im_start|>user\n"
     head = "<|im_start|>system\nBe fair.<|im_end|>\n<|im_start|>user\n"
-    assert decode(chat.head("Be fair.")) == head
+    assert decode(chat.prompt("Be fair.")) == head
     cfg = selfplay.PlaySettings(
         max_turns=2, turn_tokens=8, final_tokens=8, agreement="none", temperature=0.7
     )

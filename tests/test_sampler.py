@@ -31,7 +31,7 @@ def chi_square(counts, probabilities):
 def test_frequencies_are_those_of_the_softmax(temperature, top_p):
     logits, n = torch.randn(60, generator=torch.Generator().manual_seed(0)) * 2, 20000
     uniform = torch.tensor(np.random.default_rng(1).random(n), dtype=torch.float32)
-    ids, logp, cut, mass = sampler.draw(
+    ids, logp, cut, log_mass = sampler.draw(
         logits.expand(n, -1), torch.full((n,), temperature), torch.full((n,), top_p), uniform
     )
     p = (logits / temperature).softmax(0)
@@ -45,12 +45,12 @@ def test_frequencies_are_those_of_the_softmax(temperature, top_p):
     # and the test can see a wrong temperature
     assert chi_square(counts, (logits / temperature / 1.15).softmax(0))[0] > bound
     torch.testing.assert_close(logp, p.log()[ids])
-    torch.testing.assert_close(logp - mass, q.log()[ids], rtol=0, atol=1e-5)
+    torch.testing.assert_close(logp - log_mass, q.log()[ids], rtol=0, atol=1e-5)
     assert set(ids.tolist()) <= set(inside.tolist()) or top_p == 1
 
 
 def draw_one(logits, uniform, temperature=1.0, top_p=1.0):
-    """(id, log-prob, cut, mass) of a single row."""
+    """(id, log-prob, cut, log_mass) of a single row."""
     numbers = [torch.tensor([x]) for x in (temperature, top_p, uniform)]
     return [x.item() for x in sampler.draw(logits[None], *numbers)]
 
@@ -64,9 +64,9 @@ def test_sampling_at_the_edges():
     assert draw_one(certain, 0.0)[0] == draw_one(certain, 1.0)[0] == 1
     for size in (255, 256, 257):  # a nucleus of exactly as many tokens as the quick look takes
         likely, rest = torch.full((size,), 0.999 / size), torch.full((744,), 0.001 / 744)
-        token, _, cut, mass = draw_one(torch.cat([likely, rest]).log(), 0.99999, top_p=0.9985)
+        token, _, cut, log_mass = draw_one(torch.cat([likely, rest]).log(), 0.99999, top_p=0.9985)
         assert token < size and rest[0].log() < cut < likely[0].log()
-        assert mass == pytest.approx(math.log(0.999), abs=1e-4)
+        assert log_mass == pytest.approx(math.log(0.999), abs=1e-4)
     tied = torch.zeros(8)
     tied[0] = 1.0  # equals stay together, whatever rounding does
     assert draw_one(tied, 0.999, top_p=0.5)[3] == pytest.approx(0.0, abs=1e-6)

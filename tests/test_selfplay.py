@@ -153,7 +153,7 @@ def samples(dialogue):
 def check_logprobs(model, dialogue, cfg):
     """Recorded log-probs are those of a plain forward of each sample; outside the mask is 0."""
     for sample in samples(dialogue):
-        columns = (sample.mask, sample.logprobs, sample.cuts, sample.masses)
+        columns = (sample.mask, sample.logprobs, sample.cuts, sample.log_masses)
         assert all(len(column) == len(sample.ids) for column in columns)
         final = sample is dialogue.final_sample
         temperature = cfg.final_temperature if final else cfg.temperature
@@ -168,7 +168,7 @@ def check_masks(dialogue):
     for me, stream in enumerate(dialogue.streams):
         masked, spoken = [], []
         for sample in stream:
-            masked += sample.sampled()
+            masked += sample.trained_ids()
         for turn in dialogue.turns:
             spoken += turn.ids if turn.speaker == me else []
         assert masked == spoken
@@ -230,7 +230,7 @@ def test_masked_ids_decode_to_this_agents_utterances(template, context_turns):
         else:
             assert [len(stream) for stream in d.streams] == [3, 2]
             assert [sum(s.mask) for s in d.streams[0]] == [len(t.ids) for t in d.turns[::2]]
-        final = d.final_sample.sampled()
+        final = d.final_sample.trained_ids()
         assert final == d.record()["final_ids"] and d.final == speaker.chat.text(final)
     assert not_canonical  # what was sampled is not the encoding of its own text
 
@@ -272,12 +272,12 @@ def test_views_read_as_the_template_renders_them(template, me):
         messages, tokenize=False, add_generation_prompt=True
     )
     seen = turns[: 4 - me]
-    assert chat.tokenizer.decode(view.before(seen).ids) == rendered
-    own = view.until(seen, turns[4 - me])
+    assert chat.tokenizer.decode(view.sample_to_speak(seen).ids) == rendered
+    own = view.sample_with(seen, turns[4 - me])
     assert chat.tokenizer.decode(own.ids) == rendered + space + words[
         4 - me
     ] + chat.tokenizer.decode([chat.end])
-    closed = view.before(seen, closing="Sum up.")
+    closed = view.sample_to_speak(seen, closing="Sum up.")
     assert chat.tokenizer.decode(closed.ids) == rendered.replace(
         f"{words[3 - me]}\n\n{selfplay.ASK}", f"{words[3 - me]}\n\nSum up."
     )
@@ -384,23 +384,23 @@ def test_each_token_is_computed_once_per_stream(monkeypatch, context_turns, chec
         speaker.model.activation_checkpointing_enable()
     played = play(speaker, helpers.dialogues(2, 4), cfg)
     assert [content(d) for d in played] == [content(d) for d in expected]
-    heads, most = 0, 0  # tokens of shared heads, and of all samples behind theirs
+    prompts, most = 0, 0  # tokens of shared prompts, and of all samples behind theirs
     for d in played:
         views = [selfplay.view_of(speaker.chat, me, d.scenario, False) for me in (0, 1)]
         if d.member == 0:
-            assert [fed.count(view.head) for view in views] == [1, 1]  # once for the whole group
-            heads += sum(len(view.head) for view in views)
+            assert [fed.count(view.prompt) for view in views] == [1, 1]  # once for the whole group
+            prompts += sum(len(view.prompt) for view in views)
         for sample in samples(d):
             me = sample in d.streams[1]
-            most += len(sample.ids) - 1 - len(views[me].head)
-        if context_turns == 0:  # the final completion goes on where agent 0's stream ends
-            most -= len(d.streams[0][0].ids) - 1 - len(views[0].head)
+            most += len(sample.ids) - 1 - len(views[me].prompt)
+        if context_turns == 0:  # the joint solution goes on where agent 0's stream ends
+            most -= len(d.streams[0][0].ids) - 1 - len(views[0].prompt)
             # nobody needs to read the end that closes a truncated turn
             most -= d.final_truncated + d.turns[3].truncated
-    read_once = sum(map(len, fed)) - heads
+    read_once = sum(map(len, fed)) - prompts
     if context_turns == 0:
         assert read_once == most
-    else:  # all behind the head, once per turn; where windows overlap, less
+    else:  # all behind the prompt, once per turn; where windows overlap, less
         assert 0 < read_once <= most
 
 
@@ -527,11 +527,11 @@ def test_an_impasse_that_nobody_could_judge_is_missing_and_not_zero(moment):
     cfg = settings(agreement="judge", max_turns=3, on_impasse="zero")
     (d,) = play(talker(), helpers.dialogues(1, 1), cfg, Script(lambda *_: None, moment))
     assert (d.reward, d.final, d.pending_verdict, d.stop) == (None, None, None, "max_turns")
-    assert d.judge["failures"] == ["agreement: "]
+    assert d.judgement["failures"] == ["agreement: "]
     # the last answer is the one that counts
     judge = Script(lambda _, turns: None if len(turns) == 2 else False, moment)
     (d,) = play(talker(), helpers.dialogues(1, 1), cfg, judge)
-    assert (d.reward, d.judge["failures"]) == (0.0, [])
+    assert (d.reward, d.judgement["failures"]) == (0.0, [])
 
 
 @pytest.mark.parametrize(
@@ -588,7 +588,7 @@ def test_the_models_own_generation_defaults_do_not_count():
     ids = first_tokens(greedy, cfg, 400)
     assert ids == first_tokens(speaker, cfg, 400)
     scenario = helpers.dialogues(1, 1)[0].scenario
-    before = selfplay.view_of(speaker.chat, 0, scenario, False).before([]).ids
+    before = selfplay.view_of(speaker.chat, 0, scenario, False).sample_to_speak([]).ids
     p = (speaker.model(torch.tensor([before])).logits[0, -1] / 1.3).softmax(0).detach()
     statistic, bound = chi_square(torch.bincount(torch.tensor(ids), minlength=len(p)), p)
     assert statistic < bound
@@ -717,8 +717,8 @@ def test_a_full_context_ends_the_dialogue_and_cuts_no_persona(monkeypatch, room,
         assert not d.agreed and d.final is not None
         assert all(len(sample.ids) <= room for sample in samples(d))
         for me, stream in enumerate([[*d.streams[0], d.final_sample], d.streams[1]]):
-            head = selfplay.view_of(speaker.chat, me, d.scenario, False).head
-            assert all(sample.ids[: len(head)] == head for sample in stream)
+            prompt = selfplay.view_of(speaker.chat, me, d.scenario, False).prompt
+            assert all(sample.ids[: len(prompt)] == prompt for sample in stream)
         check_logprobs(speaker.model, d, cfg)
     assert max(longest) < room
 
@@ -734,7 +734,7 @@ def test_a_context_too_small_for_anything_gives_no_reward(monkeypatch):
             None,
             None,
             None,
-        ) and d.judge["failures"] == ["context full"]
+        ) and d.judgement["failures"] == ["context full"]
 
 
 def test_what_a_person_sees():

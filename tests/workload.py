@@ -35,7 +35,7 @@ class Flags:
     group: int = option(8, "dialogues of a scenario", low=2)
     turns: int = option(4, "turns", low=1)
     turn_tokens: int = option(48, "tokens of a turn", low=2)
-    final_tokens: int = option(64, "tokens of the final completion", low=2)
+    final_tokens: int = option(64, "tokens of the joint solution", low=2)
     repeats: int = option(3, "steps that are timed", low=1)
     json: str = option("", "a file to add the results to, as one line of JSON")
 
