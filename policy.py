@@ -7,10 +7,12 @@ with --fsdp a shard of it; then rank 0 alone reads the files, and gives the othe
 Left out: tensor and pipeline parallelism, quantisation.
 """
 
+import contextlib
 import copy
 import dataclasses
 import os
 from datetime import timedelta
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import grpo
 import model as lm
 from attention import inner
-from cli import UserError
+from cli import UserError, env_number
 from decode import decoder_of
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -78,9 +80,11 @@ class World:
 def start_world():
     """Join the process group that torchrun describes: NCCL on GPUs, gloo on CPUs.
 
-    Raises UserError where only half of torchrun's variables are there.
+    Raises UserError where only half of torchrun's variables are there, or no numbers.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = env_number("RANK", 0), env_number("WORLD_SIZE", 1, low=1)
+    if rank >= size:
+        raise UserError(f"RANK={rank} is set, but WORLD_SIZE is {size}; unset RANK")
     needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
     if size > 1 and missing:
@@ -88,7 +92,8 @@ def start_world():
             f"WORLD_SIZE={size} is set, but {', '.join(missing)} not; unset WORLD_SIZE, "
             f"or start with torchrun --nproc_per_node={size} train.py"
         )
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = env_number("LOCAL_RANK", 0)
+    env_number("MASTER_PORT", 0)
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "nccl"
@@ -134,7 +139,8 @@ def build(settings, world, weights=None):
 
     def read():
         """(model in fp32 on the CPU, with its adapters; tokenizer)."""
-        model, tokenizer = lm.load(weights or settings.model, "fp32", "cpu")
+        with reading(weights):
+            model, tokenizer = lm.load(weights or settings.model, "fp32", "cpu")
         if settings.lora_rank:
             torch.manual_seed(settings.seed)
             lm.add_lora(model, settings.lora_rank)
@@ -174,6 +180,20 @@ def build(settings, world, weights=None):
     if decoder and settings.compile:
         decoder.compile()
     return Policy(model, player, tokenizer, optimizer, reference, sharded)
+
+
+@contextlib.contextmanager
+def reading(checkpoint):
+    """Inside this block, whatever a broken checkpoint raises becomes a UserError about it."""
+    errors = (UserError, OSError, RuntimeError, EOFError, UnpicklingError, TypeError, KeyError)
+    try:
+        yield
+    except errors as error:
+        if checkpoint is None:
+            raise
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        advice = "move it away, and --resume takes the one before"
+        raise UserError(f"--resume: {checkpoint} cannot be read ({reason}); {advice}") from error
 
 
 def load_reference(settings, world, dtype, sharded):
