@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 import audit
+import dataset
 import model as lm
 import report
 import reward
@@ -70,6 +71,7 @@ def played(voices, pairs, settings, judge, seed, partner=None, quiet=False):
 
 def negotiations(pair, settings, judge, partner, pairs):
     """A pair of Sides plays: records with endorsements, and without tokens."""
+    judge.check_agreement(settings)
     voices = pair[0].voice, pair[1].voice
     records = played(voices, pairs, settings, judge, settings.seed, partner)
     records = [picked(record, record.keys() - TOKENS) for record in records]
@@ -379,10 +381,21 @@ def general_items(side, judge, pairs):
     return found
 
 
+def choices_fault(row):
+    """Are the choices two texts or more, and the answer the number of one, from 0?"""
+    choices = row["choices"]
+    if len(choices) < 2 or not all(map(dataset.is_text, choices)):
+        return '"choices" is not two texts or more; correct it'
+    if not 0 <= row["answer"] < len(choices):
+        return f'"answer" is {row["answer"]}; write the number of a choice, 0 for the first'
+    return ""
+
+
 def general(sides, items, judge):
     """Is general ability kept? No judge is asked."""
     shape = {"prompt": str, "choices": list, "answer": int}
-    rows = {**rows_of(sides["A"].settings, "eval_general.jsonl", shape), **passages()}
+    asked = rows_of(sides["A"].settings, "eval_general.jsonl", shape, choices_fault)
+    rows = {**asked, **passages()}
     found = each_side(sides, items, judge, "general", rows, general_items, seeds=1)
     columns = {}
     for side, values in found.items():
@@ -402,6 +415,9 @@ COMMANDS = {
 }
 
 
+RESULT = b'{\n "command"'  # how the results of each of them begin
+
+
 def main(argv=None):
     """Evaluate, print the rows of results and write them. Returns the exit code (None: 0)."""
     command, *flags = (sys.argv[1:] if argv is None else argv) or [""]
@@ -416,15 +432,15 @@ def main(argv=None):
             "what each does: python eval.py --help, its flags: python eval.py conflict --help"
         )
     settings, out = read_sides(command, flags)
-    sheet = settings["A"].read
-    if command != "blind":
-        found = evaluate(command, settings, out)
-    elif sheet:
+    sheet = settings["A"].read if command == "blind" else ""
+    if sheet:
         out = Path(settings["A"].out or f"{sheet}.json")
-        found = audit.read_sheet(sheet)
-    else:
+    if command == "blind" and not sheet:
+        report.refuse_unwritable(out, b"")
         audit.refuse_filled(out)
         return audit.write_sheet(out, evaluate(command, settings, out))
+    report.refuse_unwritable(out, RESULT)
+    found = audit.read_sheet(sheet) if sheet else evaluate(command, settings, out)
     found["rows"] = [dataclasses.asdict(row) for row in found["rows"]]
     report.write(out, json.dumps(found, indent=1))
     for row in found["rows"]:

@@ -17,6 +17,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -38,17 +39,30 @@ def writing(path):
     try:
         if path.is_dir():
             raise IsADirectoryError(21, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise UserError(
-            f"--out {path}: cannot be written ({error.strerror}); name a file in a folder of yours"
-        ) from error
+        hint = "make room, or name a file in a folder of yours"
+        raise UserError(f"--out {path}: cannot be written ({error.strerror}); {hint}") from error
+
+
+def refuse_unwritable(path, begins):
+    """Raise UserError where `path` cannot be written, or holds what does not begin like a result.
+
+    Called before hours of work; it makes nothing, for another mistake may yet be found.
+    """
+    with writing(path):
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        if not os.access(f"{folder}/.", os.W_OK):
+            raise OSError(13, f"{folder} is no folder to write to")
+        there = path.read_bytes()[: len(begins)] if path.is_file() else b""
+    if there not in (b"", begins):
+        raise UserError(f"--out {path}: is there already, and no such result; name another file")
 
 
 def write(path, text):
     """Replace a file at once. Raises UserError where it cannot be written."""
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
 
 
@@ -134,7 +148,8 @@ class Line:
 
 def chart(title, lines, stacked=False, from_zero=True):
     """A picture for the template: {title, source}, the source an SVG as a data URI."""
-    # Here, because eval.py and train.py import this file too and draw nothing.
+    # Here, because eval.py and train.py import this file too and draw nothing. No window is opened.
+    os.environ["MPLBACKEND"] = "agg"
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -298,9 +313,11 @@ def main(argv):
         )
     folder = argv[0]
     settings = command_line(ReportSettings, argv[1:], "eval.py report RUN")
+    out = Path(settings.out or Path(folder) / "report.html")
     run = read_run(folder)
     files = sorted(Path(folder, "eval").glob("*.json"))
     source = (DATA / "report.html.j2").read_text(encoding="utf-8")
+    refuse_unwritable(out, source.splitlines()[0].encode())
     script = re.search(r"<script>(.*?)</script>", source, re.DOTALL)[1]
     page = jinja2.Environment(autoescape=True).from_string(source)
     text = page.render(
@@ -312,7 +329,6 @@ def main(argv):
         cells=cells,
         transcripts=transcripts(run, settings.scenarios, decoder(folder)),
     )
-    out = Path(settings.out or Path(folder) / "report.html")
     write(out, text)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in any browser")
     return 0

@@ -19,6 +19,7 @@ import chat
 import checkpoint
 import dataset
 import model as lm
+import report
 import reward
 import rubric
 import selfplay
@@ -100,11 +101,24 @@ def read_sides(command, argv):
     return sides, results_path(command, settings, found, given)
 
 
-def rows_of(settings, file, shape):
+def with_ids(shape, fault_of=lambda row: ""):
+    """A `fault_of` for load_jsonl: of this shape, with an id of its own, and what else is wrong."""
+    shape, ids = {"id": str, **shape}, set()
+
+    def fault(row):
+        found = dataset.shape_fault(row, shape) or fault_of(row)
+        if not found and row["id"] in ids:
+            found = f'id "{row["id"]}" occurs twice; give every line an id of its own'
+        if not found:
+            ids.add(row["id"])
+        return found
+
+    return fault
+
+
+def rows_of(settings, file, shape, fault_of=lambda row: ""):
     """{id: line} of a shipped set, or of --data."""
-    shape = {"id": str, **shape}
-    path = settings.data or DATA / file
-    rows = dataset.load_jsonl(path, lambda row: dataset.shape_fault(row, shape))
+    rows = dataset.load_jsonl(settings.data or DATA / file, with_ids(shape, fault_of))
     return {row["id"]: row for row in dataset.spread(rows, settings.limit)}
 
 
@@ -174,12 +188,16 @@ class Items:
     """
 
     def __init__(self, path, batch):
-        self.done = {tuple(item["key"]): item["value"] for item in checkpoint.whole_lines(path)}
+        self.done = {}
+        for item in checkpoint.whole_lines(path):
+            if type(item) is not dict or {"key", "value"} - item.keys():
+                raise UserError(f"{path}: holds no items of eval.py; give --out another name")
+            self.done[tuple(item["key"])] = item["value"]
         self.path = path
         self.batch = batch
         self.judge = ""
-        with open(path, "ab") as file:
-            if file.tell():
+        if path.exists():
+            with open(path, "ab") as file:
                 file.write(b"\n")  # ends the half line that a kill may have left
 
     def finish(self, title, todo, work):
@@ -194,12 +212,15 @@ class Items:
             for start in bar:
                 keys = left[start : start + self.batch]
                 values = work([todo[key] for key in keys])
-                with open(self.path, "ab") as file:
-                    for key, value in zip(keys, values, strict=True):
-                        self.done[key] = value
-                        file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+                found = dict(zip(keys, values, strict=True))
+                self.done |= found
+                lines = [json.dumps({"key": key, "value": found[key]}) + "\n" for key in keys]
+                with report.writing(self.path):
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    with open(self.path, "ab") as file:
+                        file.write("".join(lines).encode())
+                        file.flush()
+                        os.fsync(file.fileno())
         return [self.done[key] for key in todo]
 
 
