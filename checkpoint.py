@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 import model as lm
 from cli import UserError
 from policy import placed, whole_state
+from settings import saved_config
 
 # ---- what a run folder holds ---------------------------------------------------------------------
 
@@ -31,14 +33,14 @@ def whole_lines(path):
     """The objects of a JSON Lines file, if it is there; a half line, left by a kill, is skipped."""
     with open(path, "rb") if Path(path).exists() else io.BytesIO() as file:
         for line in file:
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+            with contextlib.suppress(ValueError, RecursionError):
+                if type(value := json.loads(line)) is dict:
+                    yield value
 
 
 def config_of(run):
-    """The settings of a run, a dict; empty without a config.json."""
-    file = Path(run, "config.json")
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    """The settings of a run, a dict; empty without a config.json. UserError as `saved_config`."""
+    return saved_config(run) if os.path.lexists(Path(run, "config.json")) else {}
 
 
 def best_step(run):
@@ -66,7 +68,7 @@ def locate(name):
     Where no held-out reward was measured, or the best is not kept, it is the newest complete one.
     """
     folder = Path(name)
-    if (folder / "checkpoints").is_dir():
+    if os.path.isdir(folder / "checkpoints"):  # False, too, where nobody may look
         steps = checkpoints_of(folder)
         if not steps:
             raise UserError(
@@ -188,10 +190,21 @@ def remove_old(out, keep):
 
 @torch.no_grad()
 def load_trainer(checkpoint, optimizer):
-    """Put the optimizer's moments (and adapters) of a checkpoint back; returns its step."""
-    # mapped, not read: all ranks of a machine share the pages, and each copies what it keeps
-    state = torch.load(checkpoint / "trainer.pt", "cpu", weights_only=True, mmap=True)
-    optimizer.updates = state["updates"]
+    """Put the optimizer's moments (and adapters) of a checkpoint back; returns its step.
+
+    Raises UserError where they cannot be read.
+    """
+    file = checkpoint / "trainer.pt"
+    try:
+        # mapped, not read: all ranks of a machine share the pages, and each copies what it keeps
+        state = torch.load(file, "cpu", weights_only=True, mmap=True)
+        optimizer.updates = state["updates"]
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, TypeError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"--resume: {file} cannot be read ({reason}); move {checkpoint} away, and the "
+            "checkpoint before is gone on from"
+        ) from error
     for name, master in optimizer.masters.items():
         if name in state["adapters"]:
             master.copy_(placed(state["adapters"][name], master))

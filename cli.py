@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import math
 import operator
+import os
+import re
 import sys
 
 RANGES = {
@@ -11,6 +13,7 @@ RANGES = {
     "above": (operator.gt, "above"),
     "high": (operator.le, "at most"),
 }
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 class UserError(Exception):
@@ -54,8 +57,7 @@ def command_line(settings_class, argv=None, prog=None, base=None):
         group.add_argument(flag(field), default=argparse.SUPPRESS, help=doc, **how)
     given = vars(parser.parse_args(argv))
     settings = settings_class(**{**(base(given) if base else {}), **given})
-    for field in fields:
-        check_range(field, getattr(settings, field.name))
+    check_values(settings_class, vars(settings))
     return settings
 
 
@@ -75,13 +77,54 @@ def flag(field):
     return "--" + field.name.replace("_", "-")
 
 
-def check_range(field, value):
-    """Raise UserError where a number is not finite, or out of the field's range."""
-    if field.type is float and not math.isfinite(value):
-        raise UserError(f"{flag(field)} {value}: must be a finite number")
+def check_values(settings_class, values, where=""):
+    """Raise UserError for a value, {field: value}, that no flag of this class could have.
+
+    where: what the message begins with, if the values come from a file.
+    """
+    for field in dataclasses.fields(settings_class):
+        fault = fault_of(field, values.get(field.name, field.default))
+        if fault:
+            value = str(values[field.name])
+            raise UserError(f"{where}{flag(field)} {value[:200]}: must be {fault}")
+
+
+def fault_of(field, value):
+    """What the value of a field must be, where it is not; else ""."""
+    choices = field.metadata.get("choices")
+    if type(value) is not field.type and (field.type, type(value)) != (float, int):
+        return KINDS[field.type]
+    if choices and value not in choices:
+        return f"one of {', '.join(choices)}"
+    if field.type is str and re.search("[\ud800-\udfff]", value):
+        return "UTF-8 text"  # half a character, or a file name that is none
+    if field.type is float and not abs(value) < math.inf:
+        return "a finite number"
     for key, (holds, words) in RANGES.items():
         if key in field.metadata and not holds(value, field.metadata[key]):
-            raise UserError(f"{flag(field)} {value}: must be {words} {field.metadata[key]}")
+            return f"{words} {field.metadata[key]}"
+    return ""
+
+
+def env_number(name, default, low=0):
+    """An environment variable of torchrun's, an int. Raises UserError where it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < low:
+        raise UserError(
+            f"{name}={text}: must be a whole number from {low} up; unset it, or start with torchrun"
+        )
+    return int(text)
+
+
+def flush_output():
+    """Print what is still buffered. Raises UserError where nobody takes it."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        # or Python tries again as it ends, and complains
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"what is printed cannot be written ({error.strerror})") from error
 
 
 def run_cli(main):
@@ -89,7 +132,11 @@ def run_cli(main):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a character that cannot be printed ends no run
     try:
-        sys.exit(main())
+        try:
+            code = main()
+        finally:
+            flush_output()
+        sys.exit(code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -363,7 +363,8 @@ LORA_TARGETS = (
 def add_lora(model, rank, targets=LORA_TARGETS, alpha=None):
     """Freeze the model, put an adapter on every linear layer whose last name matches `targets`.
 
-    alpha is 2 * rank unless given. Raises UserError when nothing matches.
+    alpha is 2 * rank unless given. Raises UserError when nothing matches, or the rank is above what
+    the widest of these layers could use.
     """
     model.requires_grad_(False)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -371,6 +372,9 @@ def add_lora(model, rank, targets=LORA_TARGETS, alpha=None):
     if not chosen:
         kind = model.config.model_type
         raise UserError(f"--lora-rank: no linear layer of {kind} matches {targets}")
+    widest = max(min(layers[name].weight.shape) for name in chosen)
+    if rank > widest:
+        raise UserError(f"--lora-rank {rank}: no layer has more than {widest}; use a smaller one")
     for name in chosen:
         model.set_submodule(name, LoRALinear(layers[name], rank, alpha or 2 * rank))
     return model

@@ -9,7 +9,9 @@ Left out: tensor and pipeline parallelism, quantisation.
 
 import copy
 import dataclasses
+import functools
 import os
+import sys
 from datetime import timedelta
 
 import torch
@@ -20,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import grpo
 import model as lm
 from attention import inner
-from cli import UserError
+from cli import UserError, env_number
 from decode import decoder_of
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -78,9 +80,11 @@ class World:
 def start_world():
     """Join the process group that torchrun describes: NCCL on GPUs, gloo on CPUs.
 
-    Raises UserError where only half of torchrun's variables are there.
+    Raises UserError where only half of torchrun's variables are there, or no numbers.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = env_number("RANK", 0), env_number("WORLD_SIZE", 1, low=1)
+    if rank >= size:
+        raise UserError(f"RANK={rank} is set, but WORLD_SIZE is {size}; unset RANK")
     needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
     if size > 1 and missing:
@@ -88,7 +92,8 @@ def start_world():
             f"WORLD_SIZE={size} is set, but {', '.join(missing)} not; unset WORLD_SIZE, "
             f"or start with torchrun --nproc_per_node={size} train.py"
         )
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = env_number("LOCAL_RANK", 0)
+    env_number("MASTER_PORT", 0)
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "nccl"
@@ -130,18 +135,10 @@ def build(settings, world, weights=None):
     All ranks call. Raises UserError where the model cannot be had or used.
     """
     sharded = settings.fsdp and world.size > 1
+    warn_of_idle_flags(settings, world)
     dtype = lm.compute_dtype(settings.dtype, world.device)
 
-    def read():
-        """(model in fp32 on the CPU, with its adapters; tokenizer)."""
-        model, tokenizer = lm.load(weights or settings.model, "fp32", "cpu")
-        if settings.lora_rank:
-            torch.manual_seed(settings.seed)
-            lm.add_lora(model, settings.lora_rank)
-            if world.rank == 0:
-                print(lm.lora_share(model))
-        return model, tokenizer
-
+    read = functools.partial(read_model, settings, weights, world.rank)
     if sharded:
         model, player, tokenizer = load_sharded(read, world, dtype)
     else:
@@ -174,6 +171,37 @@ def build(settings, world, weights=None):
     if decoder and settings.compile:
         decoder.compile()
     return Policy(model, player, tokenizer, optimizer, reference, sharded)
+
+
+def read_model(settings, weights, rank):
+    """(model in fp32 on the CPU, with its adapters; tokenizer); weights as in `build`."""
+    try:
+        model, tokenizer = lm.load(weights or settings.model, "fp32", "cpu")
+    except UserError as error:
+        if not weights:
+            raise
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise UserError(
+            f"--resume: {weights} cannot be read ({reason}); move it away, and the checkpoint "
+            "before is gone on from"
+        ) from error
+    if settings.lora_rank:
+        torch.manual_seed(settings.seed)
+        lm.add_lora(model, settings.lora_rank)
+        if rank == 0:
+            print(lm.lora_share(model))
+    return model, tokenizer
+
+
+def warn_of_idle_flags(settings, world):
+    """Say which flags do nothing here."""
+    idle = {
+        "--fsdp: one process has nothing to share": settings.fsdp and world.size == 1,
+        "--compile: a CPU decodes without": settings.compile and world.device.type == "cpu",
+    }
+    for why, is_idle in idle.items():
+        if is_idle and world.rank == 0:
+            print(f"warning: {why}; ignored", file=sys.stderr)
 
 
 def load_reference(settings, world, dtype, sharded):

@@ -9,6 +9,7 @@ on.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -36,7 +37,7 @@ from checkpoint import (
     whole_lines,
     write_atomically,
 )
-from cli import UserError
+from cli import UserError, env_number
 from client import BudgetSpent
 from eval import heldout, heldout_row
 from policy import build
@@ -121,7 +122,8 @@ class Run:
         self.policy = build(settings, world, None if settings.lora_rank else checkpoint)
         self.done, self.saved = 0, None  # the last whole step, the last one with a checkpoint
         if checkpoint:
-            self.done = self.saved = load_trainer(checkpoint, self.policy.optimizer)
+            load = functools.partial(load_trainer, checkpoint, self.policy.optimizer)
+            self.done = self.saved = world.together(load)
         self.policy.update_player()
         self.learner = grpo.Learner(
             self.policy.model, self.policy.optimizer, settings, self.policy.reference
@@ -132,12 +134,7 @@ class Run:
         settings, world, player = self.settings, self.world, self.policy.player
         self.scenarios, self.held_out = scenarios, held_out
         self.voice = Voice(player, self.policy.tokenizer, settings.date)
-        limit = context_limit(player)
-        if settings.final_tokens + selfplay.room(settings) >= limit:
-            raise UserError(
-                f"--turn-tokens, --final-tokens: {settings.model} holds {limit} tokens in all; "
-                "use fewer"
-            )
+        refuse_too_long([*scenarios, *held_out], self.voice, settings)
         self.judge = self.stack.enter_context(self.open_judge())
         self.judge.check_agreement(settings)
         found = {"judge_model": self.judge.model, "judge_mode": self.judge.mode}
@@ -154,7 +151,7 @@ class Run:
     def open_judge(self):
         """The judge, with this rank's share of calls in flight and of what --judge-budget left."""
         settings, world = self.settings, self.world
-        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+        on_this_machine = env_number("LOCAL_WORLD_SIZE", world.size, low=1)
         if not settings.judge_url and world.size > on_this_machine:
             raise UserError(
                 "--judge-url: the embedded judge serves one machine only; "
@@ -292,6 +289,19 @@ class Run:
         return code
 
 
+def refuse_too_long(scenarios, voice, settings):
+    """Raise UserError where the longest scenario leaves no room for a turn and a solution."""
+    longest = max(scenarios, key=lambda scenario: len(str(scenario)))
+    dialogue = selfplay.Dialogue(longest, step=0, group_index=0, member=0)
+    match = selfplay.Match(dialogue, (voice, voice), settings, judge=None, seed=0)
+    say = match.next_say(0, unless=None) if settings.max_turns else match.final_say()
+    if say is None:
+        raise UserError(
+            f"--turn-tokens, --final-tokens: {settings.model} holds {context_limit(voice.model)} "
+            f"tokens in all, too few for scenario {longest.id}; use fewer, or shorten it"
+        )
+
+
 # ---- the folder becomes this run's ---------------------------------------------------------------
 
 
@@ -345,12 +355,18 @@ def remove_unfinished(out):
 
 
 def cut_after(path, step):
-    """Cut a JSON Lines file where a line of a later step begins, or half a line."""
+    """Cut a JSON Lines file where a line of a later step begins, or half a line.
+
+    Raises UserError for a line in the middle that is none of a run.
+    """
     with open(path, "r+b") as file:
         end = 0
-        for line in iter(file.readline, b""):
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
+        for number, line in enumerate(iter(file.readline, b""), 1):
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, RecursionError, TypeError, KeyError) as error:
+                raise UserError(f"{path}:{number}: no line of a run; take it out") from error
             end += len(line)
         file.truncate(end)
 
@@ -358,7 +374,11 @@ def cut_after(path, step):
 def refuse_taken(out):
     """Raise UserError where `out` is not a folder, or holds something."""
     litter = {".config.json.tmp", ".lock"}  # of a run that was killed as it began
-    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= litter):
+    try:
+        free = not out.exists() or out.is_dir() and {path.name for path in out.iterdir()} <= litter
+    except OSError as error:  # a name too long, a folder of somebody else's
+        raise UserError(f"--out {out}: {error.strerror}; choose a folder of yours") from error
+    if not free:
         raise UserError(
             f"--out {out}: something is already there; choose another folder, "
             f"or go on with --resume {out}"
@@ -376,8 +396,8 @@ def take_folder(out, settings, contents, model, stack):
             each = 12 if parameter.requires_grad else parameter.element_size()
             needed += parameter.numel() * each
         place = next(place for place in (out, *out.parents) if place.exists())
-        free = shutil.disk_usage(place).free
-        if free < 1.05 * needed:
+        total, _, free = shutil.disk_usage(place)
+        if total and free < 1.05 * needed:  # without any it is no disk: `claim` says so
             raise UserError(
                 f"--out {out}: not one checkpoint fits there ({needed / 1e9:.2f} GB are needed, "
                 f"{free / 1e9:.2f} are free); make room, or choose another folder"

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 
 import dataset
@@ -18,7 +17,7 @@ import judge_heads
 import reward
 import rubric
 import selfplay
-from cli import UserError, command_line, option
+from cli import UserError, check_values, command_line, env_number, option
 from model import WARM_MODEL
 
 RECIPES = {
@@ -79,8 +78,10 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     seed: int = option(0, "of everything random", low=0)
 
     steps: int = option(10, "steps: play, judge and learn from a few groups", low=0)
-    scenarios_per_step: int = option(2, "groups of a step, over all ranks", low=1)
-    group_size: int = option(6, "dialogues of a group, whose rewards are compared", low=2)
+    scenarios_per_step: int = option(2, "groups of a step, over all ranks", low=1, high=10000)
+    group_size: int = option(
+        6, "dialogues of a group, whose rewards are compared", low=2, high=1000
+    )
     epoch_steps: int = option(5, "steps until scenarios come again (0: when all were seen)", low=0)
     updates_per_rollout: int = option(1, "optimizer steps on the same dialogues", low=1)
 
@@ -156,8 +157,10 @@ def read_settings(argv=None):
 def from_recipe(given):
     """What flags are laid over, {name: value}: a recipe, with enough groups for all ranks."""
     name = given.get("recipe") or ("warm-start" if given.get("demonstrations") else "debug")
+    if given.get("demonstrations") and name != "warm-start":
+        raise UserError(f"--recipe {name}: plays; --demonstrations go with --recipe warm-start")
     recipe = {"recipe": name, **RECIPES[name]}
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = env_number("WORLD_SIZE", 1, low=1)
     groups = recipe.get("scenarios_per_step", Settings.scenarios_per_step)
     settings = {**recipe, "scenarios_per_step": math.ceil(groups / ranks) * ranks}
     if given.get("scenarios"):
@@ -168,7 +171,7 @@ def from_recipe(given):
 def from_run(given):
     """The same of a run to resume. Raises UserError where flags would make another run of it."""
     folder = given["resume"]
-    saved = saved_config(folder)
+    saved = saved_config(folder, "--resume ")
     if given.get("out", folder) != folder:
         raise UserError(
             f"--out {given['out']}: a resumed run stays in its folder; leave --out away"
@@ -195,17 +198,21 @@ def from_run(given):
     return {**{name: saved[name] for name in names}, "out": folder}
 
 
-def saved_config(folder):
-    """config.json of a run, as a dictionary. Raises UserError where there is none."""
+def saved_config(folder, flag=""):
+    """config.json of a run, a dictionary. Raises UserError where there is none, or a bad value.
+
+    flag: what the message begins with, "--resume " or nothing.
+    """
     hint = "name the folder of a run, as runs/debug-0, and not a checkpoint in it"
     try:
-        saved = json.loads(Path(folder, "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--resume {folder}: its config.json cannot be read ({error}); {hint}"
-        ) from error
-    if type(saved) is not dict or "recipe" not in saved:  # a checkpoint has one of its own
-        raise UserError(f"--resume {folder}: its config.json is not that of a run; {hint}")
+        saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"its config.json cannot be read ({error})"
+        raise UserError(f"{flag}{folder}: {problem}; {hint}") from error
+    is_ours = type(saved) is dict and "recipe" in saved  # a checkpoint has one of its own
+    if not is_ours or type(saved.get("contents", {})) is not dict:
+        raise UserError(f"{flag}{folder}: its config.json is not that of a run; {hint}")
+    check_values(Settings, saved, f"{flag}{folder}: its config.json has ")
     return saved
 
 
@@ -254,7 +261,7 @@ def check_contents(settings):
     now = contents(settings)
     if not settings.resume or settings.force:
         return now
-    began = saved_config(settings.resume).get("contents", now)
+    began = saved_config(settings.resume, "--resume ").get("contents", now)
     changed = [what for what in sorted({**began, **now}) if began.get(what) != now.get(what)]
     if changed:
         raise UserError(

@@ -6,9 +6,13 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
+import shlex
+import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import time
 import types
@@ -30,7 +34,7 @@ import train
 from chat import Turn
 from policy import World
 from rubric import RUBRIC
-from run import Ended, Run, Stop, claim, open_run
+from run import Ended, Run, Stop, claim, cut_after, open_run, refuse_taken
 from settings import Settings, read_settings
 
 METRICS = """
@@ -215,6 +219,25 @@ BAD = {
         r"--judge-budget 1",
     ),
     "a rubric that is none": (dict(rubric="/dev/null"), r"--rubric /dev/null"),
+    "demonstrations to play": (
+        dict(recipe="single", demonstrations="x.jsonl"),
+        r"--recipe single: plays; --demonstrations go with --recipe warm-start",
+    ),
+    "a group that no machine holds": (
+        dict(group_size=10**13),
+        r"--group-size 10000000000000: must be at most 1000",
+    ),
+    "a step that no machine holds": (dict(scenarios_per_step=10**10), r"must be at most 10000"),
+    "a rank that no layer can use": (
+        dict(lora_rank=10**12),
+        r"--lora-rank 1000000000000: no layer has more than 64; use a smaller one",
+    ),
+    "a folder that no tokenizer can name": (
+        dict(out="run-\udcff"),
+        r"--out .*: must be UTF-8 text",
+    ),
+    "a folder with too long a name": (dict(out="x" * 300), r"--out x+: File name too long"),
+    "a folder on no disk": (dict(out="/proc/x/y"), r"--out /proc/x/y: cannot be made"),
 }
 
 
@@ -242,6 +265,134 @@ def test_only_the_folder_of_a_run_of_this_code_is_resumed(tmp_path, capfd):
     changed = complaint([*again, "--ratio", "sequence"], capfd)
     assert "--ratio would change the mathematics" in changed
     assert read_settings([*again, "--ratio", "token"]).ratio == "token"
+
+
+VALUES = [  # of config.json, and how the complaint goes on
+    ({"steps": "ten"}, "--steps ten: must be a whole number"),
+    ({"steps": None}, "--steps None: must be a whole number"),
+    ({"steps": True}, "--steps True: must be a whole number"),
+    ({"steps": -1}, "--steps -1: must be at least 0"),
+    ({"lr": math.inf}, "--lr inf: must be a finite number"),
+    ({"scenarios": 5}, "--scenarios 5: must be text"),
+    ({"agreement": "foo"}, "--agreement foo: must be one of judge, marker, none"),
+]
+
+
+@pytest.mark.parametrize("saved, wrong", VALUES)
+def test_a_value_that_no_flag_could_have_is_refused_in_a_runs_config(saved, wrong, tmp_path, capfd):
+    (tmp_path / "config.json").write_text(json.dumps({"recipe": "debug", "lr": 1, **saved}))
+    told = complaint(["--resume", str(tmp_path)], capfd)
+    assert told == f"error: --resume {tmp_path}: its config.json has {wrong}"
+    with pytest.raises(cli.UserError, match="its config.json has --"):  # to evaluate, to report
+        checkpoint.config_of(tmp_path)
+    (tmp_path / "config.json").write_text('{"recipe": "debug", "lr": 1}')  # a whole number will do
+    assert (
+        checkpoint.config_of(tmp_path)["lr"] == read_settings(["--resume", str(tmp_path)]).lr == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" * 100_000, b"{", b"\xff", b'{"recipe": "x", "contents": []}']
+)
+def test_a_config_that_is_none_is_one_line(text, tmp_path, capfd):
+    (tmp_path / "config.json").write_bytes(text)
+    assert "its config.json " in complaint(["--resume", str(tmp_path)], capfd)
+
+
+@pytest.mark.parametrize("line", [b'{"step": 2, "rew', b"5", b"", b"\xff", b'{"loss": 1}'])
+def test_a_line_that_is_none_of_a_run_is_named(line, tmp_path):
+    file, whole = tmp_path / "metrics.jsonl", b'{"step": 1}\n'
+    file.write_bytes(whole + line + b"\n" + whole)
+    with pytest.raises(cli.UserError, match=f"{file}:2: no line of a run; take it out"):
+        cut_after(file, 1)
+    assert file.read_bytes() == whole + line + b"\n" + whole
+    rows = list(checkpoint.whole_lines(file))
+    assert [row for row in rows if "step" in row] == [{"step": 1}] * 2 + rows[1:1]
+    assert all(type(row) is dict for row in rows)
+    file.write_bytes(whole + line)  # the half line that a kill leaves
+    cut_after(file, 1)
+    assert file.read_bytes() == whole
+
+
+def broken(folder, name, content):
+    """Let a file of the folder hold this; None: take it away; a float: cut it to this share."""
+    file = folder / name
+    whole = file.read_bytes()
+    file.unlink()
+    if content is not None:
+        half = type(content) is float
+        file.write_bytes(whole[: int(content * len(whole))] if half else content)
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"", 0.5, None])
+@pytest.mark.parametrize("name", ["trainer.pt", "model.safetensors", "config.json"])
+def test_a_broken_checkpoint_is_named_and_not_the_model(name, content, finished, tmp_path, capfd):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    newest = out / "checkpoints" / "step_000003"
+    broken(newest, name, content)
+    line = complaint(["--resume", str(out), "--steps", "4"], capfd)
+    assert (
+        line.startswith(f"error: --resume: {newest}") and "move" in line and "--model" not in line
+    )
+
+
+def test_the_folder_of_somebody_else_is_one_line(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.exists", refuse)  # root may look everywhere
+    with pytest.raises(
+        cli.UserError, match="--out .*: Permission denied; choose a folder of yours"
+    ):
+        refuse_taken(tmp_path)
+
+
+def test_a_scenario_that_no_context_holds_is_refused(tiny, judge, tmp_path, capfd):
+    long = {**CASE, "id": "long", "dilemma": "Who gets the water? " * 1000}
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps(CASE) + "\n" + json.dumps(long) + "\n")
+    for more in ({}, dict(recipe="single", max_turns=0)):
+        flags = runs.flags(tiny, judge.url, tmp_path / "run", scenarios=file, **more)
+        told = complaint(flags, capfd)
+        assert "holds 4096 tokens in all, too few for scenario long; use fewer, or sho" in told
+    assert not (tmp_path / "run").exists()
+
+
+TORCHRUN = [
+    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc: must be a whole number from 1 up; unset it"),
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE=: must be"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a whole number from 1 up"),
+    ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: must be"),
+    ({"RANK": "x"}, "RANK=x: must be a whole number from 0 up"),
+    ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: must be"),
+    ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE=x: must be"),
+    ({"RANK": "3"}, "RANK=3 is set, but WORLD_SIZE is 1; unset RANK"),
+    ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc: must be"),
+]
+
+
+@pytest.mark.parametrize("env, told", TORCHRUN)
+def test_a_variable_of_torchruns_that_is_no_number_is_one_line(
+    env, told, tiny, judge, tmp_path, monkeypatch, capfd
+):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    line = complaint(runs.flags(tiny, judge.url, tmp_path / "run"), capfd)
+    assert line.startswith(f"error: {told}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["| sleep 0", "> /dev/full"])
+@pytest.mark.parametrize("said", ["print('x')", "print('x', flush=True)", "sys.exit(print('x'))"])
+def test_output_that_nobody_takes_is_one_line(said, where):
+    """By cli.py alone, which is quick; --help ends as the third does."""
+    program = f"import cli, sys, time; cli.run_cli(lambda: (time.sleep(0.2), {said})[1])"
+    line = f"{sys.executable} -c {shlex.quote(program)} {where}"
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(line, shell=True, cwd=runs.ROOT, env=env, capture_output=True, text=True)
+    reason = "No space left on device" if "full" in where else "Broken pipe"
+    assert done.stderr == f"error: what is printed cannot be written ({reason})\n"
 
 
 def test_demonstrations_alone_mean_the_warm_start():
