@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from checkpoint import config_of, locate, whole_lines, write_atomically
 from cli import UserError, command_line, option
-from dataset import DATA
+from dataset import DATA, shape_fault
 
 # ---- the page on disk ----------------------------------------------------------------------------
 
@@ -80,9 +80,45 @@ class ReportedRun:
     kept: dict  # {scenario id: {(step, source): records}}: its first and last step per source
 
 
+STEP = {"step": int, "missing_rewards": int, "judge_failures": int, "seconds_step": float}
+HELD = {"step": int, "heldout": dict}
+RECORD = {"step": int, "scenario_id": str, "dilemma": str, "personas": list, "turns": list}
+RECORD |= {"streams": list, "judge": dict, "stop": str, "final_truncated": bool}
+RESULTS = {"settings": dict, "judge": str, "rows": list}
+ROW = {"figure": str, "of": str, "n": int, "scenarios": int}
+
+
+def checked(value, shape, path):
+    """A value from the file `path`, an object of this shape. Raises UserError for another one."""
+    fault = shape_fault(value, shape)
+    if fault:
+        raise UserError(f"{path}: {fault}")
+    return value
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Inside this block what cannot be read is a mistake in `path`."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); correct it or move it away") from error
+
+
+def read_results(folder):
+    """{name: results} of a run's eval/*.json."""
+    found = {}
+    for path in sorted(Path(folder, "eval").glob("*.json")):
+        with reading(path):
+            found[path.stem] = checked(json.loads(path.read_text("utf-8")), RESULTS, path)
+        for row in found[path.stem]["rows"]:
+            checked(row, ROW, path)
+    return found
+
+
 def read_run(folder):
     """Read a run folder line by line, however long it is. Raises UserError where it is none."""
-    if not Path(folder, "metrics.jsonl").exists():
+    if not os.path.exists(Path(folder, "metrics.jsonl")):  # nor where nobody may look
         raise UserError(f"{folder}: there is no metrics.jsonl in it; name the folder of a run")
     run = ReportedRun(Path(folder).resolve().name, config_of(folder), [], [], {})
     if run.config.get("demonstrations"):
@@ -90,14 +126,18 @@ def read_run(folder):
             f"{folder}: no dialogue was played in it; what a warm start learnt stands in its "
             "metrics.jsonl"
         )
-    for row in whole_lines(Path(folder, "metrics.jsonl")):
-        if "heldout" in row:
-            run.held.append({**row["heldout"], "step": row["step"]})
-        else:
-            run.steps.append(row)
-    for file, source in (("heldout.jsonl", "held out"), ("dialogues.jsonl", "training")):
-        for record in whole_lines(Path(folder, file)):
-            keep(run.kept.setdefault(record["scenario_id"], {}), source, record)
+    with reading(folder):
+        path = Path(folder, "metrics.jsonl")
+        for row in whole_lines(path):
+            if "heldout" in row:
+                run.held.append({**checked(row, HELD, path)["heldout"], "step": row["step"]})
+            else:
+                run.steps.append(checked(row, STEP, path))
+        for name, source in (("heldout.jsonl", "held out"), ("dialogues.jsonl", "training")):
+            path = Path(folder, name)
+            for record in whole_lines(path):
+                checked(record, RECORD, path)
+                keep(run.kept.setdefault(record["scenario_id"], {}), source, record)
     return run
 
 
@@ -191,7 +231,8 @@ def reward_lines(run):
     for row in run.steps:
         mean = row["reward_mean"]
         if mean is not None:
-            error = 1.96 * (row["reward_std"] or 0.0) / (played - row["missing_rewards"]) ** 0.5
+            known = max(1, played - row["missing_rewards"])
+            error = 1.96 * (row["reward_std"] or 0.0) / known**0.5
             rows.append({**row, "low": mean - error, "high": mean + error})
     lines = [Line("training", rows, "reward_mean", ("low", "high"))]
     if run.held:
@@ -315,7 +356,6 @@ def main(argv):
     settings = command_line(ReportSettings, argv[1:], "eval.py report RUN")
     out = Path(settings.out or Path(folder) / "report.html")
     run = read_run(folder)
-    files = sorted(Path(folder, "eval").glob("*.json"))
     source = (DATA / "report.html.j2").read_text(encoding="utf-8")
     refuse_unwritable(out, source.splitlines()[0].encode())
     script = re.search(r"<script>(.*?)</script>", source, re.DOTALL)[1]
@@ -325,7 +365,7 @@ def main(argv):
         config=json.dumps(run.config, indent=1),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         curves=curves(run),
-        results={file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files},
+        results=read_results(folder),
         cells=cells,
         transcripts=transcripts(run, settings.scenarios, decoder(folder)),
     )

@@ -190,7 +190,7 @@ class Items:
     def __init__(self, path, batch):
         self.done = {}
         for item in checkpoint.whole_lines(path):
-            if type(item) is not dict or {"key", "value"} - item.keys():
+            if {"key", "value"} - item.keys():
                 raise UserError(f"{path}: holds no items of eval.py; give --out another name")
             self.done[tuple(item["key"])] = item["value"]
         self.path = path

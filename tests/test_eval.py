@@ -264,7 +264,7 @@ def make_run(folder, model, config):
     step = folder / "checkpoints" / "step_000004"
     shutil.copytree(model, step)
     (step / "COMPLETE").write_text("")
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"recipe": "debug", **config}))
     return step
 
 
@@ -296,6 +296,24 @@ def test_a_run_plays_as_it_was_trained(tmp_path, models):
     other = [*argv, "--judge-url", "http://other:1/v1"]
     a = sides.read_sides("conflict", other)[0]["A"]
     assert (a.judge_url, a.judge_model, a.judge_mode) == ("http://other:1/v1", "", "auto")
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        ({"agreement": "foo"}, "--agreement foo: must be one of"),
+        ({"max_turns": "ten"}, "--max-turns ten: must be a whole number"),
+        ({"temperature": None}, "--temperature None: must be a number"),
+        ({"recipe": 5}, "config.json"),
+        ([1], "config.json is not that of a run"),
+    ],
+)
+def test_a_run_whose_settings_are_wrong_is_not_compared(tmp_path, models, config, says):
+    make_run(tmp_path / "run", models[0], {})
+    text = json.dumps({"recipe": "debug", **config} if type(config) is dict else config)
+    (tmp_path / "run" / "config.json").write_text(text)
+    with pytest.raises(UserError, match=says):
+        sides.read_sides("conflict", ["--model", str(tmp_path / "run")])
 
 
 def test_flags_overrule_the_run_and_name_the_results(tmp_path, models):
@@ -489,7 +507,7 @@ def test_items_on_a_full_disk_or_of_somebody_else(tmp_path, monkeypatch):
     items = sides.Items(tmp_path / "x.items.jsonl", 1)
     with pytest.raises(UserError, match="x.items.jsonl: cannot be written .No space left"):
         items.finish("", {("a",): 1}, lambda arguments: arguments)
-    for line in ("5", '{"id": "0"}', '{"key": [], "val": 0}'):
+    for line in ('{"id": "0"}', '{"key": [], "val": 0}'):
         (tmp_path / "x.items.jsonl").write_text(line + "\n")
         with pytest.raises(UserError, match="x.items.jsonl: holds no items of eval.py"):
             sides.Items(tmp_path / "x.items.jsonl", 1)
