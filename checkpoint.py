@@ -12,7 +12,6 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 
 import model as lm
 from cli import UserError
-from policy import placed, whole_state
+from policy import placed, reading, whole_state
 from settings import saved_config
 
 # ---- what a run folder holds ---------------------------------------------------------------------
@@ -190,21 +189,11 @@ def remove_old(out, keep):
 
 @torch.no_grad()
 def load_trainer(checkpoint, optimizer):
-    """Put the optimizer's moments (and adapters) of a checkpoint back; returns its step.
-
-    Raises UserError where they cannot be read.
-    """
-    file = checkpoint / "trainer.pt"
-    try:
+    """Put the optimizer's moments (and adapters) of a checkpoint back; returns its step."""
+    with reading(checkpoint):
         # mapped, not read: all ranks of a machine share the pages, and each copies what it keeps
-        state = torch.load(file, "cpu", weights_only=True, mmap=True)
+        state = torch.load(checkpoint / "trainer.pt", "cpu", weights_only=True, mmap=True)
         optimizer.updates = state["updates"]
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, TypeError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"--resume: {file} cannot be read ({reason}); move {checkpoint} away, and the "
-            "checkpoint before is gone on from"
-        ) from error
     for name, master in optimizer.masters.items():
         if name in state["adapters"]:
             master.copy_(placed(state["adapters"][name], master))

@@ -12,8 +12,8 @@ RANGES = {
     "low": (operator.ge, "at least"),
     "above": (operator.gt, "above"),
     "high": (operator.le, "at most"),
+    "choices": (lambda value, choices: value in choices, "one of"),
 }
-KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 class UserError(Exception):
@@ -78,24 +78,17 @@ def flag(field):
 
 
 def check_values(settings_class, values, where=""):
-    """Raise UserError for a value, {field: value}, that no flag of this class could have.
-
-    where: what the message begins with, if the values come from a file.
-    """
+    """Raise UserError, which begins with `where`, for a {field: value} that no flag could have."""
     for field in dataclasses.fields(settings_class):
-        fault = fault_of(field, values.get(field.name, field.default))
-        if fault:
-            value = str(values[field.name])
-            raise UserError(f"{where}{flag(field)} {value[:200]}: must be {fault}")
+        value = values.get(field.name, field.default)
+        if fault := fault_of(field, value):
+            raise UserError(f"{where}{flag(field)} {str(value)[:200]}: must be {fault}")
 
 
 def fault_of(field, value):
     """What the value of a field must be, where it is not; else ""."""
-    choices = field.metadata.get("choices")
     if type(value) is not field.type and (field.type, type(value)) != (float, int):
-        return KINDS[field.type]
-    if choices and value not in choices:
-        return f"one of {', '.join(choices)}"
+        return f"of type {field.type.__name__}"
     if field.type is str and re.search("[\ud800-\udfff]", value):
         return "UTF-8 text"  # half a character, or a file name that is none
     if field.type is float and not abs(value) < math.inf:
@@ -110,17 +103,14 @@ def env_number(name, default, low=0):
     """An environment variable of torchrun's, an int. Raises UserError where it is none."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or int(text) < low:
-        raise UserError(
-            f"{name}={text}: must be a whole number from {low} up; unset it, or start with torchrun"
-        )
+        raise UserError(f"{name}={text}: must be a whole number from {low} up; unset it")
     return int(text)
 
 
 def flush_output():
     """Print what is still buffered. Raises UserError where nobody takes it."""
     try:
-        if sys.stdout:
-            sys.stdout.flush()
+        print(end="", flush=True)
     except OSError as error:
         # or Python tries again as it ends, and complains
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -363,8 +363,7 @@ LORA_TARGETS = (
 def add_lora(model, rank, targets=LORA_TARGETS, alpha=None):
     """Freeze the model, put an adapter on every linear layer whose last name matches `targets`.
 
-    alpha is 2 * rank unless given. Raises UserError when nothing matches, or the rank is above what
-    the widest of these layers could use.
+    alpha is 2 * rank unless given. Raises UserError when nothing matches, or is as wide as rank.
     """
     model.requires_grad_(False)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}

@@ -7,12 +7,12 @@ with --fsdp a shard of it; then rank 0 alone reads the files, and gives the othe
 Left out: tensor and pipeline parallelism, quantisation.
 """
 
+import contextlib
 import copy
 import dataclasses
-import functools
 import os
-import sys
 from datetime import timedelta
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -135,10 +135,19 @@ def build(settings, world, weights=None):
     All ranks call. Raises UserError where the model cannot be had or used.
     """
     sharded = settings.fsdp and world.size > 1
-    warn_of_idle_flags(settings, world)
     dtype = lm.compute_dtype(settings.dtype, world.device)
 
-    read = functools.partial(read_model, settings, weights, world.rank)
+    def read():
+        """(model in fp32 on the CPU, with its adapters; tokenizer)."""
+        with reading(weights):
+            model, tokenizer = lm.load(weights or settings.model, "fp32", "cpu")
+        if settings.lora_rank:
+            torch.manual_seed(settings.seed)
+            lm.add_lora(model, settings.lora_rank)
+            if world.rank == 0:
+                print(lm.lora_share(model))
+        return model, tokenizer
+
     if sharded:
         model, player, tokenizer = load_sharded(read, world, dtype)
     else:
@@ -173,35 +182,18 @@ def build(settings, world, weights=None):
     return Policy(model, player, tokenizer, optimizer, reference, sharded)
 
 
-def read_model(settings, weights, rank):
-    """(model in fp32 on the CPU, with its adapters; tokenizer); weights as in `build`."""
+@contextlib.contextmanager
+def reading(checkpoint):
+    """Inside this block, whatever a broken checkpoint raises becomes a UserError about it."""
+    errors = (UserError, OSError, RuntimeError, EOFError, UnpicklingError, TypeError, KeyError)
     try:
-        model, tokenizer = lm.load(weights or settings.model, "fp32", "cpu")
-    except UserError as error:
-        if not weights:
+        yield
+    except errors as error:
+        if checkpoint is None:
             raise
         reason = str(error.__cause__ or error).partition("\n")[0]
-        raise UserError(
-            f"--resume: {weights} cannot be read ({reason}); move it away, and the checkpoint "
-            "before is gone on from"
-        ) from error
-    if settings.lora_rank:
-        torch.manual_seed(settings.seed)
-        lm.add_lora(model, settings.lora_rank)
-        if rank == 0:
-            print(lm.lora_share(model))
-    return model, tokenizer
-
-
-def warn_of_idle_flags(settings, world):
-    """Say which flags do nothing here."""
-    idle = {
-        "--fsdp: one process has nothing to share": settings.fsdp and world.size == 1,
-        "--compile: a CPU decodes without": settings.compile and world.device.type == "cpu",
-    }
-    for why, is_idle in idle.items():
-        if is_idle and world.rank == 0:
-            print(f"warning: {why}; ignored", file=sys.stderr)
+        advice = "move it away, and --resume takes the one before"
+        raise UserError(f"--resume: {checkpoint} cannot be read ({reason}); {advice}") from error
 
 
 def load_reference(settings, world, dtype, sharded):

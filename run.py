@@ -9,7 +9,6 @@ on.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -113,6 +112,10 @@ class Run:
         self.settings, self.world, self.stack = settings, world, stack
         if world.rank == 0 and settings.log != "none":
             progress.log_package(settings.log)
+        if settings.fsdp and world.size == 1:
+            print("warning: --fsdp: one process has nothing to share; ignored", file=sys.stderr)
+        if settings.compile and world.device.type == "cpu" and world.rank == 0:
+            print("warning: --compile: a CPU decodes without; ignored", file=sys.stderr)
         self.log, self.scenarios = None, []
         self.contents = check_contents(settings)
         if settings.resume and world.rank == 0:
@@ -122,8 +125,8 @@ class Run:
         self.policy = build(settings, world, None if settings.lora_rank else checkpoint)
         self.done, self.saved = 0, None  # the last whole step, the last one with a checkpoint
         if checkpoint:
-            load = functools.partial(load_trainer, checkpoint, self.policy.optimizer)
-            self.done = self.saved = world.together(load)
+            optimizer = self.policy.optimizer
+            self.done = self.saved = world.together(lambda: load_trainer(checkpoint, optimizer))
         self.policy.update_player()
         self.learner = grpo.Learner(
             self.policy.model, self.policy.optimizer, settings, self.policy.reference
@@ -355,10 +358,7 @@ def remove_unfinished(out):
 
 
 def cut_after(path, step):
-    """Cut a JSON Lines file where a line of a later step begins, or half a line.
-
-    Raises UserError for a line in the middle that is none of a run.
-    """
+    """Cut a JSON Lines file where a line of a later step begins, or half a line."""
     with open(path, "r+b") as file:
         end = 0
         for number, line in enumerate(iter(file.readline, b""), 1):

@@ -79,9 +79,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
 
     steps: int = option(10, "steps: play, judge and learn from a few groups", low=0)
     scenarios_per_step: int = option(2, "groups of a step, over all ranks", low=1, high=10000)
-    group_size: int = option(
-        6, "dialogues of a group, whose rewards are compared", low=2, high=1000
-    )
+    group_size: int = option(6, "dialogues of a group, with rewards to compare", low=2, high=1000)
     epoch_steps: int = option(5, "steps until scenarios come again (0: when all were seen)", low=0)
     updates_per_rollout: int = option(1, "optimizer steps on the same dialogues", low=1)
 
@@ -171,7 +169,7 @@ def from_recipe(given):
 def from_run(given):
     """The same of a run to resume. Raises UserError where flags would make another run of it."""
     folder = given["resume"]
-    saved = saved_config(folder, "--resume ")
+    saved = saved_config(folder)
     if given.get("out", folder) != folder:
         raise UserError(
             f"--out {given['out']}: a resumed run stays in its folder; leave --out away"
@@ -198,21 +196,17 @@ def from_run(given):
     return {**{name: saved[name] for name in names}, "out": folder}
 
 
-def saved_config(folder, flag=""):
-    """config.json of a run, a dictionary. Raises UserError where there is none, or a bad value.
-
-    flag: what the message begins with, "--resume " or nothing.
-    """
+def saved_config(folder):
+    """config.json of a run, a dictionary. Raises UserError where there is none, or a bad value."""
     hint = "name the folder of a run, as runs/debug-0, and not a checkpoint in it"
     try:
         saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        problem = f"its config.json cannot be read ({error})"
-        raise UserError(f"{flag}{folder}: {problem}; {hint}") from error
+        raise UserError(f"{folder}: its config.json cannot be read ({error}); {hint}") from error
     is_ours = type(saved) is dict and "recipe" in saved  # a checkpoint has one of its own
     if not is_ours or type(saved.get("contents", {})) is not dict:
-        raise UserError(f"{flag}{folder}: its config.json is not that of a run; {hint}")
-    check_values(Settings, saved, f"{flag}{folder}: its config.json has ")
+        raise UserError(f"{folder}: its config.json is not that of a run; {hint}")
+    check_values(Settings, saved, f"{folder}: its config.json has ")
     return saved
 
 
@@ -261,7 +255,7 @@ def check_contents(settings):
     now = contents(settings)
     if not settings.resume or settings.force:
         return now
-    began = saved_config(settings.resume, "--resume ").get("contents", now)
+    began = saved_config(settings.resume).get("contents", now)
     changed = [what for what in sorted({**began, **now}) if began.get(what) != now.get(what)]
     if changed:
         raise UserError(

@@ -215,18 +215,6 @@ def test_each_rank_asks_the_judge_with_its_share(tmp_path, monkeypatch):
     assert [settings.judge_budget for settings in asking] == [7, 7, 6, 6]  # of what is left
 
 
-def test_flags_that_do_nothing_here_are_told(capsys):
-    settings, cpu = read_settings(["--fsdp", "--compile"]), torch.device("cpu")
-    policy.warn_of_idle_flags(settings, World(0, 1, cpu))
-    assert capsys.readouterr().err == (
-        "warning: --fsdp: one process has nothing to share; ignored\n"
-        "warning: --compile: a CPU decodes without; ignored\n"
-    )
-    policy.warn_of_idle_flags(settings, World(0, 2, torch.device("cuda")))
-    policy.warn_of_idle_flags(read_settings([]), World(0, 1, cpu))
-    assert capsys.readouterr().err == ""
-
-
 def test_the_plan_knows_how_many_ranks_read_the_model():
     config, size = helpers.tiny().config, sum(p.numel() for p in helpers.tiny().parameters())
 

@@ -173,14 +173,16 @@ def test_the_terminal_shows_each_step_and_a_transcript(finished):
 # ---- bad input -----------------------------------------------------------------------------------
 
 
-def complaint(arguments, capfd):
-    """The one line that train.py answers bad input with, run in this process."""
+def complaint(arguments, capfd, warnings=None):
+    """The one line that train.py answers bad input with, run in this process; appends others."""
     with pytest.raises(SystemExit) as ended:
         cli.run_cli(lambda: train.main(arguments))
     err = capfd.readouterr().err
     assert ended.value.code == 2 and "Traceback" not in err
     lines = [line for line in err.splitlines() if "error:" in line]
     assert len(lines) == 1, err
+    if warnings is not None:
+        warnings += [line for line in err.splitlines() if line.startswith("warning:")]
     return lines[0]
 
 
@@ -213,7 +215,10 @@ BAD = {
     ),
     "judge that is no address": (dict(judge_url="localhost:8000"), r"--judge-url"),
     "no scenarios file": (dict(scenarios="/no/such/file.jsonl"), r"/no/such/file.jsonl"),
-    "no run to resume": (dict(resume="/no/such/run", out=None), r"--resume /no/such/run"),
+    "no run to resume": (
+        dict(resume="/no/such/run", out=None),
+        r"/no/such/run: its config.json cannot be read",
+    ),
     "budget that ends before it begins": (
         dict(judge_budget=1, judge_mode="auto"),
         r"--judge-budget 1",
@@ -268,13 +273,13 @@ def test_only_the_folder_of_a_run_of_this_code_is_resumed(tmp_path, capfd):
 
 
 VALUES = [  # of config.json, and how the complaint goes on
-    ({"steps": "ten"}, "--steps ten: must be a whole number"),
-    ({"steps": None}, "--steps None: must be a whole number"),
-    ({"steps": True}, "--steps True: must be a whole number"),
+    ({"steps": "ten"}, "--steps ten: must be of type int"),
+    ({"steps": None}, "--steps None: must be of type int"),
+    ({"steps": True}, "--steps True: must be of type int"),
     ({"steps": -1}, "--steps -1: must be at least 0"),
     ({"lr": math.inf}, "--lr inf: must be a finite number"),
-    ({"scenarios": 5}, "--scenarios 5: must be text"),
-    ({"agreement": "foo"}, "--agreement foo: must be one of judge, marker, none"),
+    ({"scenarios": 5}, "--scenarios 5: must be of type str"),
+    ({"agreement": "foo"}, "--agreement foo: must be one of ('judge', 'marker', 'none')"),
 ]
 
 
@@ -282,7 +287,7 @@ VALUES = [  # of config.json, and how the complaint goes on
 def test_a_value_that_no_flag_could_have_is_refused_in_a_runs_config(saved, wrong, tmp_path, capfd):
     (tmp_path / "config.json").write_text(json.dumps({"recipe": "debug", "lr": 1, **saved}))
     told = complaint(["--resume", str(tmp_path)], capfd)
-    assert told == f"error: --resume {tmp_path}: its config.json has {wrong}"
+    assert told == f"error: {tmp_path}: its config.json has {wrong}"
     with pytest.raises(cli.UserError, match="its config.json has --"):  # to evaluate, to report
         checkpoint.config_of(tmp_path)
     (tmp_path / "config.json").write_text('{"recipe": "debug", "lr": 1}')  # a whole number will do
@@ -335,6 +340,16 @@ def test_a_broken_checkpoint_is_named_and_not_the_model(name, content, finished,
     assert (
         line.startswith(f"error: --resume: {newest}") and "move" in line and "--model" not in line
     )
+
+
+def test_flags_that_do_nothing_here_are_told(tiny, tmp_path, capfd):
+    flags = runs.flags(tiny, "nowhere", tmp_path / "run", fsdp=True, compile=True)
+    told = []
+    complaint(flags, capfd, told)
+    assert told == [
+        "warning: --fsdp: one process has nothing to share; ignored",
+        "warning: --compile: a CPU decodes without; ignored",
+    ]
 
 
 def test_the_folder_of_somebody_else_is_one_line(tmp_path, monkeypatch):
