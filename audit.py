@@ -24,7 +24,7 @@ import reward
 from cli import UserError
 from dataset import DATA
 from measure import figure, minus, pairs_right, spearman, words
-from sides import verdicts, with_ids
+from sides import load_rows, verdicts
 
 # ---- the judge itself ----------------------------------------------------------------------------
 
@@ -41,8 +41,7 @@ def score_fault(row):
 def labelled(settings):
     """The test part of the labels, or all of --data, each row with its dilemma."""
     shape = {"scenario_id": str, "personas": list, "solution": str, "score": float}
-    file = settings.data or DATA / "judge_labels.jsonl"
-    rows = dataset.load_jsonl(file, with_ids(shape, score_fault))
+    rows = load_rows(settings.data or DATA / "judge_labels.jsonl", shape, score_fault)
     if not settings.data:
         rows = [row for row in rows if row["split"] == "test"]
     dilemmas = {scenario.id: scenario.dilemma for scenario in dataset.load_scenarios()}
@@ -100,12 +99,6 @@ def audit(sides, items, judge):
 # ---- people, who do not know the sides -----------------------------------------------------------
 
 
-def refuse_filled(path):
-    """Raise UserError where a sheet is, for somebody may have rated it."""
-    if path.is_file():
-        raise UserError(f"--out {path}: is there already, perhaps with ratings; name another file")
-
-
 def write_sheet(path, found):
     """Write the finals of `found`, shuffled, as JSON Lines, and who said what into FILE.key.
 
@@ -136,13 +129,12 @@ def read_sheet(path):
 
     A line without a score, and one that was taken out, counts as missing.
     """
-    lines = dataset.load_jsonl(path, with_ids({}, score_fault))
-    scores = {line["id"]: line.get("score") for line in lines}
+    scores = {row["id"]: row.get("score") for row in load_rows(path, {}, score_fault)}
     given = collections.defaultdict(dict)  # {(scenario, member): {side: score}}
     try:
         about = json.loads(Path(f"{path}.key").read_text(encoding="utf-8"))
-        settings, items = dict(about["settings"]), about["items"]
-        for item in items:
+        settings = dict(about["settings"])
+        for item in about["items"]:
             pair = given[item["scenario"], item["member"]]
             pair[item["side"]] = scores.pop(item["id"], None)
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:

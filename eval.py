@@ -413,9 +413,7 @@ COMMANDS = {
     "audit": audit.audit,
     "blind": negotiated,
 }
-
-
-RESULT = b'{\n "command"'  # how the results of each of them begin
+RESULT = b'{\n "command"'  # how a file of results begins
 
 
 def main(argv=None):
@@ -436,8 +434,7 @@ def main(argv=None):
     if sheet:
         out = Path(settings["A"].out or f"{sheet}.json")
     if command == "blind" and not sheet:
-        report.refuse_unwritable(out, b"")
-        audit.refuse_filled(out)
+        report.refuse_unwritable(out)  # nor where a sheet is: somebody may have rated it
         return audit.write_sheet(out, evaluate(command, settings, out))
     report.refuse_unwritable(out, RESULT)
     found = audit.read_sheet(sheet) if sheet else evaluate(command, settings, out)
@@ -456,8 +453,7 @@ def evaluate(command, settings, out):
             lm.find(side.model)  # before a judge starts and a file is made
     found = {"command": command, "judge": "no judge", "judge_counts": {}}
     found["settings"] = {name: dataclasses.asdict(side) for name, side in settings.items()}
-    with report.writing(out):
-        items = Items(out.with_suffix(".items.jsonl"), settings["A"].batch)
+    items = Items(out.with_suffix(".items.jsonl"), settings["A"].batch)
     sides = {name: Side(side) for name, side in settings.items()}
     if command == "general":
         return {**found, "rows": general(sides, items, None)}

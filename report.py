@@ -45,18 +45,15 @@ def writing(path):
         raise UserError(f"--out {path}: cannot be written ({error.strerror}); {hint}") from error
 
 
-def refuse_unwritable(path, begins):
-    """Raise UserError where `path` cannot be written, or holds what does not begin like a result.
-
-    Called before hours of work; it makes nothing, for another mistake may yet be found.
-    """
+def refuse_unwritable(path, begins=b""):
+    """Raise UserError where `path` cannot be made, or begins otherwise. It makes nothing yet."""
     with writing(path):
         folder = next(folder for folder in path.absolute().parents if folder.exists())
         if not os.access(f"{folder}/.", os.W_OK):
             raise OSError(13, f"{folder} is no folder to write to")
-        there = path.read_bytes()[: len(begins)] if path.is_file() else b""
-    if there not in (b"", begins):
-        raise UserError(f"--out {path}: is there already, and no such result; name another file")
+        there = path.read_bytes() if path.is_file() else b""
+    if there and not (begins and there.startswith(begins)):
+        raise UserError(f"--out {path}: is there already, to be kept; name another file")
 
 
 def write(path, text):
@@ -85,7 +82,6 @@ HELD = {"step": int, "heldout": dict}
 RECORD = {"step": int, "scenario_id": str, "dilemma": str, "personas": list, "turns": list}
 RECORD |= {"streams": list, "judge": dict, "stop": str, "final_truncated": bool}
 RESULTS = {"settings": dict, "judge": str, "rows": list}
-ROW = {"figure": str, "of": str, "n": int, "scenarios": int}
 
 
 def checked(value, shape, path):
@@ -96,23 +92,15 @@ def checked(value, shape, path):
     return value
 
 
-@contextlib.contextmanager
-def reading(path):
-    """Inside this block what cannot be read is a mistake in `path`."""
-    try:
-        yield
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); correct it or move it away") from error
-
-
 def read_results(folder):
     """{name: results} of a run's eval/*.json."""
     found = {}
     for path in sorted(Path(folder, "eval").glob("*.json")):
-        with reading(path):
-            found[path.stem] = checked(json.loads(path.read_text("utf-8")), RESULTS, path)
-        for row in found[path.stem]["rows"]:
-            checked(row, ROW, path)
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); move it away") from error
+        found[path.stem] = checked(result, RESULTS, path)
     return found
 
 
@@ -126,18 +114,17 @@ def read_run(folder):
             f"{folder}: no dialogue was played in it; what a warm start learnt stands in its "
             "metrics.jsonl"
         )
-    with reading(folder):
-        path = Path(folder, "metrics.jsonl")
-        for row in whole_lines(path):
-            if "heldout" in row:
-                run.held.append({**checked(row, HELD, path)["heldout"], "step": row["step"]})
-            else:
-                run.steps.append(checked(row, STEP, path))
-        for name, source in (("heldout.jsonl", "held out"), ("dialogues.jsonl", "training")):
-            path = Path(folder, name)
-            for record in whole_lines(path):
-                checked(record, RECORD, path)
-                keep(run.kept.setdefault(record["scenario_id"], {}), source, record)
+    path = Path(folder, "metrics.jsonl")
+    for row in whole_lines(path):
+        if "heldout" in row:
+            run.held.append({**checked(row, HELD, path)["heldout"], "step": row["step"]})
+        else:
+            run.steps.append(checked(row, STEP, path))
+    for name, source in (("heldout.jsonl", "held out"), ("dialogues.jsonl", "training")):
+        path = Path(folder, name)
+        for record in whole_lines(path):
+            name = checked(record, RECORD, path)["scenario_id"]
+            keep(run.kept.setdefault(name, {}), source, record)
     return run
 
 
@@ -188,8 +175,8 @@ class Line:
 
 def chart(title, lines, stacked=False, from_zero=True):
     """A picture for the template: {title, source}, the source an SVG as a data URI."""
-    # Here, because eval.py and train.py import this file too and draw nothing. No window is opened.
-    os.environ["MPLBACKEND"] = "agg"
+    # Here, because eval.py and train.py import this file too and draw nothing.
+    os.environ["MPLBACKEND"] = "agg"  # no window, whatever is set
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -231,8 +218,7 @@ def reward_lines(run):
     for row in run.steps:
         mean = row["reward_mean"]
         if mean is not None:
-            known = max(1, played - row["missing_rewards"])
-            error = 1.96 * (row["reward_std"] or 0.0) / known**0.5
+            error = 1.96 * (row["reward_std"] or 0.0) / (played - row["missing_rewards"]) ** 0.5
             rows.append({**row, "low": mean - error, "high": mean + error})
     lines = [Line("training", rows, "reward_mean", ("low", "high"))]
     if run.held:

@@ -101,24 +101,23 @@ def read_sides(command, argv):
     return sides, results_path(command, settings, found, given)
 
 
-def with_ids(shape, fault_of=lambda row: ""):
-    """A `fault_of` for load_jsonl: of this shape, with an id of its own, and what else is wrong."""
+def load_rows(path, shape, fault_of=lambda row: ""):
+    """The lines of a JSON Lines file, each of this shape and with an id of its own."""
     shape, ids = {"id": str, **shape}, set()
 
     def fault(row):
         found = dataset.shape_fault(row, shape) or fault_of(row)
         if not found and row["id"] in ids:
             found = f'id "{row["id"]}" occurs twice; give every line an id of its own'
-        if not found:
-            ids.add(row["id"])
+        ids.add(found or row["id"])
         return found
 
-    return fault
+    return dataset.load_jsonl(path, fault)
 
 
 def rows_of(settings, file, shape, fault_of=lambda row: ""):
     """{id: line} of a shipped set, or of --data."""
-    rows = dataset.load_jsonl(settings.data or DATA / file, with_ids(shape, fault_of))
+    rows = load_rows(settings.data or DATA / file, shape, fault_of)
     return {row["id"]: row for row in dataset.spread(rows, settings.limit)}
 
 
@@ -188,15 +187,12 @@ class Items:
     """
 
     def __init__(self, path, batch):
-        self.done = {}
-        for item in checkpoint.whole_lines(path):
-            if {"key", "value"} - item.keys():
-                raise UserError(f"{path}: holds no items of eval.py; give --out another name")
-            self.done[tuple(item["key"])] = item["value"]
+        report.refuse_unwritable(path, b'{"key"')
+        self.done = {tuple(item["key"]): item["value"] for item in checkpoint.whole_lines(path)}
         self.path = path
         self.batch = batch
         self.judge = ""
-        if path.exists():
+        if path.exists() and path.stat().st_size:
             with open(path, "ab") as file:
                 file.write(b"\n")  # ends the half line that a kill may have left
 
@@ -212,13 +208,12 @@ class Items:
             for start in bar:
                 keys = left[start : start + self.batch]
                 values = work([todo[key] for key in keys])
-                found = dict(zip(keys, values, strict=True))
-                self.done |= found
-                lines = [json.dumps({"key": key, "value": found[key]}) + "\n" for key in keys]
                 with report.writing(self.path):
                     self.path.parent.mkdir(parents=True, exist_ok=True)
                     with open(self.path, "ab") as file:
-                        file.write("".join(lines).encode())
+                        for key, value in zip(keys, values, strict=True):
+                            self.done[key] = value
+                            file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
                         file.flush()
                         os.fsync(file.fileno())
         return [self.done[key] for key in todo]
