@@ -120,11 +120,11 @@ def read_run(folder):
             run.held.append({**checked(row, HELD, path)["heldout"], "step": row["step"]})
         else:
             run.steps.append(checked(row, STEP, path))
-    for name, source in (("heldout.jsonl", "held out"), ("dialogues.jsonl", "training")):
-        path = Path(folder, name)
+    for file, source in (("heldout.jsonl", "held out"), ("dialogues.jsonl", "training")):
+        path = Path(folder, file)
         for record in whole_lines(path):
-            name = checked(record, RECORD, path)["scenario_id"]
-            keep(run.kept.setdefault(name, {}), source, record)
+            scenario = checked(record, RECORD, path)["scenario_id"]
+            keep(run.kept.setdefault(scenario, {}), source, record)
     return run
 
 

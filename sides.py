@@ -193,7 +193,7 @@ class Items:
         self.batch = batch
         self.judge = ""
         if path.exists() and path.stat().st_size:
-            with open(path, "ab") as file:
+            with report.writing(path), open(path, "ab") as file:
                 file.write(b"\n")  # ends the half line that a kill may have left
 
     def finish(self, title, todo, work):
