@@ -371,9 +371,8 @@ def add_lora(model, rank, targets=LORA_TARGETS, alpha=None):
     if not chosen:
         kind = model.config.model_type
         raise UserError(f"--lora-rank: no linear layer of {kind} matches {targets}")
-    widest = max(min(layers[name].weight.shape) for name in chosen)
-    if rank > widest:
-        raise UserError(f"--lora-rank {rank}: no layer has more than {widest}; use a smaller one")
+    if rank > max(min(layers[name].weight.shape) for name in chosen):
+        raise UserError(f"--lora-rank {rank}: above the width of every layer; use a smaller one")
     for name in chosen:
         model.set_submodule(name, LoRALinear(layers[name], rank, alpha or 2 * rank))
     return model
