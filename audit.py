@@ -14,7 +14,6 @@ Both are commands of eval.py, which calls this file:
 import collections
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +24,24 @@ import reward
 from cli import UserError
 from dataset import DATA
 from measure import figure, minus, pairs_right, spearman, words
-from sides import verdicts
+from sides import load_rows, verdicts
 
 # ---- the judge itself ----------------------------------------------------------------------------
 
 
+def score_fault(row):
+    """Is the score, where there is one, a number from 0 to 5?"""
+    score = row.get("score")
+    if score is None or (type(score) in (int, float) and 0 <= score <= 5):
+        return ""
+    said = json.dumps(score)[:40]
+    return f'"score" is no number from 0 to 5: {said}; write one, or null where there is none'
+
+
 def labelled(settings):
     """The test part of the labels, or all of --data, each row with its dilemma."""
-    shape = {"id": str, "scenario_id": str, "personas": list, "solution": str, "score": float}
-    file = settings.data or DATA / "judge_labels.jsonl"
-    rows = dataset.load_jsonl(file, lambda row: dataset.shape_fault(row, shape))
+    shape = {"scenario_id": str, "personas": list, "solution": str, "score": float}
+    rows = load_rows(settings.data or DATA / "judge_labels.jsonl", shape, score_fault)
     if not settings.data:
         rows = [row for row in rows if row["split"] == "test"]
     dilemmas = {scenario.id: scenario.dilemma for scenario in dataset.load_scenarios()}
@@ -92,12 +99,6 @@ def audit(sides, items, judge):
 # ---- people, who do not know the sides -----------------------------------------------------------
 
 
-def refuse_filled(path):
-    """Raise UserError where a sheet is, for somebody may have rated it."""
-    if path.is_file():
-        raise UserError(f"--out {path}: is there already, perhaps with ratings; name another file")
-
-
 def write_sheet(path, found):
     """Write the finals of `found`, shuffled, as JSON Lines, and who said what into FILE.key.
 
@@ -119,16 +120,8 @@ def write_sheet(path, found):
     about = {"settings": found["settings"], "items": key}
     report.write(Path(f"{path}.key"), json.dumps(about, indent=1))
     report.write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    print(f'{path}: fill in each "score", then: python eval.py blind --read {path}')
+    print(f'{path}: fill in each "score", 0 to 5, then: python eval.py blind --read {path}')
     return 0
-
-
-def score_fault(row):
-    """What is wrong with a line of a sheet that was filled in; "" if nothing is."""
-    score = row.get("score") if isinstance(row, dict) else None
-    if score is None or (type(score) in (int, float) and math.isfinite(score)):
-        return dataset.shape_fault(row, {"id": str})
-    return f'"score" is no number: {score!r}; write a number, or null where there is none'
 
 
 def read_sheet(path):
@@ -136,22 +129,28 @@ def read_sheet(path):
 
     A line without a score, and one that was taken out, counts as missing.
     """
-    scores = {row["id"]: row.get("score") for row in dataset.load_jsonl(path, score_fault)}
+    scores = {row["id"]: row.get("score") for row in load_rows(path, {}, score_fault)}
+    given = collections.defaultdict(dict)  # {(scenario, member): {side: score}}
     try:
         about = json.loads(Path(f"{path}.key").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        settings = dict(about["settings"])
+        for item in about["items"]:
+            pair = given[item["scenario"], item["member"]]
+            pair[item["side"]] = scores.pop(item["id"], None)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}.key: cannot be read ({error}); lay it beside the sheet again"
         ) from error
-    given = collections.defaultdict(dict)  # {(scenario, member): {side: score}}
-    for item in about["items"]:
-        given[item["scenario"], item["member"]][item["side"]] = scores.get(item["id"])
+    if scores:
+        raise UserError(
+            f'{path}: id "{next(iter(scores))}" is not in {path}.key; lay the right key beside it'
+        )
     rows = []
-    for side in about["settings"]:
-        rated = [(scenario, pair[side]) for (scenario, _), pair in given.items()]
+    for side in settings:
+        rated = [(scenario, pair.get(side)) for (scenario, _), pair in given.items()]
         rows.append(figure("rating", side, rated))
     if len(rows) == 2:
-        gaps = [(scenario, minus(pair["A"], pair["B"])) for (scenario, _), pair in given.items()]
+        gaps = [(s, minus(pair.get("A"), pair.get("B"))) for (s, _), pair in given.items()]
         rows.append(figure("rating", "A - B", gaps))
     judge = f"people, {Path(path).name}"
-    return {"command": "blind", "judge": judge, "settings": about["settings"], "rows": rows}
+    return {"command": "blind", "judge": judge, "settings": settings, "rows": rows}

@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 import audit
+import dataset
 import model as lm
 import report
 import reward
@@ -70,6 +71,7 @@ def played(voices, pairs, settings, judge, seed, partner=None, quiet=False):
 
 def negotiations(pair, settings, judge, partner, pairs):
     """A pair of Sides plays: records with endorsements, and without tokens."""
+    judge.check_agreement(settings)
     voices = pair[0].voice, pair[1].voice
     records = played(voices, pairs, settings, judge, settings.seed, partner)
     records = [picked(record, record.keys() - TOKENS) for record in records]
@@ -379,10 +381,21 @@ def general_items(side, judge, pairs):
     return found
 
 
+def choices_fault(row):
+    """Are the choices two texts or more, and the answer the number of one, from 0?"""
+    choices = row["choices"]
+    if len(choices) < 2 or not all(map(dataset.is_text, choices)):
+        return '"choices" is not two texts or more; correct it'
+    if not 0 <= row["answer"] < len(choices):
+        return f'"answer" is {row["answer"]}; write the number of a choice, 0 for the first'
+    return ""
+
+
 def general(sides, items, judge):
     """Is general ability kept? No judge is asked."""
     shape = {"prompt": str, "choices": list, "answer": int}
-    rows = {**rows_of(sides["A"].settings, "eval_general.jsonl", shape), **passages()}
+    asked = rows_of(sides["A"].settings, "eval_general.jsonl", shape, choices_fault)
+    rows = {**asked, **passages()}
     found = each_side(sides, items, judge, "general", rows, general_items, seeds=1)
     columns = {}
     for side, values in found.items():
@@ -400,6 +413,7 @@ COMMANDS = {
     "audit": audit.audit,
     "blind": negotiated,
 }
+RESULT = b'{\n "command"'  # how a file of results begins
 
 
 def main(argv=None):
@@ -416,15 +430,14 @@ def main(argv=None):
             "what each does: python eval.py --help, its flags: python eval.py conflict --help"
         )
     settings, out = read_sides(command, flags)
-    sheet = settings["A"].read
-    if command != "blind":
-        found = evaluate(command, settings, out)
-    elif sheet:
+    sheet = settings["A"].read if command == "blind" else ""
+    if sheet:
         out = Path(settings["A"].out or f"{sheet}.json")
-        found = audit.read_sheet(sheet)
-    else:
-        audit.refuse_filled(out)
+    if command == "blind" and not sheet:
+        report.refuse_unwritable(out)  # nor where a sheet is: somebody may have rated it
         return audit.write_sheet(out, evaluate(command, settings, out))
+    report.refuse_unwritable(out, RESULT)
+    found = audit.read_sheet(sheet) if sheet else evaluate(command, settings, out)
     found["rows"] = [dataclasses.asdict(row) for row in found["rows"]]
     report.write(out, json.dumps(found, indent=1))
     for row in found["rows"]:
@@ -440,8 +453,7 @@ def evaluate(command, settings, out):
             lm.find(side.model)  # before a judge starts and a file is made
     found = {"command": command, "judge": "no judge", "judge_counts": {}}
     found["settings"] = {name: dataclasses.asdict(side) for name, side in settings.items()}
-    with report.writing(out):
-        items = Items(out.with_suffix(".items.jsonl"), settings["A"].batch)
+    items = Items(out.with_suffix(".items.jsonl"), settings["A"].batch)
     sides = {name: Side(side) for name, side in settings.items()}
     if command == "general":
         return {**found, "rows": general(sides, items, None)}

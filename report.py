@@ -17,6 +17,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from transformers import AutoTokenizer
 
 from checkpoint import config_of, locate, whole_lines, write_atomically
 from cli import UserError, command_line, option
-from dataset import DATA
+from dataset import DATA, shape_fault
 
 # ---- the page on disk ----------------------------------------------------------------------------
 
@@ -38,17 +39,27 @@ def writing(path):
     try:
         if path.is_dir():
             raise IsADirectoryError(21, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise UserError(
-            f"--out {path}: cannot be written ({error.strerror}); name a file in a folder of yours"
-        ) from error
+        hint = "make room, or name a file in a folder of yours"
+        raise UserError(f"--out {path}: cannot be written ({error.strerror}); {hint}") from error
+
+
+def refuse_unwritable(path, begins=b""):
+    """Raise UserError where `path` cannot be made, or begins otherwise. It makes nothing yet."""
+    with writing(path):
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        if not os.access(f"{folder}/.", os.W_OK):
+            raise OSError(13, f"{folder} is no folder to write to")
+        there = path.read_bytes() if path.is_file() else b""
+    if there and not (begins and there.startswith(begins)):
+        raise UserError(f"--out {path}: is there already, to be kept; name another file")
 
 
 def write(path, text):
     """Replace a file at once. Raises UserError where it cannot be written."""
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
 
 
@@ -66,9 +77,36 @@ class ReportedRun:
     kept: dict  # {scenario id: {(step, source): records}}: its first and last step per source
 
 
+STEP = {"step": int, "missing_rewards": int, "judge_failures": int, "seconds_step": float}
+HELD = {"step": int, "heldout": dict}
+RECORD = {"step": int, "scenario_id": str, "dilemma": str, "personas": list, "turns": list}
+RECORD |= {"streams": list, "judge": dict, "stop": str, "final_truncated": bool}
+RESULTS = {"settings": dict, "judge": str, "rows": list}
+
+
+def checked(value, shape, path):
+    """A value from the file `path`, an object of this shape. Raises UserError for another one."""
+    fault = shape_fault(value, shape)
+    if fault:
+        raise UserError(f"{path}: {fault}")
+    return value
+
+
+def read_results(folder):
+    """{name: results} of a run's eval/*.json."""
+    found = {}
+    for path in sorted(Path(folder, "eval").glob("*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); move it away") from error
+        found[path.stem] = checked(result, RESULTS, path)
+    return found
+
+
 def read_run(folder):
     """Read a run folder line by line, however long it is. Raises UserError where it is none."""
-    if not Path(folder, "metrics.jsonl").exists():
+    if not os.path.exists(Path(folder, "metrics.jsonl")):  # nor where nobody may look
         raise UserError(f"{folder}: there is no metrics.jsonl in it; name the folder of a run")
     run = ReportedRun(Path(folder).resolve().name, config_of(folder), [], [], {})
     if run.config.get("demonstrations"):
@@ -76,14 +114,17 @@ def read_run(folder):
             f"{folder}: no dialogue was played in it; what a warm start learnt stands in its "
             "metrics.jsonl"
         )
-    for row in whole_lines(Path(folder, "metrics.jsonl")):
+    path = Path(folder, "metrics.jsonl")
+    for row in whole_lines(path):
         if "heldout" in row:
-            run.held.append({**row["heldout"], "step": row["step"]})
+            run.held.append({**checked(row, HELD, path)["heldout"], "step": row["step"]})
         else:
-            run.steps.append(row)
+            run.steps.append(checked(row, STEP, path))
     for file, source in (("heldout.jsonl", "held out"), ("dialogues.jsonl", "training")):
-        for record in whole_lines(Path(folder, file)):
-            keep(run.kept.setdefault(record["scenario_id"], {}), source, record)
+        path = Path(folder, file)
+        for record in whole_lines(path):
+            scenario = checked(record, RECORD, path)["scenario_id"]
+            keep(run.kept.setdefault(scenario, {}), source, record)
     return run
 
 
@@ -135,6 +176,7 @@ class Line:
 def chart(title, lines, stacked=False, from_zero=True):
     """A picture for the template: {title, source}, the source an SVG as a data URI."""
     # Here, because eval.py and train.py import this file too and draw nothing.
+    os.environ["MPLBACKEND"] = "agg"  # no window, whatever is set
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -298,9 +340,10 @@ def main(argv):
         )
     folder = argv[0]
     settings = command_line(ReportSettings, argv[1:], "eval.py report RUN")
+    out = Path(settings.out or Path(folder) / "report.html")
     run = read_run(folder)
-    files = sorted(Path(folder, "eval").glob("*.json"))
     source = (DATA / "report.html.j2").read_text(encoding="utf-8")
+    refuse_unwritable(out, source.splitlines()[0].encode())
     script = re.search(r"<script>(.*?)</script>", source, re.DOTALL)[1]
     page = jinja2.Environment(autoescape=True).from_string(source)
     text = page.render(
@@ -308,11 +351,10 @@ def main(argv):
         config=json.dumps(run.config, indent=1),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         curves=curves(run),
-        results={file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files},
+        results=read_results(folder),
         cells=cells,
         transcripts=transcripts(run, settings.scenarios, decoder(folder)),
     )
-    out = Path(settings.out or Path(folder) / "report.html")
     write(out, text)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in any browser")
     return 0

@@ -183,6 +183,14 @@ class Judge:
             return True
         return f"{self.model}:{kind}" in self.way.listed
 
+    def check_agreement(self, settings):
+        """Raise UserError where `settings` let a judge who can only score say when they agree."""
+        if settings.agreement == "judge" and settings.max_turns and not self.can("agreed"):
+            raise UserError(
+                f"--agreement judge: {self.model} is a reward model and knows scores only; "
+                "add --agreement marker, or none"
+            )
+
     def _ask(self, kind, dilemma, personas, texts, **slots):
         texts = {name: text or "(nothing)" for name, text in texts.items()}
         case = Case(case_of(dilemma, personas), texts, slots)

@@ -139,11 +139,7 @@ class Run:
         self.voice = Voice(player, self.policy.tokenizer, settings.date)
         refuse_too_long([*scenarios, *held_out], self.voice, settings)
         self.judge = self.stack.enter_context(self.open_judge())
-        if settings.agreement == "judge" and settings.max_turns and not self.judge.can("agreed"):
-            raise UserError(
-                f"--agreement judge: {self.judge.model} is a reward model and knows scores only; "
-                "add --agreement marker, or none"
-            )
+        self.judge.check_agreement(settings)
         found = {"judge_model": self.judge.model, "judge_mode": self.judge.mode}
         self.settings = dataclasses.replace(settings, **found)  # a resumed run reads alike
         self.judge.take_stats()  # the first question is of no step

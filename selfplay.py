@@ -465,6 +465,7 @@ def main(argv=None):
     speaker = Voice(*load(settings.model, device=own_device()), settings.date)
     voices, dialogue = (speaker, speaker), Dialogue(scenario, step=0, group_index=0, member=0)
     with reward.open_judge(settings) as judge:
+        judge.check_agreement(settings)
         screen = Screen(scenario, speaker.chat)
         partner = screen.ask_human if settings.human else None
         play(voices, [dialogue], settings, judge, settings.seed, partner, screen.on_token)

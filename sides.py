@@ -19,6 +19,7 @@ import chat
 import checkpoint
 import dataset
 import model as lm
+import report
 import reward
 import rubric
 import selfplay
@@ -100,11 +101,23 @@ def read_sides(command, argv):
     return sides, results_path(command, settings, found, given)
 
 
-def rows_of(settings, file, shape):
+def load_rows(path, shape, fault_of=lambda row: ""):
+    """The lines of a JSON Lines file, each of this shape and with an id of its own."""
+    shape, ids = {"id": str, **shape}, set()
+
+    def fault(row):
+        found = dataset.shape_fault(row, shape) or fault_of(row)
+        if not found and row["id"] in ids:
+            found = f'id "{row["id"]}" occurs twice; give every line an id of its own'
+        ids.add(found or row["id"])
+        return found
+
+    return dataset.load_jsonl(path, fault)
+
+
+def rows_of(settings, file, shape, fault_of=lambda row: ""):
     """{id: line} of a shipped set, or of --data."""
-    shape = {"id": str, **shape}
-    path = settings.data or DATA / file
-    rows = dataset.load_jsonl(path, lambda row: dataset.shape_fault(row, shape))
+    rows = load_rows(settings.data or DATA / file, shape, fault_of)
     return {row["id"]: row for row in dataset.spread(rows, settings.limit)}
 
 
@@ -174,12 +187,13 @@ class Items:
     """
 
     def __init__(self, path, batch):
+        report.refuse_unwritable(path, b'{"key"')
         self.done = {tuple(item["key"]): item["value"] for item in checkpoint.whole_lines(path)}
         self.path = path
         self.batch = batch
         self.judge = ""
-        with open(path, "ab") as file:
-            if file.tell():
+        if path.exists() and path.stat().st_size:
+            with report.writing(path), open(path, "ab") as file:
                 file.write(b"\n")  # ends the half line that a kill may have left
 
     def finish(self, title, todo, work):
@@ -194,12 +208,14 @@ class Items:
             for start in bar:
                 keys = left[start : start + self.batch]
                 values = work([todo[key] for key in keys])
-                with open(self.path, "ab") as file:
-                    for key, value in zip(keys, values, strict=True):
-                        self.done[key] = value
-                        file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+                with report.writing(self.path):
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    with open(self.path, "ab") as file:
+                        for key, value in zip(keys, values, strict=True):
+                            self.done[key] = value
+                            file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
+                        file.flush()
+                        os.fsync(file.fileno())
         return [self.done[key] for key in todo]
 
 

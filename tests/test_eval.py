@@ -1,10 +1,14 @@
 """Evaluation end to end: tiny models, a judge whose rule everybody can read, and a kill."""
 
 import dataclasses
+import errno
 import functools
 import json
+import math
+import os
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,8 +228,7 @@ def test_a_dead_judge_stops_the_run_and_records_nothing(run, tmp_path):
         pytest.raises(UserError, match=says),
     ):
         run("conflict", server, "--limit", "5", "--agreement", "none")
-    assert (tmp_path / "conflict.items.jsonl").read_bytes() == b""
-    assert not (tmp_path / "conflict.json").exists()
+    assert not list(tmp_path.glob("conflict*"))
 
 
 def test_a_spent_budget_is_one_line(run):
@@ -261,7 +264,7 @@ def make_run(folder, model, config):
     step = folder / "checkpoints" / "step_000004"
     shutil.copytree(model, step)
     (step / "COMPLETE").write_text("")
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"recipe": "debug", **config}))
     return step
 
 
@@ -293,6 +296,24 @@ def test_a_run_plays_as_it_was_trained(tmp_path, models):
     other = [*argv, "--judge-url", "http://other:1/v1"]
     a = sides.read_sides("conflict", other)[0]["A"]
     assert (a.judge_url, a.judge_model, a.judge_mode) == ("http://other:1/v1", "", "auto")
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        ({"agreement": "foo"}, "--agreement foo: must be one of"),
+        ({"max_turns": "ten"}, "config.json has --max-turns ten: must be"),
+        ({"temperature": None}, "--temperature None: must be"),
+        ({"recipe": 5}, "config.json"),
+        ([1], "config.json is not that of a run"),
+    ],
+)
+def test_a_run_whose_settings_are_wrong_is_not_compared(tmp_path, models, config, says):
+    make_run(tmp_path / "run", models[0], {})
+    text = json.dumps({"recipe": "debug", **config} if type(config) is dict else config)
+    (tmp_path / "run" / "config.json").write_text(text)
+    with pytest.raises(UserError, match=says):
+        sides.read_sides("conflict", ["--model", str(tmp_path / "run")])
 
 
 def test_flags_overrule_the_run_and_name_the_results(tmp_path, models):
@@ -372,6 +393,8 @@ def test_results_that_cannot_be_written(tmp_path):
         evaluation.main(["conflict", "--out", str(tmp_path / "file" / "x.json")])
     with pytest.raises(UserError, match="--out .*: cannot be written .it is a folder"):
         evaluation.main(["general", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="--out .*: cannot be written .File name too long"):
+        evaluation.main(["conflict", "--out", "x" * 300])
     for path in (tmp_path, tmp_path / "file" / "x.html"):
         with pytest.raises(UserError, match="--out .*: cannot be written"):
             report.write(path, "page")
@@ -390,11 +413,104 @@ def test_a_wrong_model_starts_no_judge_and_makes_no_file(tmp_path, models):
         sides.read_sides("conflict", ["--model", str(tmp_path)])
 
 
-def test_a_bad_line_of_data_is_named(tmp_path):
+CHOICE = {"id": "a", "prompt": "Say.", "choices": ["yes", "no"], "answer": 1}
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"choices": "both"}, 'bad.jsonl:2: "choices" is text instead of a list'),
+        ({"choices": []}, "bad.jsonl:2: .choices. is not two texts or more"),
+        ({"choices": [1, 2]}, "is not two texts"),
+        ({"choices": ["yes", ""]}, "is not two texts"),
+        ({"choices": ["yes", "\ud800"]}, "is not two texts"),
+        ({"answer": 2}, '"answer" is 2; write the number of a choice'),
+        ({"answer": -1}, '"answer" is -1'),
+        ({"id": "a"}, 'id "a" occurs twice'),
+    ],
+)
+def test_a_bad_line_of_data_is_named(tmp_path, models, change, says):
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"id": "a", "prompt": "Say.", "choices": "both"}\n')
-    with pytest.raises(UserError, match='bad.jsonl:1: "choices" is text instead of a list'):
-        evaluation.main(["general", "--data", str(bad), "--out", str(tmp_path / "g.json")])
+    rows = [CHOICE, {**CHOICE, "id": "b", **change}]
+    bad.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", models[0], "--data", str(bad), "--out", str(tmp_path / "new" / "g.json")]
+    with pytest.raises(UserError, match=says):
+        evaluation.main(["general", *flags])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"score": math.nan}, "no number from 0 to 5: NaN"),
+        ({"score": math.inf}, "no number from 0 to 5: Infinity"),
+        ({"score": 10**400}, "no number from 0 to 5: 1000"),
+        ({"id": "l0"}, 'id "l0" occurs twice'),
+    ],
+)
+def test_a_bad_label_is_named(tmp_path, change, says):
+    rows = labels(2)
+    rows[1] |= change
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=f"own.jsonl:2: .*{says}"):
+        audit.labelled(sides.EvalSettings(data=str(tmp_path / "own.jsonl")))
+
+
+@pytest.mark.parametrize(
+    "command, out",
+    [
+        ("conflict --data own.jsonl", "own.jsonl"),
+        ("audit --data own.jsonl", "own.jsonl"),
+        ("conflict --rubric own.jsonl", "own.jsonl"),
+        ("blind --read own.jsonl", "own.jsonl"),
+        ("blind --read own.jsonl", "own.jsonl.key"),
+        ("blind", "own.jsonl"),
+    ],
+)
+def test_no_file_of_a_person_is_replaced(tmp_path, models, monkeypatch, command, out):
+    monkeypatch.chdir(tmp_path)
+    for name in ("own.jsonl", "own.jsonl.key"):
+        Path(name).write_text('{"id": "0", "score": 3}\n')
+    with pytest.raises(UserError, match=f"--out {out}: is there already"):
+        evaluation.main([*command.split(), "--model", models[0], "--out", out])
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert kept == dict.fromkeys(("own.jsonl", "own.jsonl.key"), '{"id": "0", "score": 3}\n')
+
+
+def test_a_mistake_leaves_nothing_behind(tmp_path, models):
+    flags = ["--model", models[0], "--out", str(tmp_path / "new" / "x.json")]
+    nobody = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-wait", "0"]
+    nobody += ["--judge-attempts", "1"]
+    for wrong in (["--data", "none"], ["--rubric", "none"], ["--judge-model", "none"], nobody):
+        with pytest.raises(UserError):
+            evaluation.main(["conflict", *flags, *wrong])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_judge_who_knows_scores_only_is_not_asked_who_agrees(run, tmp_path, models):
+    flags = ("--limit", "1", "--judge-mode", "rm")
+    with JudgeServer(lambda text: 3, offers=("pooling",)) as server:
+        with pytest.raises(UserError, match="--agreement judge: .* knows scores only"):
+            run("conflict", server, *flags, baseline=False)
+        assert not list(tmp_path.glob("conflict*"))
+        with pytest.raises(UserError, match="--agreement judge: .* knows scores only"):
+            selfplay.main(["--model", models[0], "--judge-url", server.url])
+        _, rows = run("conflict", server, *flags, "--agreement", "none", baseline=False)
+    assert rows["ca_score", "A"]["n"] == 1
+
+
+def test_items_on_a_full_disk_or_of_somebody_else(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    items = sides.Items(tmp_path / "x.items.jsonl", 1)
+    with pytest.raises(UserError, match="x.items.jsonl: cannot be written .No space left"):
+        items.finish("", {("a",): 1}, lambda arguments: arguments)
+    for line in ("5", '{"id": "0"}'):
+        (tmp_path / "x.items.jsonl").write_text(line + "\n")
+        with pytest.raises(UserError, match="x.items.jsonl: is there already, to be kept"):
+            sides.Items(tmp_path / "x.items.jsonl", 1)
 
 
 # ---- the other commands --------------------------------------------------------------------------
@@ -494,7 +610,7 @@ def test_blind(models, tmp_path):
         judged = ["--judge-url", server.url, "--judge-mode", "json"]
         flags = ["blind", *pair, *judged, "--out", str(sheet), *SHORT.split()]
         assert evaluation.main(flags) == 0
-        with pytest.raises(UserError, match="sheet.jsonl: is there already, perhaps with ratings"):
+        with pytest.raises(UserError, match="sheet.jsonl: is there already, to be kept"):
             evaluation.main(flags)
     lines = dataset.load_jsonl(sheet)
     columns = {"id", "dilemma", "personas", "solution", "score"}
@@ -525,15 +641,31 @@ def test_blind(models, tmp_path):
 @pytest.mark.parametrize(
     "line, says",
     [
-        ('{"id": "0", "score": "good"}', """sheet.jsonl:1: "score" is no number: 'good'"""),
-        ('{"id": "0", "score": NaN}', '"score" is no number: nan'),
-        ('{"id": "0", "score": 3}', "sheet.jsonl.key: cannot be read"),
+        ('{"id": "0", "score": "good"}', 'jsonl:1: "score" is no number from 0 to 5: "good"'),
+        ('{"id": "0", "score": NaN}', "from 0 to 5: NaN"),
+        ('{"id": "0", "score": 99}', "from 0 to 5: 99"),
+        (f'{{"id": "0", "score": 1{"0" * 400}}}', "from 0 to 5: 1000"),
+        ('{"id": "0", "score": 3}\n{"id": "0", "score": 4}', 'jsonl:2: id "0" occurs twice'),
+        ('{"id": "7", "score": 3}', 'sheet.jsonl: id "7" is not in .*sheet.jsonl.key'),
     ],
 )
 def test_a_sheet_that_cannot_be_read(tmp_path, line, says):
+    item = {"id": "0", "side": "A", "scenario": "s", "member": 0}
+    key = {"settings": {"A": {}}, "items": [item]}
+    (tmp_path / "sheet.jsonl.key").write_text(json.dumps(key))
     (tmp_path / "sheet.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=says):
-        evaluation.main(["blind", "--read", str(tmp_path / "sheet.jsonl")])
+        audit.read_sheet(tmp_path / "sheet.jsonl")
+
+
+@pytest.mark.parametrize(
+    "key", ["", "5", "[" * 100_000, "{}", '{"settings": {"A": {}}, "items": [5]}']
+)
+def test_a_key_that_cannot_be_read(tmp_path, key):
+    (tmp_path / "sheet.jsonl").write_text('{"id": "0", "score": 3}\n')
+    (tmp_path / "sheet.jsonl.key").write_text(key)
+    with pytest.raises(UserError, match="sheet.jsonl.key: cannot be read"):
+        audit.read_sheet(tmp_path / "sheet.jsonl")
 
 
 def labels(n=40):

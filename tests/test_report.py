@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from helpers import tokenizer
@@ -15,6 +16,7 @@ from test_measure import record
 
 import eval as evaluation
 import report
+from cli import UserError
 from measure import ResultRow
 
 EVIL = (
@@ -182,6 +184,48 @@ def test_a_run_that_has_just_begun(run):
     (run / "metrics.jsonl").write_text("")
     shutil.rmtree(run / "eval")
     assert "None yet" in make(run)
+
+
+@pytest.mark.parametrize(
+    "file, content, says",
+    [
+        ("metrics.jsonl", '{"step": 1}', 'metrics.jsonl: no "missing_rewards"; needed are'),
+        ("metrics.jsonl", '{"step": 1, "heldout": 5}', '"heldout" is a number instead of'),
+        ("dialogues.jsonl", '{"step": 1}', 'dialogues.jsonl: no "scenario_id"'),
+        ("config.json", "[1]", "config.json is not that of a run"),
+        ("eval/a.json", "{", "a.json: cannot be read"),
+        ("eval/a.json", b"\xff", "a.json: cannot be read"),
+        ("eval/a.json", "[" * 100_000, "a.json: cannot be read"),
+        ("eval/a.json", '{"x": 1}', 'a.json: no "settings"'),
+    ],
+)
+def test_a_broken_file_of_a_run_is_named(run, file, content, says):
+    (run / file).write_bytes(content if type(content) is bytes else content.encode())
+    with pytest.raises(UserError, match=says):
+        evaluation.main(["report", str(run)])
+
+
+def test_a_run_that_nobody_may_look_into():
+    with pytest.raises(UserError, match="there is no metrics.jsonl in it"):
+        evaluation.main(["report", "x" * 300])
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "eval/conflict.json"])
+def test_the_page_replaces_no_file_of_the_run(run, name):
+    before = (run / name).read_bytes()
+    with pytest.raises(UserError, match="is there already, to be kept"):
+        evaluation.main(["report", str(run), "--out", str(run / name)])
+    assert (run / name).read_bytes() == before
+    make(run)
+    make(run)  # a page is
+
+
+def test_a_picture_needs_no_window(monkeypatch):
+    """MPLBACKEND names what a person's own plots need; matplotlib reads it as it is imported."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setenv("MPLBACKEND", "foo")
+    assert report.chart("t", [report.Line("l", [{"step": 1, "k": 2}], "k")])["source"]
 
 
 # ---- in a browser ------------------------------------------------------------------------------
