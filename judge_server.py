@@ -165,9 +165,9 @@ def main():
         threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         server = Server((settings.host, settings.port), Handler)
-    except (OSError, UnicodeError) as error:  # a host's name may be none
+    except (OSError, TypeError) as error:  # TypeError: a name that IDNA cannot encode
         taken = getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
-        flag = f"--port {settings.port}" if taken else f"--host {settings.host!a}"
+        flag = f"--port {settings.port}" if taken else f"--host {settings.host}"
         problem = f"{flag}: cannot listen there ({getattr(error, 'strerror', error)})"
         advice = "choose another" if taken else "give an IPv4 address of this machine, or its name"
         raise UserError(f"{problem}; {advice}") from error

@@ -141,11 +141,11 @@ def test_the_flag_that_is_wrong_is_blamed(monkeypatch):
         port = str(taken.getsockname()[1])
         for flag, value in (
             *(("--port", port), ("--port", "70000"), ("--threads", "9" * 12)),
-            *(("--host", "::1"), ("--host", "a..b"), ("--host", "x" * 70)),
+            *(("--host", "::1"), ("--host", "a..b"), ("--host", "b\u00fc..x")),
         ):
             others = [] if flag == "--port" else ["--port", "0"]
             monkeypatch.setattr(sys, "argv", ["judge_server.py", flag, value, *others])
-            with pytest.raises(cli.UserError, match=f"^{flag} '?{value}'?: "):
+            with pytest.raises(cli.UserError, match=f"^{flag} {value}: "):
                 judge_server.main()
 
 
