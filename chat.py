@@ -184,7 +184,7 @@ class ChatFormat:
                 thinking=False,
                 chat_template=self._template,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"--model: its chat template fails ({reason}); use another model"

@@ -119,8 +119,9 @@ def flush_output():
 
 def run_cli(main):
     """Call `main()` as a program: UserError is one line and exit code 2, Ctrl-C exit code 130."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a character that cannot be printed ends no run
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # what cannot be read or printed ends no run
     try:
         try:
             code = main()

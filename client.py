@@ -29,6 +29,7 @@ from cli import UserError
 
 FIRST_PAUSE = 0.5  # seconds before the second attempt, about; doubled each time
 LONGEST_REPLY = 4 << 20  # bytes
+LONGEST_WAIT = 1e6  # seconds of one attempt, far below what timers and sockets can count
 COUNTERS = {"calls": 0, "retries": 0, "retry_seconds": 0.0, "cache_hits": 0}
 COUNTERS |= {"prompt_tokens": 0, "completion_tokens": 0}
 
@@ -67,7 +68,8 @@ def host_of(url):
     """The host of a server's address. Raises UserError when no request could go there."""
     try:
         parts = urllib.parse.urlsplit(url)
-    except ValueError:  # half a bracket of an IPv6 address
+        (parts.hostname or "").encode("idna")
+    except ValueError:  # half a bracket of an IPv6 address; a label that is empty, or too long
         parts = urllib.parse.urlsplit("")
     usable = parts.scheme in ("http", "https") and parts.hostname
     if not usable or parts.username or parts.query:
@@ -225,7 +227,7 @@ class Client:
         timer.start()
         try:
             reply, text = self._receive(url, body, limit)
-        except requests.RequestException as error:
+        except OSError as error:
             late = time.monotonic() - started >= limit
             raise self._failure(error, late) from None
         finally:
@@ -255,11 +257,15 @@ class Client:
         return reply, text
 
     def _failure(self, error, late):
-        """What a request that broke off counts as; a certificate does not mend by asking again."""
+        """What a request that broke off counts as; a certificate does not mend by asking again.
+
+        Only a REQUESTS_CA_BUNDLE that is not there is an OSError of no kind that requests knows.
+        """
         said = self._hide(str(error))
         if late or isinstance(error, requests.Timeout):
             return Missing("timeout", said, again=True)
-        if isinstance(error, requests.exceptions.SSLError):
+        known = isinstance(error, requests.RequestException)
+        if not known or isinstance(error, requests.exceptions.SSLError):
             return Missing("tls", said)
         if isinstance(error, requests.exceptions.ProxyError):
             return Missing("proxy", said)

@@ -28,7 +28,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cli import UserError, command_line, option, run_cli
-from client import Client, Missing, dig
+from client import LONGEST_WAIT, Client, Missing, dig
 from dataset import DATA, DEMONSTRATION, load_jsonl, shape_fault, shuffled, turns_fault
 from measure import ngrams, words
 
@@ -263,8 +263,10 @@ class GenerateSettings:
     seed: int = option(0, "of the drawing of wishes", low=0)
     temperature: float = option(1.0, "of the LLM", low=0)
     tokens: int = option(400, "tokens that a reply may have", low=64)
-    concurrency: int = option(4, "requests in flight at most", low=1)
-    timeout: float = option(120.0, "seconds that one attempt of a request may take", above=0)
+    concurrency: int = option(4, "requests in flight at most", low=1, high=1000)
+    timeout: float = option(
+        120.0, "seconds that one attempt of a request may take", above=0, high=LONGEST_WAIT
+    )
 
 
 def subject_of(row):
@@ -309,16 +311,21 @@ OURS = b'{"id": "gen-'  # how a line of ours begins
 
 
 def open_output(path, shape):
-    """The lines of earlier runs; the half line that a broken one may have left is cut off."""
+    """The lines of earlier runs; the half line that a broken one may have left is cut off.
+
+    A file without lines is not kept: it comes with the first one.
+    """
     if Path(path).exists() and not Path(path).is_file():
         raise UserError(f"--out {path}: not a plain file; name another one")
     with open(path, "a+b") as file:
         file.seek(0)
         data = file.read()
         whole = data.rfind(b"\n") + 1
-        if not OURS.startswith(data[whole:][: len(OURS)]):
+        if len(data) > whole and not data[whole:].startswith(OURS):
             raise UserError(f"--out {path}: its last line has no end; mend it or take it out")
         file.truncate(whole)
+    if not whole:
+        Path(path).unlink()
     rows = load_jsonl(path, lambda row: shape_fault(row, shape)) if whole else []
     if any(set(row) != set(shape) for row in rows):
         raise UserError(f"--out {path}: lines with other keys than ours; name another one")
@@ -429,7 +436,9 @@ def main():
         raise UserError(str(error).replace("--judge-url", "--url")) from error
     except OSError as error:
         hint = "mend that and start again, it goes on where it was"
-        raise UserError(f"--out {settings.out}: {error.strerror}; {hint}") from error
+        shipped = str(error.filename).startswith(str(DATA))
+        place = error.filename if shipped else f"--out {settings.out}"
+        raise UserError(f"{place}: {error.strerror}; {hint}") from error
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def load_heads():
         with safe_open(HEADS, "pt") as file:
             reads = json.loads((file.metadata() or {}).get("reads", ""))
         heads = {name: head.float() for name, head in load_file(HEADS).items()}
-    except (SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         problem = f"{HEADS}: cannot be read ({error})"
         raise UserError(f"{problem}; put it back, or run python judge_server.py fit") from error
     return reads, heads

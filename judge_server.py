@@ -11,6 +11,7 @@ other endpoint.
 """
 
 import dataclasses
+import errno
 import http.server
 import json
 import os
@@ -145,7 +146,7 @@ class ServeSettings:
 
     port: int = option(8000, "port (0: a free one)", low=0, high=65535)
     host: str = option("127.0.0.1", "address; anything but loopback lets others in")
-    threads: int = option(0, "CPU threads (0: half of what torch takes)", low=0)
+    threads: int = option(0, "CPU threads (0: half of what torch takes)", low=0, high=1024)
     until_eof: bool = option(False, "end when standard input ends: with the parent, that is")
 
 
@@ -164,9 +165,12 @@ def main():
         threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         server = Server((settings.host, settings.port), Handler)
-    except OSError as error:
-        problem = f"--port {settings.port}: cannot listen on {settings.host} ({error.strerror})"
-        raise UserError(f"{problem}; choose another") from error
+    except (OSError, TypeError) as error:  # TypeError: a name that IDNA cannot encode
+        taken = getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
+        flag = f"--port {settings.port}" if taken else f"--host {settings.host}"
+        problem = f"{flag}: cannot listen there ({getattr(error, 'strerror', error)})"
+        advice = "choose another" if taken else "give an IPv4 address of this machine, or its name"
+        raise UserError(f"{problem}; {advice}") from error
     try:
         server.engine = Engine(settings.threads)
     except torch.OutOfMemoryError as error:

@@ -23,9 +23,11 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -38,6 +40,7 @@ from attention import inner, project, read_tree, upload
 from cli import UserError
 
 transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()  # of its pages what counts we say in a line
 
 
 def glibc(function, *numbers):
@@ -77,15 +80,16 @@ def kept_folder(name, make):
 
     It is renamed into place when it is whole: nobody ever sees half a model.
     """
-    folder = cache_folder() / name
-    if (folder / "config.json").exists():
-        return folder
     try:
+        folder = cache_folder() / name
+        if (folder / "config.json").exists():
+            return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        temporary = tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-")
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home
         advice = "set XDG_CACHE_HOME to a folder that can be written"
         raise UserError(f"--model {name}: no place to keep it ({error}); {advice}") from error
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as scratch:
+    with temporary as scratch:
         ready = Path(scratch, "ready")
         for part in make(Path(scratch)):
             part.save_pretrained(ready)
@@ -168,15 +172,25 @@ def compute_dtype(name, device="cpu"):
     return {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
+# What from_pretrained raises for damaged or foreign files: it hardly checks what it reads.
+DAMAGED = (
+    *(OSError, EOFError, ImportError, UnpicklingError, SafetensorError, StrictDataclassError),
+    *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
+    RuntimeError,
+)
+
+
 @contextlib.contextmanager
 def reading_model(name):
     """Inside this block, whatever from_pretrained raises becomes a UserError about `--model`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    except DAMAGED as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         if "trust_remote_code" in str(error):
             reason = "it brings code of its own, which we do not run"
+        if "ignore_mismatched_sizes" in str(error):
+            reason = "its weights have other shapes than its config.json says"
         raise UserError(
             f"--model {name}: not {WARM_MODEL}, smollm2-135m, a folder with a causal LM, "
             f"or a reachable Hugging Face id ({reason})"
@@ -189,6 +203,8 @@ def find(name):
     folder = str(shipped[name]()) if name in shipped else name
     own_code = dict(trust_remote_code=False)  # else transformers asks at the keyboard
     with reading_model(name):
+        if steps := sorted(Path(name, "checkpoints").glob("step_*")):
+            raise UserError(f"--model {name}: a run's folder; name a checkpoint, as {steps[-1]}")
         config = AutoConfig.from_pretrained(folder, **own_code)
         return folder, config, AutoTokenizer.from_pretrained(folder, **own_code)
 
@@ -208,6 +224,9 @@ def load(name, dtype="auto", device="cpu"):
     if report["missing_keys"]:  # transformers would fill them with random numbers
         missing = sorted(report["missing_keys"])[0]
         raise UserError(f"--model {name}: its weights lack {missing}; fetch or save it again")
+    if report["unexpected_keys"]:
+        strange = sorted(report["unexpected_keys"])[0]
+        print(f"warning: --model {name}: its config.json knows no {strange}", file=sys.stderr)
     model.to(device)
     plain = exactness.expect(model)
     exactness.check(prepare(model), plain, token_logprobs)
@@ -249,38 +268,6 @@ def cast(model, dtype):
 def release_memory():
     """Give free memory back to the system: blocks of ever new sizes leave gaps of gigabytes."""
     glibc("malloc_trim", 0)
-
-
-@contextlib.contextmanager
-def reordered_weights(*models):
-    """Inside this block, without gradients, a CPU's linear layers use reordered copies of weights.
-
-    In oneDNN's own order a product with few rows takes a third less time.
-    """
-    layers = []
-    for model in models:
-        layers += [module for module in model.modules() if _can_reorder(module)]
-    for layer in layers:
-        copy = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-        layer.forward = functools.partial(_reordered_linear, copy, layer.bias)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward  # the class's own is back
-
-
-def _reordered_linear(weight, bias, x):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _can_reorder(module):
-    if not isinstance(module, nn.Linear) or module.weight.device.type != "cpu":
-        return False
-    onednn = torch.backends.mkldnn.is_available()
-    if module.weight.dtype == torch.bfloat16:
-        return onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return onednn
 
 
 # ---- scoring -------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from cli import UserError, option
-from client import Client, Missing
+from client import LONGEST_WAIT, Client, Missing
 from rubric import (
     QUESTIONS,
     Case,
@@ -63,7 +63,9 @@ class JudgeSettings:
     judge_concurrency: int = option(
         8, "judge calls in flight over all ranks, at least 1 each", low=1
     )
-    judge_timeout: float = option(60.0, "seconds that one attempt may take", above=0)
+    judge_timeout: float = option(
+        60.0, "seconds that one attempt may take", above=0, high=LONGEST_WAIT
+    )
     judge_deadline: float = option(600.0, "seconds for all judging of one step", above=0)
     judge_wait: float = option(60.0, "seconds to wait for a server that is still loading", low=0)
     judge_attempts: int = option(4, "attempts per question", low=1)
@@ -114,7 +116,7 @@ ADVICE = {
     "http 403": "look at {key}, or at the proxy between here and there",
     "http 429": "it is busy; wait, or lower --judge-concurrency",
     "redirect": "give the address that it redirects to",
-    "tls": "look at the certificate, or use http:// for a server of your own",
+    "tls": "look at the certificate and REQUESTS_CA_BUNDLE, or use http:// for a server of yours",
     "proxy": "look at HTTPS_PROXY and NO_PROXY",
     "truncated": "it thinks aloud, or keeps to no form; try --judge-tokens 2000",
     **dict.fromkeys(NOT_THERE, "start the server, correct the address, or raise --judge-wait"),

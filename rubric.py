@@ -102,7 +102,7 @@ def load_rubric(path):
         return RUBRIC
     try:
         rubric = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--rubric {path}: cannot be read as JSON ({error})") from error
     if not isinstance(rubric, dict) or set(rubric) != set(RUBRIC):
         raise UserError(f"--rubric {path}: must have the keys {', '.join(RUBRIC)}")

@@ -33,7 +33,8 @@ import reward
 from attention import context_limit
 from chat import Sample, Turn, View, Voice, samples_of
 from cli import UserError, command_line, option, run_cli
-from model import WARM_MODEL, load, own_device, reordered_weights
+from decode import reordered_weights
+from model import WARM_MODEL, load, own_device
 from progress import printable
 from rubric import fill
 from sampler import Say, Table, choose_batch, speak
@@ -418,15 +419,13 @@ def watched_scenario(settings):
     scenarios = dataset.load_scenarios(seed=settings.seed)
     scenario = scenarios[settings.seed % len(scenarios)]
     personas = list(scenario.personas)
-    for i, side in enumerate("ab"):
-        text = getattr(settings, f"persona_{side}")
+    for i, text in enumerate((settings.persona_a, settings.persona_b)):
         name, _, creed = (part.strip() for part in text.partition(":"))
         if text and not (name and creed):
-            raise UserError(f"--persona-{side} {text!r}: write it as 'Name: creed'")
+            raise UserError(f"--persona-{'ab'[i]} {text!r}: write it as 'Name: creed'")
         if text:
             personas[i] = {"name": name, "creed": creed}
-    if settings.human == "a":
-        personas.reverse()
+    personas = personas[::-1] if settings.human == "a" else personas
     dilemma = settings.dilemma or scenario.dilemma
     return dataclasses.replace(scenario, dilemma=dilemma, personas=tuple(personas))
 
@@ -455,7 +454,7 @@ class Screen:
     def ask_human(self, dialogue):
         """A line from the keyboard; at its end the person agrees."""
         print(f"\n\033[1;33m{self.names[1]} (you):\033[0m ", end="", flush=True)
-        return (sys.stdin.readline() or "AGREED").strip()
+        return (sys.stdin and sys.stdin.readline() or "AGREED").strip()  # None: it is closed
 
 
 def main(argv=None):

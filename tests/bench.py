@@ -20,6 +20,7 @@ import time
 import torch
 import workload
 
+import attention
 import chat
 import dataset
 import grpo
@@ -29,7 +30,7 @@ import policy
 import reward
 import selfplay
 import train
-from cli import command_line, option, run_cli
+from cli import UserError, command_line, option, run_cli
 from progress import peak_memory_gb
 from settings import Settings
 
@@ -104,12 +105,16 @@ class Workload:
         return groups
 
     def step(self, number, judge):
-        """Play and learn once."""
+        """Play and learn once. Raises UserError where the model's context cuts a dialogue short."""
         groups = self.groups(number)
         dialogues = sum(groups, [])
         start = workload.now(self.world.device)
         selfplay.play((self.voice, self.voice), dialogues, self.settings, judge, seed=0)
         middle = workload.now(self.world.device)
+        if any(dialogue.stop == "context" for dialogue in dialogues):
+            flags = "--turns, --turn-tokens, --final-tokens"
+            limit = attention.context_limit(self.voice.model)
+            raise UserError(f"{flags}: more than the {limit} tokens of --model; lower one")
         means, waited = train.learn(groups, self.learner, self.settings, self.world)
         end = workload.now(self.world.device)
         return Step(middle - start, end - middle, waited, means["trained_tokens"])
@@ -196,6 +201,7 @@ def show_profile(work):
 def main(argv=None):
     """Time --repeats steps and print the medians."""
     bench = command_line(Bench, argv, prog="tests/bench.py")
+    workload.check_file(bench.json)
     work = Workload(bench)
     steps = work.steps(SlowJudge(0.0))
     row = results_of(work, steps)

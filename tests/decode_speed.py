@@ -12,6 +12,7 @@ the weights once would take at this machine's own bandwidth.
 import dataclasses
 import statistics
 import time
+from pathlib import Path
 
 import helpers
 import table
@@ -23,7 +24,7 @@ import attention
 import decode
 import drawing
 import model as lm
-from cli import command_line, option, run_cli
+from cli import UserError, command_line, option, run_cli
 
 # what both sizes of Qwen3 share
 QWEN3 = dict(
@@ -84,8 +85,14 @@ def random_model(shape, device):
 def save(shape, folder):
     """Write a model folder with the default model's tokenizer, or the tests' own without it.
 
-    Ids beyond the tokenizer's vocabulary are sampled as any other, and heard as nothing.
+    Ids beyond the tokenizer's vocabulary are sampled as any other, and heard as nothing. Raises
+    UserError where something stands there already.
     """
+    try:
+        Path(folder).mkdir(parents=True)
+    except OSError as error:
+        problem = f"--save {folder}: cannot be made ({error.strerror})"
+        raise UserError(f"{problem}; name a new folder") from error
     random_model(shape, lm.own_device()).cpu().save_pretrained(folder)
     kept = lm.cache_folder() / "smollm2-135m"
     tokenizer = AutoTokenizer.from_pretrained(kept) if kept.exists() else helpers.tokenizer()
@@ -174,6 +181,7 @@ def main(argv=None):
     speed = command_line(Speed, argv, prog="tests/decode_speed.py")
     if speed.save:
         return save(speed.shape, speed.save)
+    workload.check_file(speed.json)
     row = measure(speed)
     if speed.json:
         workload.add_line(speed.json, row)

@@ -52,10 +52,15 @@ class Player:
 
     def __init__(self, flags, device):
         self.flags = flags
-        self.tokenizer = AutoTokenizer.from_pretrained(flags.model, padding_side="left")
+        name = flags.model
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[flags.dtype])
+        except (OSError, ValueError, KeyError) as error:
+            reason = (str(error).splitlines() or ["no message"])[0]
+            raise UserError(f"--model {name}: no folder with a causal LM ({reason})") from error
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=DTYPES[flags.dtype])
         self.model = model.to(device).eval()
 
     def play(self):
@@ -202,6 +207,7 @@ def main(argv=None):
     flags = command_line(Peer, argv, prog="tests/peer.py")
     if not flags.model:
         raise UserError("tests/peer.py: pass --model FOLDER")
+    workload.check_file(flags.json)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     player = Player(flags, device)

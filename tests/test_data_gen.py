@@ -638,7 +638,7 @@ def test_a_dead_server_and_a_refused_key_end_the_run(serve, run, tmp_path, monke
     says = refusal(run, *args(out, llm, "--n", 500, "--concurrency", 2))
     assert says.startswith(f"--url {llm.url}: 5 requests in a row failed (http 401 ")
     assert "no such key" in says and says.endswith("; see to it and start again")
-    assert 5 <= len(llm.prompts) <= 6 and out.read_bytes() == b""
+    assert 5 <= len(llm.prompts) <= 6 and not out.exists()  # it comes with its first line
     llm.close()
     assert "requests in a row failed (connection " in refusal(run, *args(out, llm, "--n", 500))
 
@@ -714,6 +714,7 @@ OTHER_FILES = {
     b"\x80\x81\n": ": not UTF-8 text; pass a JSON Lines file, one JSON object per line",
     json.dumps(SEALED[0]).encode() + b"\n": ": lines with other keys than ours; name another one",
     json.dumps(TRAIN[0]).encode(): ": its last line has no end; mend it or take it out",
+    b"{": ": its last line has no end; mend it or take it out",
 }
 
 
@@ -723,6 +724,15 @@ def test_an_out_of_another_kind_is_refused_and_left_alone(serve, run, tmp_path, 
     out.write_bytes(data)
     assert refusal(run, *args(out, llm)).removeprefix("--out ") == f"{out}{says}"
     assert out.read_bytes() == data and not llm.prompts
+
+
+def test_a_shipped_file_that_is_not_there_is_named(serve, run, tmp_path, monkeypatch):
+    llm, moved = serve(), tmp_path / "data"
+    shutil.copytree(data_gen.DATA, moved)
+    (moved / "settings.txt").unlink()
+    monkeypatch.setattr(data_gen, "DATA", moved)
+    says = f"{moved}/settings.txt: No such file or directory; "
+    assert refusal(run, *args(tmp_path / "out", llm)).startswith(says)
 
 
 def test_an_out_that_cannot_be_written(serve, run, tmp_path):

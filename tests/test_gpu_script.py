@@ -137,6 +137,39 @@ def test_a_step_is_timed_by_that_clock_and_learns(tmp_path, monkeypatch):
     assert any(not torch.equal(p, old) for p, old in zip(work.model.parameters(), before))
 
 
+def test_a_dialogue_that_the_context_cuts_short_is_not_timed(tmp_path):
+    flags = ["--model", runs.saved_model(tmp_path), *TINY, "--turn-tokens", "5000"]
+    with pytest.raises(UserError, match="^--turns, --turn-tokens, --final-tokens: more than the"):
+        bench.main(flags)
+
+
+@pytest.mark.parametrize("program", [bench, decode_speed, peer])
+def test_a_results_file_that_cannot_be_written_is_told_first(program, tmp_path):
+    missing = tmp_path / "no" / "results.jsonl"
+    model = [] if program is decode_speed else ["--model", str(tmp_path / "none")]
+    for path, why in ((tmp_path, "Is a directory"), (missing, "No such file or directory")):
+        with pytest.raises(UserError, match=f"^--json {path}: cannot be written .{why}.; name"):
+            program.main(["--json", str(path), *model])
+
+
+def test_a_model_is_saved_in_a_new_folder_only(tmp_path):
+    (tmp_path / "config.json").write_text("a run's")
+    for taken in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(UserError, match=f"^--save {taken}: cannot be made .*; name a new"):
+            decode_speed.main(["--save", str(taken)])
+    assert (tmp_path / "config.json").read_text() == "a run's"
+
+
+def test_a_peer_without_a_model_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("none", tmp_path, tmp_path / "config.json"):
+        with pytest.raises(
+            UserError, match=rf"^--model {name}: no folder with a causal LM \([^\n]*$"
+        ):
+            peer.main(["--model", str(name)])
+
+
 @pytest.fixture
 def shaped(tmp_path, monkeypatch):
     """A folder that decode_speed.py saved, of a model that knows more ids than its tokenizer."""

@@ -125,11 +125,28 @@ def test_damaged_heads_are_told_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(judge_heads, "HEADS", tmp_path / "heads.safetensors")
     with pytest.raises(cli.UserError, match="cannot be read .*; put it back, or name a"):
         judge_server.Engine(1)
+    with pytest.raises(cli.UserError, match="cannot be read .*, or run .*judge_server.py fit"):
+        judge_heads.load_heads()
     head = {"score": torch.ones(65)}
     for damaged in (b"half", save(head), save(head, {"reads": "no JSON"})):
         judge_heads.HEADS.write_bytes(damaged)
         with pytest.raises(cli.UserError, match="cannot be read .*, or run .*judge_server.py fit"):
             judge_server.Engine(1)
+
+
+def test_the_flag_that_is_wrong_is_blamed(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for flag, value in (
+            *(("--port", port), ("--port", "70000"), ("--threads", "9" * 12)),
+            *(("--host", "::1"), ("--host", "a..b"), ("--host", "b\u00fc..x")),
+        ):
+            others = [] if flag == "--port" else ["--port", "0"]
+            monkeypatch.setattr(sys, "argv", ["judge_server.py", flag, value, *others])
+            with pytest.raises(cli.UserError, match=f"^{flag} {value}: "):
+                judge_server.main()
 
 
 def test_an_empty_text_has_a_score_too(served):

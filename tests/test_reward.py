@@ -496,7 +496,11 @@ def test_a_key_that_no_header_can_carry_is_told_before_the_first_request(monkeyp
 
 
 @pytest.mark.parametrize(
-    "url", ["127.0.0.1:8000", "ftp://x/v1", "http://me:secret@host/v1", "http://[::1/v1", ""]
+    "url",
+    [
+        *("127.0.0.1:8000", "ftp://x/v1", "http://me:secret@host/v1", "http://[::1/v1", ""),
+        *("http://a..b/v1", f"http://{'x' * 70}/v1", "http://b\u00fccher..x/v1"),
+    ],
 )
 def test_an_address_that_is_none_is_told(url):
     with pytest.raises(cli.UserError, match="^--judge-url: must look like") as error:
@@ -600,6 +604,9 @@ def test_a_certificate_and_a_proxy_are_no_absent_server(monkeypatch):
         secure = server.url.replace("http://", "https://")
         told = preflight_error(secure, judge_model="m")
         assert "(tls: " in told and "; look at the certificate" in told
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/no/such/file")
+        told = preflight_error("https://judge.invalid/v1", judge_model="m")
+        assert "(tls: " in told and "/no/such/file" in told and "REQUESTS_CA_BUNDLE" in told
         assert not server.requests
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
@@ -761,9 +768,18 @@ def test_a_reward_model_takes_no_rubric(tmp_path):
 
 def test_a_rubric_that_cannot_be_read_is_told(tmp_path):
     Path(tmp_path, "half.json").write_text("{")
-    for name in ("half.json", "none.json"):
+    Path(tmp_path, "deep.json").write_text("[" * 100_000)
+    for name in ("half.json", "deep.json", "none.json"):
         with pytest.raises(cli.UserError, match="cannot be read"):
             rubric.load_rubric(tmp_path / name)
+
+
+def test_no_time_is_longer_than_a_timer_can_count():
+    for seconds, says in (("1e6", None), ("1e12", "--judge-timeout .*: must be at most")):
+        expected = pytest.raises(cli.UserError, match=says) if says else contextlib.nullcontext()
+        with expected:
+            flags = cli.command_line(reward.JudgeSettings, ["--judge-timeout", seconds])
+            threading.Timer(flags.judge_timeout, print).cancel()
 
 
 # ---- the policy is an adversary ------------------------------------------------------------------

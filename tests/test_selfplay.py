@@ -5,6 +5,7 @@ Ids, masks, log-probs, templates, verdicts that arrive at any time, ends of all 
 
 import concurrent.futures
 import dataclasses
+import io
 import math
 import os
 import random
@@ -756,6 +757,18 @@ def test_the_flags_describe_a_scenario():
         cli.UserError, match=re.escape("--persona-b 'Bo': write it as 'Name: creed'")
     ):
         selfplay.watched_scenario(dataclasses.replace(flags, persona_b="Bo"))
+
+
+def test_a_keyboard_that_is_closed_or_types_no_text_ends_nothing(monkeypatch):
+    screen = selfplay.Screen(helpers.scenario(), None)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert screen.ask_human(None) == "AGREED"
+    bytes_read = io.TextIOWrapper(io.BytesIO(b"N\xff.\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", bytes_read)
+    said = []
+    with pytest.raises(SystemExit):
+        cli.run_cli(lambda: said.append(screen.ask_human(None)))
+    assert said == ["N\ufffd."]
 
 
 def test_a_character_that_stdout_cannot_print_ends_nothing():

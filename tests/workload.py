@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import option
+from cli import UserError, option
 
 PLACES = ["A mid-sized town", "A coastal city", "A mountain village", "A desert district"]
 DILEMMA = (
@@ -81,6 +81,16 @@ def show(row, trained_tokens, about):
     print(f"play   {row['play_s']:6.1f} s  {row['sampled_tokens_per_s']:6.1f} sampled tokens/s")
     print(f"learn  {row['learn_s']:6.1f} s  {trained:6.1f} trained tokens/s")
     print(f"step   {row['step_s']:6.1f} s  peak memory {row['peak_memory_gb']:.1f} GB   {about}")
+
+
+def check_file(path):
+    """Raise UserError, before anything is measured, where --json cannot be written."""
+    try:
+        if path:
+            open(path, "ab").close()
+    except OSError as error:
+        problem = f"--json {path}: cannot be written ({error.strerror})"
+        raise UserError(f"{problem}; name another file") from error
 
 
 def add_line(path, row):
