@@ -160,6 +160,7 @@ def build(settings, world, weights=None):
     if settings.gradient_checkpointing:
         how = {"use_reentrant": False}
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    set_decoder(player, settings)
     reference = None
     if settings.beta > 0 and settings.lora_rank:
         reference = player  # with its adapters off
@@ -174,12 +175,16 @@ def build(settings, world, weights=None):
         dtype=compute_dtype,
         decay_steps=decay_steps,
     )
+    return Policy(model, player, tokenizer, optimizer, reference, sharded)
+
+
+def set_decoder(player, settings):
+    """How the player decodes on a card: recorded steps or not, compiled or not."""
     decoder = decoder_of(player)
     if decoder and not settings.cuda_graphs:
         decoder.use_graphs = False
     if decoder and settings.compile:
         decoder.compile()
-    return Policy(model, player, tokenizer, optimizer, reference, sharded)
 
 
 @contextlib.contextmanager
