@@ -247,7 +247,8 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
     run.process.send_signal(signal.SIGINT)
     assert run.wait(60)[0] == 130
     done = len(runs.rows(out))
-    assert [r["step"] for r in runs.rows(out)] == list(range(1, done + 1)) and done >= 10
+    assert [r["step"] for r in runs.rows(out)] == list(range(1, done + 1))
+    assert done >= newest + 2  # how far it came in all is a matter of the machine's speed
     left = {".lock", "checkpoints", "config.json", "dialogues.jsonl", "metrics.jsonl"}
     assert {path.name for path in out.iterdir()} == left
     left = list((out / "checkpoints").iterdir())
