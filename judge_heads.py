@@ -1,6 +1,6 @@
 """The embedded judge: what it reads of a text, its linear heads, and how they were fitted.
 
-    (case, judged text) -> frozen base -> hidden states, averaged over the judged text (F,)   Base
+    case, judged text -> frozen base -> hidden states, averaged over the judged text (F,)     Base
                         -> a linear head each: score, endorse, agreed                         apply
     data/judge_labels.jsonl, agreement_labels.jsonl -> ridge -> data/judge_heads.safetensors  fit
 
@@ -91,20 +91,24 @@ class Base:
         return plain["input_ids"][-LONGEST_TEXT:]
 
     @torch.no_grad()
-    def features(self, head, case, text):
-        """What `head` reads of a text after its case: mean hidden states in a row, (F,) fp32."""
-        before = self.ids(case + "\n\n")
+    def features(self, head, before, text):
+        """What `head` reads of a text: mean hidden states in a row, (F,) fp32.
+
+        before: the case, read once for all that follows it, and texts between it and this one.
+        """
+        case, *said = before
+        between = self.ids("\n\n".join(["", *said, ""]))
         judged = self.ids(text) or self.ids("(nothing)")
-        cache = None
-        if head != "agreed":  # before that stand the turns so far, which nobody asks about again
-            cache = copy.deepcopy(self.read_case(tuple(before)))  # the model adds to it
-            before = []
-        ids = torch.tensor([before + judged], device=self.device)  # (1, T)
-        options = dict(cache=cache, use_cache=bool(cache), output_hidden_states=True)
-        states = self.model(ids, **options).hidden_states
+        lengths = [tokens for _, tokens in self.reads[head]]
+        if None not in lengths:
+            judged = judged[: max(lengths)]  # what follows changes nothing before it
+        known = self.read_case(tuple(self.ids(case) or self.ids("(nothing)")))
+        cache = copy.deepcopy(known)  # the model adds to it
+        ids = torch.tensor([between + judged], device=self.device)  # (1, T)
+        states = self.model(ids, cache=cache, output_hidden_states=True).hidden_states
         means = []
         for layer, tokens in self.reads[head]:
-            read = states[layer][0, len(before) :][:tokens]  # (tokens read, H)
+            read = states[layer][0, len(between) :][:tokens]  # (tokens read, H)
             means.append(read.float().mean(0))
         return torch.cat(means).cpu()
 
@@ -141,7 +145,7 @@ class Example:
     scenario: str
     test: bool  # of the dilemmas that are only looked at once a version
     source: str  # who wrote it: a policy (warm, trained, policy), or bare, hand, demo
-    before: str
+    before: list
     judged: str
     value: float
 

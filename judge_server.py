@@ -1,6 +1,6 @@
 """The embedded judge behind HTTP: a small reward model. What it reads: judge_heads.py.
 
-    POST /pooling {"model": "negotiation-judge-...", "messages": [case, judged text]}
+    POST /pooling {"model": "negotiation-judge-...", "messages": [case, (turns,) judged text]}
         -> one thread a connection -> the one worker of Engine -> {"data": [{"data": [3.1]}]}
 
 It answers as vLLM serves reward models, so that a real one can take its place. Left out: every
@@ -45,20 +45,20 @@ class Engine:
         self.worker = ThreadPoolExecutor(1, "judge", torch.set_num_threads, [threads])
         self.waiting = threading.BoundedSemaphore(WAITING)
 
-    def ask(self, head, case, text):
+    def ask(self, head, before, text):
         """The number that a head gives, waiting for its turn. Raises Refusal."""
         if not self.waiting.acquire(blocking=False):
             raise Refusal(429, "too many requests are waiting; come back in a second")
         try:
-            return self.worker.submit(self.read, head, case, text).result()
+            return self.worker.submit(self.read, head, before, text).result()
         except (RuntimeError, MemoryError) as error:  # this one fails, the server lives
             raise Refusal(500, str(error)[:200]) from error
         finally:
             self.waiting.release()
 
-    def read(self, head, case, text):
+    def read(self, head, before, text):
         """On the worker: the head's number, a score from 0 to 5, an agreement as it is."""
-        value = apply(self.heads[head], self.base.features(head, case, text)).item()
+        value = apply(self.heads[head], self.base.features(head, before, text)).item()
         return value if head == "agreed" else min(5.0, max(0.0, value))
 
 
@@ -95,7 +95,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send(200, {"object": "list", "model": engine.name, "data": found})
 
     def question(self, data):
-        """(head, case, judged text) of a request's body. Raises Refusal."""
+        """(head, texts before the judged one, judged text) of a request. Raises Refusal."""
         engine = self.server.engine
         if self.path.rstrip("/") != "/pooling":
             raise Refusal(404, "unknown path; this server has /pooling")
@@ -111,7 +111,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = model.removeprefix(engine.name).removeprefix(":") or "score"
         if head not in engine.heads:
             raise Refusal(404, f"the model {model[:80]} is not served here; {engine.name} is")
-        return head, "\n".join(before), judged
+        return head, before or [""], judged
 
     def send(self, status, content):
         """Reply with JSON, an error in the OpenAI shape."""

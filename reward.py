@@ -250,12 +250,10 @@ class Judge:
         # our own server has a head for each question
         payload = {"model": self.model if kind == "score" else f"{self.model}:{kind}"}
         if self.way.one_text:
-            payload["text"] = f"{before}\n\n{judged}"
+            payload["text"] = "\n\n".join([*before, judged])
         else:
-            payload["messages"] = [
-                {"role": "user", "content": before},
-                {"role": "assistant", "content": judged},
-            ]
+            payload["messages"] = [{"role": "user", "content": text} for text in before]
+            payload["messages"].append({"role": "assistant", "content": judged})
         value = self.client.ask(self.way.endpoint, payload, read_reward, deadline, root=True)
         return Verdict(value > 0.5 if kind == "agreed" else round(value, 3), raw=f"{value:.4f}")
 

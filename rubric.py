@@ -193,13 +193,16 @@ def for_chat(rubric, kind, case, how):
 
 
 def for_reward_model(kind, case):
-    """(what stands before it, what is judged): the solution, or for `agreed` the last turn."""
+    """([texts that stand before it], what is judged): the solution, or for `agreed` the last turn.
+
+    `agreed` is a question for our own server, which reads the case, a text by itself, only once.
+    """
     *before, judged = case.texts.values()
     if kind == "agreed":
         said, _, last = judged.rpartition("\n")
         name, _, judged = last.partition(": ")
-        before = [said, name + ":"]
-    return "\n".join([case.before, *before]).rstrip(), judged
+        return [case.before.rstrip(), f"{said}\n{name}:"], judged
+    return ["\n".join([case.before, *before]).rstrip()], judged
 
 
 # ---- three ways to read a reply: a Verdict (`read_reward`: a number) each, or Missing ------------
