@@ -10,17 +10,14 @@ so every step takes the same ones, and all rows: an idle row writes at its own n
 nobody sees and which its next real token overwrites. Whatever is a Python number inside belongs in
 the recording's key. Weights change in place, so a recording outlives optimizer steps.
 
-A CPU gains more from leaving idle rows out (sampler.read) and from `reordered_weights`. Left out:
-graphs of reading turns.
+A CPU gains more from leaving idle rows out (sampler.read). Left out: graphs of reading turns.
 """
 
-import contextlib
 import functools
 import sys
 import weakref
 
 import torch
-from torch import nn
 
 from attention import Placement, RaggedCache, project
 from drawing import draw_static
@@ -168,38 +165,3 @@ class Decoder:
             do_without("CUDA graphs", error)
             return None
         return graph
-
-
-# ---- a CPU's weights ----------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def reordered_weights(*models):
-    """Inside this block, without gradients, a CPU's linear layers use reordered copies of weights.
-
-    In oneDNN's own order a product with few rows takes a third less time.
-    """
-    layers = []
-    for model in models:
-        layers += [module for module in model.modules() if _can_reorder(module)]
-    for layer in layers:
-        copy = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-        layer.forward = functools.partial(_reordered_linear, copy, layer.bias)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward  # the class's own is back
-
-
-def _reordered_linear(weight, bias, x):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _can_reorder(module):
-    if not isinstance(module, nn.Linear) or module.weight.device.type != "cpu":
-        return False
-    onednn = torch.backends.mkldnn.is_available()
-    if module.weight.dtype == torch.bfloat16:
-        return onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return onednn

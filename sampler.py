@@ -7,10 +7,13 @@ What a row draws depends on its own logits and its own random numbers, never on 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 
 import numpy as np
 import torch
+from torch import nn
 
 from attention import RaggedCache
 from chat import Turn
@@ -155,3 +158,38 @@ def draw_for(batch, logits):
     uniforms = [say.rng.random() for say in batch]
     numbers = torch.tensor([temperatures, top_ps, uniforms], device=logits.device)  # (3, b) fp32
     return [column.tolist() for column in draw(logits, *numbers)]
+
+
+# ---- a CPU's weights ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def reordered_weights(*models):
+    """Inside this block, without gradients, a CPU's linear layers use reordered copies of weights.
+
+    In oneDNN's own order a product with few rows takes a third less time.
+    """
+    layers = []
+    for model in models:
+        layers += [module for module in model.modules() if _can_reorder(module)]
+    for layer in layers:
+        copy = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        layer.forward = functools.partial(_reordered_linear, copy, layer.bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own is back
+
+
+def _reordered_linear(weight, bias, x):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _can_reorder(module):
+    if not isinstance(module, nn.Linear) or module.weight.device.type != "cpu":
+        return False
+    onednn = torch.backends.mkldnn.is_available()
+    if module.weight.dtype == torch.bfloat16:
+        return onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return onednn

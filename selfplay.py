@@ -33,11 +33,10 @@ import reward
 from attention import context_limit
 from chat import Sample, Turn, View, Voice, samples_of
 from cli import UserError, command_line, option, run_cli
-from decode import reordered_weights
 from model import WARM_MODEL, load, own_device
 from progress import printable
 from rubric import fill
-from sampler import Say, Table, choose_batch, speak
+from sampler import Say, Table, choose_batch, reordered_weights, speak
 
 
 @dataclasses.dataclass(frozen=True)

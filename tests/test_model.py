@@ -31,8 +31,8 @@ from transformers import (
 
 import attention
 import cli
-import decode
 import model as lm
+import sampler
 import selfplay
 from attention import RaggedCache, Tree
 from chat import Voice
@@ -266,7 +266,7 @@ def test_packed_layers_compute_the_same_and_are_put_back(kind, dtype):
     model, ids = lm.cast(helpers.tiny(kind), dtype), some_ids(20)
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     expected = logits_of(model, ids)
-    with decode.reordered_weights(model):
+    with sampler.reordered_weights(model):
         assert all("forward" in vars(layer) for layer in linear)
         got = logits_of(model, ids)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)

@@ -26,7 +26,7 @@ NOWHERE = "http://127.0.0.1:9/v1"
 
 
 def settings(url, **more):
-    quick = {"judge_timeout": 0.6, "judge_attempts": 3}
+    quick = {"judge_timeout": 1.5, "judge_attempts": 3}
     return reward.JudgeSettings(judge_url=url, **{**quick, **more})
 
 
