@@ -274,6 +274,28 @@ def test_packed_layers_compute_the_same_and_are_put_back(kind, dtype):
     assert torch.equal(logits_of(model, ids), expected)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # without and with biases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_layers_take_their_adapters_in_and_give_them_back(kind, dtype):
+    model = lm.cast(lm.add_lora(helpers.tiny(kind), 4), dtype)
+    adapters = [module for module in model.modules() if isinstance(module, lm.LoRALinear)]
+    for adapter in adapters:
+        nn.init.normal_(adapter.B, std=0.2)
+    ids = some_ids(20)
+    # in bf16 both are some 0.2 off what fp32 says
+    expected, near = logits_of(model, ids), 1e-4 if dtype == torch.float32 else 0.4
+    with lm.adapters_off(model):
+        base = logits_of(model, ids)
+        with sampler.reordered_weights(model):
+            torch.testing.assert_close(logits_of(model, ids), base, rtol=0, atol=near)
+    assert (expected - base).abs().max() > 3 * near
+    with sampler.reordered_weights(model):
+        assert all("forward" in vars(adapter) for adapter in adapters)
+        assert not any("forward" in vars(adapter.base) for adapter in adapters)
+        torch.testing.assert_close(logits_of(model, ids), expected, rtol=0, atol=near)
+    assert torch.equal(logits_of(model, ids), expected)
+
+
 @pytest.mark.parametrize("kind", helpers.KINDS)
 def test_transformers_own_generate_still_works(kind):
     """One sequence at a time and past the sliding window; uneven batches are not promised."""
