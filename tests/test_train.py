@@ -342,6 +342,37 @@ def test_a_broken_checkpoint_is_named_and_not_the_model(name, content, finished,
     )
 
 
+FOREIGN = {  # what trainer.pt holds instead, and how the complaint goes on
+    "a list": (lambda state: [state], "TypeError: "),
+    "nothing in it": (lambda state: {}, "KeyError: 'step'"),
+    "a word for the step": (lambda state: {**state, "step": "three"}, "ValueError: "),
+    "another step's": (lambda state: {**state, "step": 2}, "trainer.pt is of another step"),
+    "no moments": (lambda state: {**state, "moments": None}, "TypeError: "),
+    "another model's": (lambda state: {**state, "moments": {"w": {}}}, "KeyError: "),
+    "another width": (lambda state: with_moments(state, lambda t: t[..., :1]), "other moments"),
+    "half a state": (lambda state: with_moments(state, lambda t: None), "AttributeError: "),
+}
+
+
+def with_moments(state, change):
+    """A trainer's state whose first moments are changed."""
+    moments = {k: {**v, "exp_avg": change(v["exp_avg"])} for k, v in state["moments"].items()}
+    return {**state, "moments": moments}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_trainers_state_that_is_foreign_is_named(case, finished, tmp_path, capfd):
+    change, says = FOREIGN[case]
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    newest = out / "checkpoints" / "step_000003"
+    torch.save(change(torch.load(newest / "trainer.pt")), newest / "trainer.pt")
+    line = complaint(["--resume", str(out), "--steps", "4"], capfd)
+    assert line.startswith(f"error: --resume: {newest} cannot be read (") and says in line
+    assert line.endswith("; move it away, and --resume takes the one before")
+    assert runs.rows(out) == runs.rows(finished[0])  # nothing is lost
+
+
 def test_flags_that_do_nothing_here_are_told(tiny, tmp_path, capfd):
     flags = runs.flags(tiny, "nowhere", tmp_path / "run", fsdp=True, compile=True)
     told = []
