@@ -92,7 +92,7 @@ def start_world():
             f"or start with torchrun --nproc_per_node={size} train.py"
         )
     local_rank = env_number("LOCAL_RANK", 0)
-    env_number("MASTER_PORT", 0)
+    env_number("MASTER_PORT", 0, high=65535)
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "nccl"

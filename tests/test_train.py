@@ -406,15 +406,17 @@ def test_a_scenario_that_no_context_holds_is_refused(tiny, judge, tmp_path, capf
 
 
 TORCHRUN = [
-    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc: must be a whole number from 1 up; unset it"),
+    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc: must be a whole number from 1 to 1000000; unset it"),
     ({"WORLD_SIZE": ""}, "WORLD_SIZE=: must be"),
-    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a whole number from 1 up"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a whole number from 1 to"),
     ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: must be"),
-    ({"RANK": "x"}, "RANK=x: must be a whole number from 0 up"),
+    ({"RANK": "x"}, "RANK=x: must be a whole number from 0 to"),
     ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: must be"),
     ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE=x: must be"),
     ({"RANK": "3"}, "RANK=3 is set, but WORLD_SIZE is 1; unset RANK"),
+    ({"RANK": "9" * 5000}, f"RANK={'9' * 5000}: must be"),
     ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc: must be"),
+    ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536: must be a whole number from 0 to 65535"),
 ]
 
 
