@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 import model as lm
 from cli import UserError
+from dataset import reading_json
 from policy import placed, reading, whole_state
 from settings import saved_config
 
@@ -45,13 +46,14 @@ def config_of(run):
 def best_step(run):
     """The step of the highest held-out reward, or of the lowest held-out loss; -1 without any."""
     scored = []
-    for row in whole_lines(run / "metrics.jsonl"):
-        held = row.get("heldout", {})
-        if held.get("loss") is not None:
-            scored.append((-held["loss"], row["step"]))
-        elif held.get("reward") is not None:
-            scored.append((held["reward"], row["step"]))
-    return max(scored)[1] if scored else -1
+    with reading_json(f"{run}/metrics.jsonl: a line", "take it out"):
+        for row in whole_lines(run / "metrics.jsonl"):
+            held = row.get("heldout", {})
+            if held.get("loss") is not None:
+                scored.append((-held["loss"], int(row["step"])))
+            elif held.get("reward") is not None:
+                scored.append((held["reward"], int(row["step"])))
+        return max(scored)[1] if scored else -1
 
 
 def checkpoints_of(run):

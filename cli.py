@@ -125,6 +125,8 @@ def run_cli(main):
     try:
         try:
             code = main()
+        except BrokenPipeError as error:  # unbuffered, nothing would be left to flush
+            raise UserError(f"what is printed cannot be written ({error.strerror})") from error
         finally:
             flush_output()
         sys.exit(code)

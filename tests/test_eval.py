@@ -511,6 +511,11 @@ def test_items_on_a_full_disk_or_of_somebody_else(tmp_path, monkeypatch):
         (tmp_path / "x.items.jsonl").write_text(line + "\n")
         with pytest.raises(UserError, match="x.items.jsonl: is there already, to be kept"):
             sides.Items(tmp_path / "x.items.jsonl", 1)
+    for line in ('{"key": 5}', '{"key": ["a"]}', '{"key": [[]], "value": 1}'):
+        (tmp_path / "x.items.jsonl").write_text(line + "\n")
+        with pytest.raises(UserError, match="x.items.jsonl: a line cannot be read .*take it out"):
+            sides.Items(tmp_path / "x.items.jsonl", 1)
+        assert (tmp_path / "x.items.jsonl").read_text() == line + "\n"
 
 
 # ---- the other commands --------------------------------------------------------------------------

@@ -319,6 +319,21 @@ def test_a_line_that_is_none_of_a_run_is_named(line, tmp_path):
     assert file.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"step": 1, "heldout": 5},
+        {"heldout": {"loss": 1.0}},
+        {"step": "x", "heldout": {"reward": 1.0}},
+        {"step": 1, "heldout": {"loss": "x"}},
+    ],
+)
+def test_damage_in_a_held_out_line_is_named(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(cli.UserError, match="metrics.jsonl: a line cannot be read .*; take it out"):
+        checkpoint.best_step(tmp_path)
+
+
 def broken(folder, name, content):
     """Let a file of the folder hold this; None: take it away; a float: cut it to this share."""
     file = folder / name
@@ -431,13 +446,14 @@ def test_a_variable_of_torchruns_that_is_no_number_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("where", ["| sleep 0", "> /dev/full"])
 @pytest.mark.parametrize("said", ["print('x')", "print('x', flush=True)", "sys.exit(print('x'))"])
-def test_output_that_nobody_takes_is_one_line(said, where):
+def test_output_that_nobody_takes_is_one_line(said, where, unbuffered):
     """By cli.py alone, which is quick; --help ends as the third does."""
     program = f"import cli, sys, time; cli.run_cli(lambda: (time.sleep(0.2), {said})[1])"
     line = f"{sys.executable} -c {shlex.quote(program)} {where}"
-    env = {**os.environ, "PYTHONUNBUFFERED": ""}
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(line, shell=True, cwd=runs.ROOT, env=env, capture_output=True, text=True)
     reason = "No space left on device" if "full" in where else "Broken pipe"
     assert done.stderr == f"error: what is printed cannot be written ({reason})\n"
