@@ -131,16 +131,12 @@ def read_sheet(path):
     """
     scores = {row["id"]: row.get("score") for row in load_rows(path, {}, score_fault)}
     given = collections.defaultdict(dict)  # {(scenario, member): {side: score}}
-    try:
+    with dataset.reading_json(f"{path}.key:", "lay it beside the sheet again"):
         about = json.loads(Path(f"{path}.key").read_text(encoding="utf-8"))
         settings = dict(about["settings"])
         for item in about["items"]:
             pair = given[item["scenario"], item["member"]]
             pair[item["side"]] = scores.pop(item["id"], None)
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}.key: cannot be read ({error}); lay it beside the sheet again"
-        ) from error
     if scores:
         raise UserError(
             f'{path}: id "{next(iter(scores))}" is not in {path}.key; lay the right key beside it'

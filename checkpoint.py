@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 import model as lm
 from cli import UserError
+from dataset import reading_json
 from policy import placed, reading, whole_state
 from settings import saved_config
 
@@ -45,13 +46,14 @@ def config_of(run):
 def best_step(run):
     """The step of the highest held-out reward, or of the lowest held-out loss; -1 without any."""
     scored = []
-    for row in whole_lines(run / "metrics.jsonl"):
-        held = row.get("heldout", {})
-        if held.get("loss") is not None:
-            scored.append((-held["loss"], row["step"]))
-        elif held.get("reward") is not None:
-            scored.append((held["reward"], row["step"]))
-    return max(scored)[1] if scored else -1
+    with reading_json(f"{run}/metrics.jsonl: a line", "take it out"):
+        for row in whole_lines(run / "metrics.jsonl"):
+            held = row.get("heldout", {})
+            if held.get("loss") is not None:
+                scored.append((-held["loss"], int(row["step"])))
+            elif held.get("reward") is not None:
+                scored.append((held["reward"], int(row["step"])))
+        return max(scored)[1] if scored else -1
 
 
 def checkpoints_of(run):
@@ -189,15 +191,23 @@ def remove_old(out, keep):
 
 @torch.no_grad()
 def load_trainer(checkpoint, optimizer):
-    """Put the optimizer's moments (and adapters) of a checkpoint back; returns its step."""
+    """Put the optimizer's moments (and adapters) of a checkpoint back; returns its step.
+
+    Raises UserError where trainer.pt is damaged, or belongs to another model or step.
+    """
     with reading(checkpoint):
         # mapped, not read: all ranks of a machine share the pages, and each copies what it keeps
         state = torch.load(checkpoint / "trainer.pt", "cpu", weights_only=True, mmap=True)
+        if f"step_{state['step']:06d}" != checkpoint.name:
+            raise ValueError("trainer.pt is of another step")
         optimizer.updates = state["updates"]
-    for name, master in optimizer.masters.items():
-        if name in state["adapters"]:
-            master.copy_(placed(state["adapters"][name], master))
-        moments = state["moments"].get(name, {})
-        optimizer.adamw.state[master] = {key: placed(t, master) for key, t in moments.items()}
+        for name, master in optimizer.masters.items():
+            moments = state["moments"][name]  # none before the first update
+            shapes = {"step": (), "exp_avg": master.shape, "exp_avg_sq": master.shape}
+            if moments and {key: moment.shape for key, moment in moments.items()} != shapes:
+                raise ValueError(f"trainer.pt has other moments than {name} needs")
+            optimizer.adamw.state[master] = {key: placed(t, master) for key, t in moments.items()}
+            if state["adapters"]:
+                master.copy_(placed(state["adapters"][name], master))
     optimizer.publish()
     return state["step"]

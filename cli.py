@@ -99,11 +99,11 @@ def fault_of(field, value):
     return ""
 
 
-def env_number(name, default, low=0):
+def env_number(name, default, low=0, high=10**6):
     """An environment variable of torchrun's, an int. Raises UserError where it is none."""
     text = os.environ.get(name, str(default))
-    if not text.isdecimal() or int(text) < low:
-        raise UserError(f"{name}={text}: must be a whole number from {low} up; unset it")
+    if not re.fullmatch(r"\d{1,9}", text) or not low <= int(text) <= high:
+        raise UserError(f"{name}={text}: must be a whole number from {low} to {high}; unset it")
     return int(text)
 
 
@@ -125,6 +125,8 @@ def run_cli(main):
     try:
         try:
             code = main()
+        except BrokenPipeError as error:  # unbuffered, nothing would be left to flush
+            raise UserError(f"what is printed cannot be written ({error.strerror})") from error
         finally:
             flush_output()
         sys.exit(code)

@@ -8,6 +8,7 @@ Only the form of a line is checked here, of our files and of anybody's. Left out
 line is good enough, and how more are written; data_gen.py knows that.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -41,7 +42,18 @@ class Demonstration:
     final: str
 
 
-# ---- JSON Lines: every error names its line --------------------------------------------------
+# ---- JSON: every error names its file; of JSON Lines, its line -----------------------------------
+
+
+@contextlib.contextmanager
+def reading_json(what, hint):
+    """Inside this block, whatever a damaged JSON file leads to is a UserError: WHAT, why, HINT."""
+    damaged = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
+    try:
+        yield
+    except (*damaged, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{what} cannot be read ({reason}); {hint}") from error
 
 
 def load_jsonl(path, fault_of=lambda row: "") -> list:

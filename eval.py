@@ -319,18 +319,24 @@ def answered(side, judge, pairs):
     return records
 
 
-# What scripted partners say, turn by turn, then from the beginning again.
-PARTNERS = json.loads((DATA / "partners.json").read_text(encoding="utf-8"))
+def load_partners():
+    """{name: what a scripted partner says, turn by turn, then from the beginning again}."""
+    path = DATA / "partners.json"
+    with dataset.reading_json(f"{path}:", "put it back"):
+        partners = json.loads(path.read_text(encoding="utf-8"))
+        for name, lines in partners.items():
+            if not (lines and type(lines) is list and all(map(dataset.is_text, lines))):
+                raise ValueError(f'"{name}" is no list of texts')
+    return partners
 
 
-def scripted(script):
-    """The partner of this name, who says its lines in turn; None for no name."""
+def scripted(lines):
+    """The partner who says these lines in turn; None without any."""
 
     def partner(dialogue):
-        lines = PARTNERS[script]
         return lines[len(dialogue.turns) // 2 % len(lines)]
 
-    return partner if script else None
+    return partner if lines else None
 
 
 def cross(sides, items, judge):
@@ -339,14 +345,16 @@ def cross(sides, items, judge):
     scenarios = scenarios_of(settings)
     columns = {}
     pairings = [(first, second, "") for first, second in itertools.product(sides, sides)]
-    pairings += [("A", "A", script) for script in PARTNERS]
+    partners = load_partners()
+    pairings += [("A", "A", script) for script in partners]
     for first, second, script in pairings:
         title = f"{first} with {script or second}"
         pair = sides[first], sides[second]
         todo = {}
         for name, k in itertools.product(scenarios, range(settings.seeds)):
             todo[sides[first].id, sides[second].id, "cross", script, name, k] = (scenarios[name], k)
-        work = functools.partial(negotiations, pair, settings, judge, scripted(script))
+        partner = scripted(partners.get(script))
+        work = functools.partial(negotiations, pair, settings, judge, partner)
         columns[title] = measured(items.finish(title, todo, work))
     return table(columns, [(name, "A with A") for name in columns if name != "A with A"])
 

@@ -89,12 +89,17 @@ def kept_folder(name, make):
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home
         advice = "set XDG_CACHE_HOME to a folder that can be written"
         raise UserError(f"--model {name}: no place to keep it ({error}); {advice}") from error
-    with temporary as scratch:
-        ready = Path(scratch, "ready")
-        for part in make(Path(scratch)):
-            part.save_pretrained(ready)
-        with contextlib.suppress(OSError):  # another process was first: its folder is as good
-            ready.rename(folder)
+    try:
+        with temporary as scratch:
+            ready = Path(scratch, "ready")
+            for part in make(Path(scratch)):
+                part.save_pretrained(ready)
+            with contextlib.suppress(OSError):  # another process was first: its folder is as good
+                ready.rename(folder)
+    except (OSError, SafetensorError) as error:
+        advice = "make room there, or set XDG_CACHE_HOME to another folder"
+        problem = f"--model {name}: cannot be written to {folder.parent}"
+        raise UserError(f"{problem} ({error}); {advice}") from error
     return folder
 
 

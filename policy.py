@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import os
 from datetime import timedelta
-from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -93,7 +92,7 @@ def start_world():
             f"or start with torchrun --nproc_per_node={size} train.py"
         )
     local_rank = env_number("LOCAL_RANK", 0)
-    env_number("MASTER_PORT", 0)
+    env_number("MASTER_PORT", 0, high=65535)
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "nccl"
@@ -190,13 +189,13 @@ def set_decoder(player, settings):
 @contextlib.contextmanager
 def reading(checkpoint):
     """Inside this block, whatever a broken checkpoint raises becomes a UserError about it."""
-    errors = (UserError, OSError, RuntimeError, EOFError, UnpicklingError, TypeError, KeyError)
     try:
         yield
-    except errors as error:
+    except (UserError, *lm.DAMAGED) as error:
         if checkpoint is None:
             raise
-        reason = str(error.__cause__ or error).partition("\n")[0]
+        cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
         advice = "move it away, and --resume takes the one before"
         raise UserError(f"--resume: {checkpoint} cannot be read ({reason}); {advice}") from error
 

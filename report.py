@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from checkpoint import config_of, locate, whole_lines, write_atomically
 from cli import UserError, command_line, option
-from dataset import DATA, shape_fault
+from dataset import DATA, reading_json, shape_fault
 
 # ---- the page on disk ----------------------------------------------------------------------------
 
@@ -81,6 +81,7 @@ STEP = {"step": int, "missing_rewards": int, "judge_failures": int, "seconds_ste
 HELD = {"step": int, "heldout": dict}
 RECORD = {"step": int, "scenario_id": str, "dilemma": str, "personas": list, "turns": list}
 RECORD |= {"streams": list, "judge": dict, "stop": str, "final_truncated": bool}
+TURN = ("speaker", "text", "truncated")
 RESULTS = {"settings": dict, "judge": str, "rows": list}
 
 
@@ -93,14 +94,12 @@ def checked(value, shape, path):
 
 
 def read_results(folder):
-    """{name: results} of a run's eval/*.json."""
+    """{name: results} of a run's eval/*.json, their rows as `cells`."""
     found = {}
     for path in sorted(Path(folder, "eval").glob("*.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); move it away") from error
-        found[path.stem] = checked(result, RESULTS, path)
+        with reading_json(f"{path}:", "move it away"):
+            result = checked(json.loads(path.read_text(encoding="utf-8")), RESULTS, path)
+            found[path.stem] = {**result, "rows": [cells(row) for row in result["rows"]]}
     return found
 
 
@@ -117,9 +116,10 @@ def read_run(folder):
     path = Path(folder, "metrics.jsonl")
     for row in whole_lines(path):
         if "heldout" in row:
-            run.held.append({**checked(row, HELD, path)["heldout"], "step": row["step"]})
+            held = {**checked(row, HELD, path)["heldout"], "step": row["step"]}
+            run.held.append(charted(held, path))
         else:
-            run.steps.append(checked(row, STEP, path))
+            run.steps.append(charted(checked(row, STEP, path), path))
     for file, source in (("heldout.jsonl", "held out"), ("dialogues.jsonl", "training")):
         path = Path(folder, file)
         for record in whole_lines(path):
@@ -157,6 +157,18 @@ CURVES = {  # picture: {line: key in metrics.jsonl}
         "repetition": "repetition",
     },
 }
+
+
+CHARTED = {"reward_mean", "reward_std", "reward", "reward_low", "reward_high"}
+CHARTED |= {key for keys in CURVES.values() for key in keys.values()}
+
+
+def charted(row, path):
+    """A row of numbers from the file `path`. Raises UserError where a chart could not show it."""
+    for key in sorted(CHARTED & row.keys()):
+        if type(row[key]) not in (int, float, type(None)):
+            raise UserError(f'{path}: step {row["step"]}: "{key}" is no number; correct it')
+    return row
 
 
 @dataclasses.dataclass
@@ -216,9 +228,10 @@ def reward_lines(run):
     played = run.config.get("scenarios_per_step", 1) * run.config.get("group_size", 1)
     rows = []
     for row in run.steps:
-        mean = row["reward_mean"]
+        mean = row.get("reward_mean")
         if mean is not None:
-            error = 1.96 * (row["reward_std"] or 0.0) / (played - row["missing_rewards"]) ** 0.5
+            judged = max(1, played - row["missing_rewards"])
+            error = 1.96 * (row.get("reward_std") or 0.0) / judged**0.5
             rows.append({**row, "low": mean - error, "high": mean + error})
     lines = [Line("training", rows, "reward_mean", ("low", "high"))]
     if run.held:
@@ -241,7 +254,7 @@ def curves(run):
 def spans(sample, decode):
     """A sample as [text, log-prob] pairs: each sampled token; what was only read, with None."""
     found = []
-    tokens = zip(sample["ids"], sample["mask"], sample["logprobs"])
+    tokens = zip(sample["ids"], sample["mask"], sample["logprobs"], strict=True)
     for sampled, part in itertools.groupby(tokens, key=lambda token: bool(token[1])):
         part = list(part)
         if sampled:
@@ -264,8 +277,9 @@ def readable(record, label, trained, decode):
         name = record["personas"][speaker]["name"]
         streams.append({"speaker": speaker, "name": name, "spans": spans(sample, decode)})
     said = [record["judge"]["raw"], *record["judge"]["failures"]]
-    shown = ("turns", "stop", "final", "final_truncated", "reward", "advantage")
+    shown = ("stop", "final", "final_truncated", "reward", "advantage")
     kept = {key: record[key] for key in shown}
+    kept["turns"] = [{key: turn[key] for key in TURN} for turn in record["turns"]]
     return {"label": label, "streams": streams, "raw": "\n".join(said).strip(), **kept}
 
 
@@ -284,15 +298,17 @@ def transcripts(run, limit, decode):
     trained = run.config.get("train_tokens", "dialogue")
     by_distance = sorted(run.kept.items(), key=lambda item: min(item[1])[0] - max(item[1])[0])
     for name, slot in by_distance[:limit]:
-        dialogues = []
-        for (step, source), records in sorted(slot.items()):
-            ranked = sorted(records, key=rank_of, reverse=True)
-            ends = [("best", ranked[0]), ("worst", ranked[-1])][: len(ranked)]
-            if (step, source) == max(slot):
-                ends.reverse()
-            for rank, record in ends:
-                label = f"step {step}, {source}, {rank} of {len(ranked)}"
-                dialogues.append(readable(record, label, trained, decode))
+        what = f"{run.name}: a line of scenario {name} in dialogues.jsonl or heldout.jsonl"
+        with reading_json(what, "take it out"):
+            dialogues = []
+            for (step, source), records in sorted(slot.items()):
+                ranked = sorted(records, key=rank_of, reverse=True)
+                ends = [("best", ranked[0]), ("worst", ranked[-1])][: len(ranked)]
+                if (step, source) == max(slot):
+                    ends.reverse()
+                for rank, record in ends:
+                    label = f"step {step}, {source}, {rank} of {len(ranked)}"
+                    dialogues.append(readable(record, label, trained, decode))
         case = {key: record[key] for key in ("dilemma", "personas")}
         found.append({"id": name, "dialogues": dialogues, **case})
     return found
@@ -309,7 +325,7 @@ def cells(row):
     for name in ("pairs", "wins", "losses", "ties", "inconsistent", "missing"):
         if row.get(name):
             counts.append(f"{row[name]} {name}")
-    return [row["figure"], row["of"], value, interval, ", ".join(counts)]
+    return [str(row["figure"]), str(row["of"]), value, interval, ", ".join(counts)]
 
 
 def decoder(folder):
@@ -352,7 +368,6 @@ def main(argv):
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         curves=curves(run),
         results=read_results(folder),
-        cells=cells,
         transcripts=transcripts(run, settings.scenarios, decoder(folder)),
     )
     write(out, text)

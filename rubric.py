@@ -22,6 +22,7 @@ from pathlib import Path
 
 from cli import UserError
 from client import Missing, dig
+from dataset import reading_json
 
 # ---- what is asked: data, easy to edit; --rubric FILE replaces RUBRIC (JSON, the same keys) ------
 
@@ -100,10 +101,8 @@ def load_rubric(path):
     """The rubric of `--rubric FILE`, RUBRIC for "". Raises UserError that names file and key."""
     if not path:
         return RUBRIC
-    try:
+    with reading_json(f"--rubric {path}:", "pass a file with one JSON object"):
         rubric = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--rubric {path}: cannot be read as JSON ({error})") from error
     if not isinstance(rubric, dict) or set(rubric) != set(RUBRIC):
         raise UserError(f"--rubric {path}: must have the keys {', '.join(RUBRIC)}")
     for key, ours in RUBRIC.items():

@@ -199,10 +199,8 @@ def from_run(given):
 def saved_config(folder):
     """config.json of a run, a dictionary. Raises UserError where there is none, or a bad value."""
     hint = "name the folder of a run, as runs/debug-0, and not a checkpoint in it"
-    try:
+    with dataset.reading_json(f"{folder}: its config.json", hint):
         saved = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder}: its config.json cannot be read ({error}); {hint}") from error
     is_ours = type(saved) is dict and "recipe" in saved  # a checkpoint has one of its own
     if not is_ours or type(saved.get("contents", {})) is not dict:
         raise UserError(f"{folder}: its config.json is not that of a run; {hint}")

@@ -188,7 +188,9 @@ class Items:
 
     def __init__(self, path, batch):
         report.refuse_unwritable(path, b'{"key"')
-        self.done = {tuple(item["key"]): item["value"] for item in checkpoint.whole_lines(path)}
+        with dataset.reading_json(f"{path}: a line", "take it out"):
+            lines = checkpoint.whole_lines(path)
+            self.done = {tuple(item["key"]): item["value"] for item in lines}
         self.path = path
         self.batch = batch
         self.judge = ""

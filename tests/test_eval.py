@@ -511,6 +511,11 @@ def test_items_on_a_full_disk_or_of_somebody_else(tmp_path, monkeypatch):
         (tmp_path / "x.items.jsonl").write_text(line + "\n")
         with pytest.raises(UserError, match="x.items.jsonl: is there already, to be kept"):
             sides.Items(tmp_path / "x.items.jsonl", 1)
+    for line in ('{"key": 5}', '{"key": ["a"]}', '{"key": [[]], "value": 1}'):
+        (tmp_path / "x.items.jsonl").write_text(line + "\n")
+        with pytest.raises(UserError, match="x.items.jsonl: a line cannot be read .*take it out"):
+            sides.Items(tmp_path / "x.items.jsonl", 1)
+        assert (tmp_path / "x.items.jsonl").read_text() == line + "\n"
 
 
 # ---- the other commands --------------------------------------------------------------------------
@@ -592,14 +597,23 @@ def test_cross_swaps_partners(run, tmp_path):
     gap = rows["ca_score", "A with hostile"]["value"] - rows["ca_score", "A with A"]["value"]
     row = rows["ca_score", "A with hostile - A with A"]
     assert row["value"] == pytest.approx(gap, abs=1e-5)
-    lines = sum(evaluation.PARTNERS.values(), [])
+    lines = sum(evaluation.load_partners().values(), [])
     for item in checkpoint.whole_lines(tmp_path / "cross.items.jsonl"):
         script = item["key"][3]
         said = [turn["text"] for turn in item["value"]["turns"] if turn["speaker"] == 1]
         if script:
-            assert said == evaluation.PARTNERS[script][:1]
+            assert said == evaluation.load_partners()[script][:1]
         else:
             assert said[0] not in lines
+
+
+@pytest.mark.parametrize("text", [None, "{", "[5]", '{"stubborn": []}', '{"stubborn": "No."}'])
+def test_partners_that_cannot_be_read(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "DATA", tmp_path)
+    if text:
+        (tmp_path / "partners.json").write_text(text)
+    with pytest.raises(UserError, match="partners.json: cannot be read .*; put it back"):
+        evaluation.load_partners()
 
 
 def test_blind(models, tmp_path):

