@@ -51,6 +51,8 @@ def flags(tiny, url, folder, **more):
         "scenarios_per_step": 2,
         "group_size": 3,
         "steps": 3,
+        "epoch_steps": 5,
+        "lora_rank": 0,
         "agreement": "none",
         "dtype": "fp32",
         "lr": 1e-3,
