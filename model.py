@@ -344,11 +344,6 @@ class LoRALinear(nn.Module):
             return self.base(x)
         return self.base(x) + (x @ self.A.T) @ self.B.T * self.scale
 
-    def merged_weight(self):
-        """W + (alpha / rank) B A, summed in fp32, in the type of W, (out, in)."""
-        change = self.B.float() @ self.A.float()
-        return (self.base.weight.float() + self.scale * change).to(self.base.weight.dtype)
-
 
 # Last names of the linear layers in a block, fused ones (qkv, gate_up) among them.
 LORA_TARGETS = (
