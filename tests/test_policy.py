@@ -66,6 +66,7 @@ def sharded(rank, folder):
     lm.load = lambda *arguments: (loads.append(arguments), load(*arguments))[1]
     for kind, more in CASES.items():
         flags = ["--model", f"{folder}/{kind}", "--dtype", "fp32", "--warmup-steps", "0"]
+        flags += ["--lora-rank", "0", "--lr", "2e-5"]
         settings = read_settings([*flags, *more])
         alone = policy.build(settings, World(0, 1, world.device))
         loads.clear()
@@ -219,7 +220,7 @@ def test_the_plan_knows_how_many_ranks_read_the_model():
     config, size = helpers.tiny().config, sum(p.numel() for p in helpers.tiny().parameters())
 
     def host(*flags):
-        return plan.host_bytes(config, read_settings(["--nproc", "8", *flags]))
+        return plan.host_bytes(config, read_settings(["--nproc", "8", "--lora-rank", "0", *flags]))
 
     assert host() == 8 * 4 * size
     assert host("--fsdp") == 12 * size  # rank 0 with all that a checkpoint holds
