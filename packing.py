@@ -16,7 +16,7 @@ import torch
 from attention import Tree
 
 # Tokens of one pass: what stays in a CPU's caches, and what fills a card.
-MICRO_TOKENS = {"cpu": 600, "cuda": 8192}
+MICRO_TOKENS = {"cpu": 1200, "cuda": 8192}
 
 
 @dataclasses.dataclass

@@ -111,7 +111,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
         choices=("auto", "fp32", "bf16"),
     )
     micro_tokens: int = option(
-        0, "tokens of one forward and backward pass (0: 600 on a CPU, 8192 on a card)", low=0
+        0, "tokens of one forward and backward pass (0: 1200 on a CPU, 8192 on a card)", low=0
     )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     cuda_graphs: bool = option(True, "on a card, decode by replaying recorded steps")
