@@ -84,7 +84,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     epoch_steps: int = option(6, "steps until scenarios come again (0: when all were seen)", low=0)
     updates_per_rollout: int = option(1, "optimizer steps on the same dialogues", low=1)
 
-    lr: float = option(5e-4, "learning rate of AdamW", low=0)
+    lr: float = option(5e-4, "learning rate of AdamW (for all weights some 2e-5)", low=0)
     warmup_steps: int = option(1, "updates over which the learning rate rises to --lr", low=0)
     lr_decay: bool = option(False, "let the learning rate fall to zero by the last step")
     lora_rank: int = option(16, "train adapters of this rank (0: the whole model)", low=0)
