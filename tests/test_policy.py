@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import sys
 from pathlib import Path
 
 import helpers
@@ -79,7 +81,10 @@ def sharded(rank, folder):
         torch.testing.assert_close(mine, theirs, **rough)  # log-probs, and masters after it
         updated(built, settings.lora_rank)
         resumed(built, settings, world, f"{folder}/{kind}-saved")
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # on a busy machine a thread of gloo's may abort a process that ends by itself
 
 
 def compare(built, alone):
