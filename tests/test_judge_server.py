@@ -153,6 +153,21 @@ def test_an_empty_text_has_a_score_too(served):
     assert isinstance(served.score(CASE, "").json()["data"][0]["data"][0], float)
 
 
+def test_a_case_is_read_once_for_all_questions_about_it(folder, served):
+    """The turns between case and judged text are read, and of that only what the head is of."""
+    said, last = "Rosa: We dig.\nMina:", "Agreed, on Monday, and the well stays open."
+    messages = [{"role": "user", "content": text} for text in (CASE, said, last)]
+    agreed = served.post(model=served.engine.name + ":agreed", messages=messages)
+    assert served.score(CASE, "We share.").status_code == 200
+    assert served.engine.base.read_case.cache_info().misses == 1
+    (found,) = agreed.json()["data"]
+    expected = by_hand(folder, f"{CASE}\n\n{said}", last, "agreed")
+    assert found["data"][0] == pytest.approx(expected, abs=1e-4)
+    messages[1]["content"] = "Rosa: We never dig.\nMina:"
+    other = served.post(model=served.engine.name + ":agreed", messages=messages)
+    assert abs(other.json()["data"][0]["data"][0] - expected) > 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("REFIT" not in os.environ, reason="several minutes; REFIT=1 runs it")
 def test_refitting_gives_the_shipped_heads(tmp_path, monkeypatch):
