@@ -20,7 +20,7 @@ import weakref
 import torch
 
 from attention import Placement, RaggedCache, project
-from drawing import draw_static
+from drawing import draw
 from model import LoRALinear
 
 ALWAYS = False  # tests decode so on a CPU as well
@@ -128,7 +128,7 @@ class Decoder:
         hidden = self.cache.forward(model, ids.long()[:, None], placement, capacity)  # (rows, 1, H)
         numbers = temperature.float(), top_p.float(), uniform.float()
         logits = project(model, hidden[:, 0])  # (rows, V)
-        drawn = draw_static(logits, *numbers, any_greedy, any_nucleus)
+        drawn = draw(logits, *numbers, any_greedy, any_nucleus)
         self.outputs.copy_(torch.stack([column.double() for column in drawn], dim=1))
 
     def compile(self):

@@ -2,8 +2,7 @@
 
     logits -> log_probs -> nucleus, where top-p cuts -> invert the cumulative distribution -> ids
 
-A uniform number per row makes a draw independent of the batch. `draw` looks at the data to save
-work, `draw_static` never does: it can be recorded as a CUDA graph. Left out: top-k, penalties.
+A uniform number per row makes a draw independent of the batch. Left out: top-k, penalties.
 """
 
 import math
@@ -11,43 +10,32 @@ import math
 import torch
 
 
-def draw(logits, temperature, top_p, uniform):
+def draw(logits, temperature, top_p, uniform, any_greedy=None, any_nucleus=None):
     """Draw one token per row by inverse CDF; temperature 0 takes the most likely one.
 
     logits (b, V) fp32; temperature, top_p and uniform (b,). Returns, (b,) each: ids; log-probs at
     that temperature over the full vocabulary; cuts, the log-prob at which the row's nucleus ends
-    (-inf without one); log masses, the log of the nucleus's probability.
+    (-inf without one); log masses, the log of the nucleus's probability. any_greedy, any_nucleus:
+    what some row asks for; where both are told nothing here looks at the data, so that it can be
+    recorded as a CUDA graph.
     """
-    logp = log_probs(logits, temperature)  # (b, V)
-    weights = logp.exp()
-    cut = torch.full_like(uniform, -math.inf)
-    log_mass = torch.zeros_like(uniform)
-    rows = (top_p < 1).nonzero()[:, 0]
-    if len(rows):
-        cut[rows] = nucleus(logp[rows], top_p[rows])
-        weights[rows] = torch.where(logp[rows] >= cut[rows, None], weights[rows], 0.0)
-        log_mass[rows] = weights[rows].sum(1).log()
-    ids = invert(weights, uniform)
-    greedy = temperature == 0
-    if greedy.any():
-        ids = torch.where(greedy, logits.argmax(1), ids)
-    return ids, logp.gather(1, ids[:, None])[:, 0], cut, log_mass
-
-
-def draw_static(logits, temperature, top_p, uniform, any_greedy, any_nucleus):
-    """`draw` without a look at the data; the two flags say what some row asks for."""
+    greedy, cuts = temperature == 0, top_p < 1
+    quick = None
+    if any_nucleus is None:
+        any_greedy, any_nucleus, quick = greedy.any(), cuts.any(), 256
     logp = log_probs(logits, temperature)  # (b, V)
     weights = logp.exp()
     cut = torch.full_like(uniform, -math.inf)
     log_mass = torch.zeros_like(uniform)
     if any_nucleus:
-        cuts = top_p < 1
-        cut = torch.where(cuts, nucleus(logp, top_p, quick=None), cut)
+        # of a row without one the likeliest token will do: it takes no second look
+        found = nucleus(logp, torch.where(cuts, top_p, 0.0), quick)
+        cut = torch.where(cuts, found, cut)
         weights = weights.masked_fill(~(logp >= cut[:, None]), 0.0)
         log_mass = torch.where(cuts, weights.sum(1).log(), log_mass)
     ids = invert(weights, uniform)
     if any_greedy:
-        ids = torch.where(temperature == 0, logits.argmax(1), ids)
+        ids = torch.where(greedy, logits.argmax(1), ids)
     return ids, logp.gather(1, ids[:, None])[:, 0], cut, log_mass
 
 
@@ -66,7 +54,7 @@ def invert(weights, uniform):
     return torch.searchsorted(cdf, point[:, None], right=True)[:, 0]
 
 
-def nucleus(logp, top_p, quick=256):
+def nucleus(logp, top_p, quick):
     """The log-prob at which each row's nucleus ends: the fewest likeliest tokens that have top_p.
 
     logp (m, V), top_p (m,) -> (m,): half-way between the last token inside and the first outside,
