@@ -431,17 +431,18 @@ class View:
         """Ids up to the end of the task: what the dialogues of a scenario share."""
         return self.chat.prompt(self.system, self.task)
 
-    def sample_to_speak(self, turns, closing=None, train=True, windowed=False):
+    def sample_to_speak(self, turns, closing=None, train=True, window=0):
         """The Sample of `turns` up to the point where this agent speaks next.
 
         closing: the request for the joint solution, in place of the last `ask`. train: whether
-        this agent's turns get mask 1. windowed: earlier turns exist that are not shown.
+        this agent's turns get mask 1. window: so many of the last turns are shown (0: all).
         """
         chat, sample = self.chat, Sample()
+        seen = turns[-window:]
         prompt = chat.prompt_parts(self.system, self.task)
         heard = []  # what the other side said since this agent's last turn
-        unseen = [self.earlier] if windowed else []
-        for turn in turns:
+        unseen = [self.earlier] if len(seen) < len(turns) else []
+        for turn in seen:
             if turn.speaker != self.me:
                 heard.append(turn.text or self.silence)
                 continue
@@ -456,9 +457,9 @@ class View:
         add_ids(sample, chat.asked(words, prompt))
         return sample
 
-    def sample_with(self, turns, last, train=True, closing=None, windowed=False):
+    def sample_with(self, turns, last, train=True, closing=None, window=0):
         """The Sample of `turns` followed by this agent's own turn `last`, which gets mask 1."""
-        sample = self.sample_to_speak(turns, closing, train, windowed)
+        sample = self.sample_to_speak(turns, closing, train, window)
         add_turn(sample, last, True, self.chat.end)
         return sample
 
@@ -471,6 +472,5 @@ def samples_of(view, turns, context_turns):
         return [view.sample_with(turns[: own[-1]], turns[own[-1]])]
     samples = []
     for i in own:
-        start = max(0, i - context_turns) if context_turns else 0
-        samples.append(view.sample_with(turns[start:i], turns[i], train=False, windowed=start > 0))
+        samples.append(view.sample_with(turns[:i], turns[i], train=False, window=context_turns))
     return samples

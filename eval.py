@@ -139,7 +139,7 @@ def answers(voice, prompts, limit, temperature, top_p, seeds):
         say = sampler.Say(0, asked_alone(voice, prompt), limit, temperature, top_p, numbers)
         say.begin(table, row)
         says.append(say)
-    while live := [say for say in says if not say.over()]:
+    while live := [say for say in says if not say.done()]:
         sampler.speak(sampler.choose_batch(live))
     return [say.turn for say in says]
 

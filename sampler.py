@@ -49,23 +49,27 @@ class Say:
         self.spoken = False
 
     def add(self, token, logprob, cut, log_mass):
-        """Take the token that was drawn; at the end of the turn, decode its text."""
+        """The unread ids are read: take the token that was drawn. The text comes at the end."""
         chat, turn = self.table.voice.chat, self.turn
+        self.table.held[self.row] += self.unread
         self.unread = [token]
         turn.ids.append(token)
         turn.logprobs.append(logprob)
-        if self.top_p < 1:
-            turn.cuts.append(cut)
-            turn.log_masses.append(log_mass)
+        turn.cuts.append(cut)
+        turn.log_masses.append(log_mass)
         turn.truncated = token not in chat.ends
         self.spoken = not turn.truncated or len(turn.ids) == self.limit
         if self.spoken:
             turn.text = chat.text(turn.ids)
 
-    def over(self):
-        """Whether the turn is spoken, or the agents had agreed before it."""
+    def done(self):
+        """As of a Future: whether the turn is spoken, or the agents had agreed before it."""
         check = self.unless
         return self.spoken or bool(check and check.done() and check.result().value)
+
+    def result(self):
+        """As of a Future: the Turn."""
+        return self.turn
 
 
 # ---- the rows of a model ------------------------------------------------------------------------
@@ -122,12 +126,11 @@ def speak(batch, on_token=None):
     if table.decoder and all(len(say.unread) == 1 for say in batch):
         drawn = decode(batch, table)
     else:
-        batch, logits = read(batch, table)
-        drawn = zip(*draw_for(batch, logits))
+        batch, drawn = read(batch, table)
     for say, (token, logprob, cut, log_mass) in zip(batch, drawn):
         say.add(token, logprob, cut, log_mass)
         if on_token:
-            on_token(say, token)
+            on_token(say)
 
 
 def decode(batch, table):
@@ -135,30 +138,23 @@ def decode(batch, table):
     wishes = {}
     for say in batch:
         wishes[say.row] = (say.unread[0], say.temperature, say.top_p, say.rng.random())
-        table.held[say.row] += say.unread
     return table.decoder.step(table.voice.model, wishes)
 
 
 def read(batch, table):
-    """Read what is unread: the batch, in the order of the cache where it decodes, and the logits
-    after each one's last id, (b, V) fp32."""
+    """Read what is unread in one pass, then draw: the batch, in the order of the cache where it
+    decodes, and (id, log-prob, cut, log mass) of each."""
     if all(len(say.unread) == 1 for say in batch):
         say_of = {say.row: say for say in batch}
         batch = [say_of[row] for row in table.cache.together(list(say_of))]
     unread = [say.unread for say in batch]
-    logits = table.cache.feed(table.voice.model, [say.row for say in batch], unread)
-    for say in batch:
-        table.held[say.row] += say.unread
-    return batch, logits
-
-
-def draw_for(batch, logits):
-    """Draw the next token of each: lists of ids, log-probs, cuts, log masses."""
+    logits = table.cache.feed(table.voice.model, [say.row for say in batch], unread)  # (b, V) fp32
     temperatures = [say.temperature for say in batch]
     top_ps = [say.top_p for say in batch]
     uniforms = [say.rng.random() for say in batch]
     numbers = torch.tensor([temperatures, top_ps, uniforms], device=logits.device)  # (3, b) fp32
-    return [column.tolist() for column in draw(logits, *numbers)]
+    columns = [column.tolist() for column in draw(logits, *numbers)]
+    return batch, zip(*columns)
 
 
 # ---- a CPU's weights ----------------------------------------------------------------------------

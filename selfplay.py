@@ -32,7 +32,7 @@ import dataset
 import reward
 from attention import context_limit
 from chat import Sample, Turn, View, Voice, samples_of
-from cli import UserError, command_line, option, run_cli
+from cli import command_line, option, run_cli
 from model import WARM_MODEL, load, own_device
 from progress import printable
 from rubric import fill
@@ -205,11 +205,6 @@ def final_request(scenario, template):
 # ---- one dialogue -------------------------------------------------------------------------------
 
 
-def room(settings):
-    """Tokens to keep free for a turn: encoded for the other side, it may take three times that."""
-    return 3 * settings.turn_tokens + 16 if settings.max_turns else 0
-
-
 class Match:
     """A dialogue and what it takes to play it. partner(dialogue) -> text may speak for agent 1.
 
@@ -235,12 +230,12 @@ class Match:
     def next_say(self, number, unless):
         """The Say of a turn, or None where it would leave no room for the joint solution."""
         settings, turns, me = self.settings, self.dialogue.turns, number % 2
-        seen = turns[-settings.context_turns :] if settings.context_turns else turns
-        ids = self.views[me].sample_to_speak(seen, windowed=len(seen) < len(turns)).ids
+        ids = self.views[me].sample_to_speak(turns, window=settings.context_turns).ids
         closed = self.views[0].sample_to_speak(turns, self.request).ids
-        if len(ids) + room(settings) > self.limits[me]:
+        room = 3 * settings.turn_tokens + 16  # encoded for the other side it may take three times
+        if len(ids) + room > self.limits[me]:
             return None
-        if len(closed) + room(settings) + settings.final_tokens > self.limits[0]:
+        if len(closed) + room + settings.final_tokens > self.limits[0]:
             return None
         limit, rng = settings.turn_tokens, self.rng(number)
         return Say(me, ids, limit, settings.temperature, settings.top_p, rng, unless)
@@ -257,18 +252,12 @@ class Match:
 
     def ready(self):
         """Whether the dialogue can go on."""
-        if isinstance(self.event, Say):
-            return self.event.over()
         return self.event is None or self.event.done()
 
     def advance(self):
         """Go on until there is something to wait for. Returns False at the end of the dialogue."""
         while self.ready():
-            answer = None
-            if isinstance(self.event, Say):
-                answer = self.event.turn
-            elif self.event:
-                answer = self.event.result()
+            answer = self.event.result() if self.event else None
             try:
                 self.event = self.script.send(answer)
             except StopIteration:
@@ -309,7 +298,6 @@ def negotiate(match):
 def talk(match):
     """The turns, until the agents agree, have had their turns, or a context is full.
 
-    Yields the Say of each turn and the Future of each Verdict; fills in turns, agreed and stop.
     Turn n + 1 is spoken while the judge reads turn n. If it finds agreement there, turn n + 1 is
     dropped. Returns the Verdict on the last turn, or None if nobody was asked.
     """
@@ -363,7 +351,7 @@ def play(
     """Play `dialogues` (scenario, step, group_index, member set) to their ends; returns them.
 
     voices: the Voice of agent 0 and of agent 1, usually one and the same. A finished dialogue is
-    sent to the judge while the others still talk. partner: see `Match`. on_token(say, id) and
+    sent to the judge while the others still talk. partner: see `Match`. on_token(say) and
     on_done(dialogue) may watch.
     """
     if not dialogues:
@@ -403,56 +391,43 @@ def play(
 
 @dataclasses.dataclass(frozen=True)
 class WatchSettings(PlaySettings, reward.JudgeSettings):
-    """Watch one negotiation in the terminal, token by token."""
+    """Watch one negotiation in the terminal."""
 
     model: str = option(WARM_MODEL, "this one, smollm2-135m, a folder, or a Hugging Face id")
-    dilemma: str = option("", "the dilemma (empty: one of the shipped ones, drawn by --seed)")
-    persona_a: str = option("", "who opens, as 'Name: creed' (empty: the scenario's)")
-    persona_b: str = option("", "who answers, as 'Name: creed' (empty: the scenario's)")
+    scenarios: str = option("", "JSON Lines file of scenarios (empty: the shipped ones)")
+    dilemma: str = option("", "the dilemma (empty: that of a scenario, drawn by --seed)")
     human: str = option("", "your side, a or b; the model then opens", choices=("", "a", "b"))
     seed: int = option(0, "of the scenario and of the sampling", low=0)
 
 
 def watched_scenario(settings):
-    """The scenario that the flags describe. Raises UserError for a persona without a name."""
-    scenarios = dataset.load_scenarios(seed=settings.seed)
+    """The scenario that the flags describe; the person, if there is one, is agent 1."""
+    scenarios = dataset.load_scenarios(settings.scenarios or None, settings.seed)
     scenario = scenarios[settings.seed % len(scenarios)]
-    personas = list(scenario.personas)
-    for i, text in enumerate((settings.persona_a, settings.persona_b)):
-        name, _, creed = (part.strip() for part in text.partition(":"))
-        if text and not (name and creed):
-            raise UserError(f"--persona-{'ab'[i]} {text!r}: write it as 'Name: creed'")
-        if text:
-            personas[i] = {"name": name, "creed": creed}
-    personas = personas[::-1] if settings.human == "a" else personas
+    personas = scenario.personas[::-1] if settings.human == "a" else scenario.personas
     dilemma = settings.dilemma or scenario.dilemma
-    return dataclasses.replace(scenario, dilemma=dilemma, personas=tuple(personas))
+    return dataclasses.replace(scenario, dilemma=dilemma, personas=personas)
 
 
 class Screen:
-    """Prints a negotiation, live and in colour, and asks the person who takes a side."""
+    """Prints a negotiation turn by turn, in colour, and asks the person who takes a side."""
 
-    def __init__(self, scenario, chat):
+    def __init__(self, scenario):
         self.names = [printable(persona["name"]) for persona in scenario.personas]
-        self.chat = chat
-        self.say, self.shown = None, 0  # who speaks, and how many characters of it are printed
         print(f"dilemma: {printable(scenario.dilemma)}")
         for name, persona in zip(self.names, scenario.personas):
             print(f"{name}: {printable(persona['creed'])}")
 
-    def on_token(self, say, token):
-        """Print what is new of the words."""
-        if say is not self.say:
-            self.say, self.shown = say, 0
+    def on_token(self, say):
+        """Print what was said, once it is."""
+        if say.spoken:
             title = "joint solution" if say.final else self.names[say.speaker]
-            print(f"\n\033[1;{36 - 3 * say.speaker}m{title}:\033[0m ", end="")
-        words = printable(self.chat.text(say.turn.ids)).removesuffix("\ufffd")  # half a character
-        print(words[self.shown :], end="", flush=True)
-        self.shown = max(self.shown, len(words))
+            colour = f"\033[1;{36 - 3 * say.speaker}m"
+            print(f"{colour}{title}:\033[0m {printable(say.turn.text)}", flush=True)
 
     def ask_human(self, dialogue):
         """A line from the keyboard; at its end the person agrees."""
-        print(f"\n\033[1;33m{self.names[1]} (you):\033[0m ", end="", flush=True)
+        print(f"\033[1;33m{self.names[1]} (you):\033[0m ", end="", flush=True)
         return (sys.stdin and sys.stdin.readline() or "AGREED").strip()  # None: it is closed
 
 
@@ -464,14 +439,14 @@ def main(argv=None):
     voices, dialogue = (speaker, speaker), Dialogue(scenario, step=0, group_index=0, member=0)
     with reward.open_judge(settings) as judge:
         judge.check_agreement(settings)
-        screen = Screen(scenario, speaker.chat)
+        screen = Screen(scenario)
         partner = screen.ask_human if settings.human else None
         play(voices, [dialogue], settings, judge, settings.seed, partner, screen.on_token)
         dialogue.take_verdict()
     why = "".join(dialogue.judgement["failures"]) or "no joint solution"
     scored = dialogue.pending_verdict and dialogue.reward is not None
     score = f"{dialogue.reward:.2f} of 5" if scored else f"none ({why})"
-    print(f"\n\nstopped: {dialogue.stop}; the judge's score: {score}")
+    print(f"\nstopped: {dialogue.stop}; the judge's score: {score}")
 
 
 if __name__ == "__main__":

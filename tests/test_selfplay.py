@@ -6,6 +6,7 @@ Ids, masks, log-probs, templates, verdicts that arrive at any time, ends of all 
 import concurrent.futures
 import dataclasses
 import io
+import json
 import math
 import os
 import random
@@ -23,6 +24,7 @@ from test_sampler import chi_square, nucleus_of
 from transformers import GenerationConfig
 
 import cli
+import dataset
 import model as lm
 import packing
 import progress
@@ -123,7 +125,7 @@ def play(speaker, dialogues, cfg, judge=None, **more):
     if judge is None:
         return selfplay.play(voices, dialogues, cfg, **more)
 
-    def tick(say, token):
+    def tick(say):
         judge.tick()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -484,7 +486,7 @@ def test_a_turn_is_given_up_once_the_judge_finds_agreement_before_it():
     judge, said, speaker = Script(lambda _, turns: len(turns) == 2, "last"), [], talker()
     speaker.chat.ends = set()  # every turn is as long as it may be
 
-    def on_token(say, token):
+    def on_token(say):
         said.append(say)
         if judge.pending and sum(other is say for other in said) == 3:
             judge.pending[0][0] = 0
@@ -748,19 +750,32 @@ def test_what_a_person_sees():
     ]
 
 
-def test_the_flags_describe_a_scenario():
-    flags = selfplay.WatchSettings(dilemma="D?", persona_a="Ann: farms", persona_b="Bo: heals")
-    for human, names in (("a", ["Bo", "Ann"]), ("b", ["Ann", "Bo"])):
-        scenario = selfplay.watched_scenario(dataclasses.replace(flags, human=human))
-        assert scenario.dilemma == "D?" and [p["name"] for p in scenario.personas] == names
-    with pytest.raises(
-        cli.UserError, match=re.escape("--persona-b 'Bo': write it as 'Name: creed'")
-    ):
-        selfplay.watched_scenario(dataclasses.replace(flags, persona_b="Bo"))
+def test_the_flags_describe_a_scenario(tmp_path):
+    personas = [{"name": "Ann", "creed": "You farm."}, {"name": "Bo", "creed": "You heal."}]
+    line = {"id": "x", "tier": "own", "dilemma": "Whose?", "personas": personas}
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps(line) + "\n")
+    for human, names in (("", ["Ann", "Bo"]), ("a", ["Bo", "Ann"]), ("b", ["Ann", "Bo"])):
+        flags = selfplay.WatchSettings(scenarios=str(file), human=human)
+        scenario = selfplay.watched_scenario(flags)
+        assert scenario.dilemma == "Whose?" and [p["name"] for p in scenario.personas] == names
+    shipped = selfplay.watched_scenario(selfplay.WatchSettings(dilemma="D?", seed=1))
+    assert (
+        shipped.dilemma == "D?" and shipped.personas == dataset.load_scenarios(seed=1)[1].personas
+    )
+
+
+def test_a_person_watches_turn_by_turn(capsys):
+    screen = selfplay.Screen(helpers.scenario())
+    assert capsys.readouterr().out.count("\n") == 3  # the dilemma, and two creeds
+    play(talker(), helpers.dialogues(1, 1), settings(max_turns=2), on_token=screen.on_token)
+    said = re.findall(r"^\033\[1;(\d+)m(.*?):", capsys.readouterr().out, re.MULTILINE)
+    names = [persona["name"] for persona in helpers.PERSONAS]
+    assert said == [("36", names[0]), ("33", names[1]), ("36", "joint solution")]
 
 
 def test_a_keyboard_that_is_closed_or_types_no_text_ends_nothing(monkeypatch):
-    screen = selfplay.Screen(helpers.scenario(), None)
+    screen = selfplay.Screen(helpers.scenario())
     monkeypatch.setattr(sys, "stdin", None)
     assert screen.ask_human(None) == "AGREED"
     bytes_read = io.TextIOWrapper(io.BytesIO(b"N\xff.\n"), encoding="utf-8")
