@@ -91,7 +91,6 @@ def add_turn(sample, turn, trained, end):
 
 # ---- chat templates -----------------------------------------------------------------------------
 
-KNOWN_WORDS = ["Sysword", "Userone", "Botone", "Usertwo", "Bottwo", "Userthree"]
 PROBE = ["Be fair.", "The well is dry.", "I will dig.", "With whom?", "With you.", "And when?"]
 # Markers that templates write in letters: <|user|>, <<SYS>>, [/INST], ### Response:
 LETTERED = re.compile(r"<+[^\s<>]+>+|\[/?\w+\]|#{2,} ?\w+:?")
@@ -135,13 +134,13 @@ def without_controls(tokenizer):
 class ChatFormat:
     """The pieces of a model's chat template, found by rendering a conversation of known words.
 
-    opening       between the end of a user message and an assistant's turn that is to be sampled
+    opening       text between a user's words and an assistant's turn that is to be sampled
     past_opening  the same before a turn that lies in the past
-    end, after    the end-of-turn token; what stands between it and the next user's words
+    end, after    the end-of-turn token; the text between it and the next user's words
     ends          every token that ends a turn
     controls      tokens that must never come out of text: all added ones but blanks
     thoughts      the markers around a thought, or None; `thinks`: a turn begins inside of one
-    stable        opening == past_opening, so that a conversation's ids never change as it grows.
+    stable        both openings have equal ids: a conversation's never change as it grows.
                   Qwen3 adds an empty thought to the newest turn only: there it is False
 
     date: the day that a template may print, YYYY-MM-DD. Raises UserError for a template that
@@ -163,11 +162,9 @@ class ChatFormat:
         self._find_pieces()
         self._find_controls(model.generation_config)
         self._find_markers()
-        self.opening = self.encode([(self._opening, True)])
-        self.past_opening = self.encode([(self._past, True)])
-        self.after = self.encode([(self._after, True)])
-        self.stable = self.opening == self.past_opening
-        # Whether a text is encoded alike by itself and behind another one.
+        openings = [self.encode([(text, True)]) for text in (self.opening, self.past_opening)]
+        self.stable = openings[0] == openings[1]
+        # whether a text is encoded alike by itself and behind another one
         self._seams = self._letters("\nx") == self._letters("\n") + self._letters("x")
         self._tell()
 
@@ -200,29 +197,28 @@ class ChatFormat:
     def _split(self, words):
         """Render the words as a conversation; the pieces before, between and after them."""
         text = self.render(self._messages(words))
-        any_word = "|".join(words)
-        if re.findall(any_word, text) != words:
-            raise UserError("--model: its chat template drops messages; use another model")
-        return re.split(any_word, text)
+        any_word = "|".join(map(re.escape, words))
+        pieces = re.split(any_word, text)
+        if re.findall(any_word, text) != words or pieces[-5:-3] != pieces[-3:-1]:
+            raise UserError(
+                "--model: its chat template drops messages, or renders equal turns differently; "
+                "use another model"
+            )
+        return pieces
 
     def _find_pieces(self):
-        """Set the template's texts: before system and user, past, gap, opening."""
-        self._before_system = ""
+        """Set the template's texts: before system and user, past, gap, opening; all as pieces."""
         try:
             self.has_system = True
-            self._before_system, *pieces = self._split(KNOWN_WORDS)
+            self._pieces = self._split(PROBE)
         except UserError:  # Gemma, some Mistrals: no system role, or it is dropped
             self.has_system = False
-            pieces = self._split(KNOWN_WORDS[1:])
-        self._before_user, past, gap, past_again, gap_again, self._opening = pieces
-        if past != past_again or gap != gap_again:
-            raise UserError(
-                "--model: its chat template renders equal turns differently; use another model"
-            )
-        self._past, self._gap, self._space = past, gap, ""
-        if past.rstrip() == self._opening.rstrip():
+            self._pieces = ["", *self._split(PROBE[1:])]
+        self._before_system, self._before_user, past, self._gap, _, _, self.opening = self._pieces
+        self.past_opening, self._space = past, ""
+        if past.rstrip() == self.opening.rstrip():
             # Mistral: "[/INST] turn" in the past, "[/INST]" to be continued
-            self._past, self._space = self._opening, past.removeprefix(self._opening)
+            self.past_opening, self._space = self.opening, past.removeprefix(self.opening)
 
     def _find_controls(self, generation_config):
         """Set controls, ends, end, and the texts before and after the end of a turn."""
@@ -242,10 +238,10 @@ class ChatFormat:
         self._before_end, *rest = self._cut.split(self._gap, maxsplit=1)
         if rest and not self._before_end.strip():
             # the template's own end of turn, whatever the configs say; Llama 2 writes " </s>"
-            self.end, self._after = self._added[rest[0]][0], rest[1]
+            self.end, self.after = self._added[rest[0]][0], rest[1]
             self.ends.add(self.end)
         elif self.ends:
-            self.end, self._after, self._before_end = min(self.ends), self._gap, ""
+            self.end, self.after, self._before_end = min(self.ends), self._gap, ""
         else:
             raise UserError("--model: it has no end-of-turn token; use an instruct model")
         # A letter that is unknown gives the unknown token, unless that is an end or a beginning.
@@ -259,10 +255,9 @@ class ChatFormat:
         self.thinks = False
         if self.thoughts:
             start, stop = self.thoughts
-            self.thinks = self._opening.rfind(start) > self._opening.rfind(stop)
-        pieces = [self._before_system, self._before_user, self._past, self._gap, self._opening]
+            self.thinks = self.opening.rfind(start) > self.opening.rfind(stop)
         markers = {*(self.thoughts or ())} - self._added.keys()
-        for literal in self._cut.split("\n".join(pieces))[::2]:
+        for literal in self._cut.split("\n".join(self._pieces))[::2]:
             markers |= set(LETTERED.findall(literal))
         longest_first = sorted(markers, key=len, reverse=True)
         self._lettered = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -283,11 +278,7 @@ class ChatFormat:
     def compared(self):
         """A short conversation, as (ids of a stream in which it was sampled, the template's)."""
         system, task, first, question, second, last = PROBE
-        said = PROBE[1:]
-        if self.has_system:
-            said = PROBE
-        else:
-            said[0] = f"{system}\n\n{task}"
+        said = PROBE if self.has_system else [f"{system}\n\n{task}", *PROBE[2:]]
         ids = self.asked("", self.prompt_parts(system, task), past=True)
         ids += [*self._turn(first, past=True), self.end] + self.asked(question, past=True)
         ids += [*self._turn(second, past=True), self.end] + self.asked(last)
@@ -354,13 +345,13 @@ class ChatFormat:
     def asked(self, words, prompt=None, past=False):
         """Ids of a user's words up to where the assistant speaks: at the beginning of a stream
         behind its prompt, later behind the end of the assistant's turn."""
-        opening = self._past if past else self._opening
-        before = prompt or [(self._after, True)]
+        opening = self.past_opening if past else self.opening
+        before = prompt or [(self.after, True)]
         return self.encode([*before, (words, False), (opening, True)], first=bool(prompt))
 
     def _turn(self, text, before_end="", past=False):
         """Ids of a text that the assistant says, as they follow its opening."""
-        lead = self._cut.split(self._past if past else self._opening)[-1]
+        lead = self._cut.split(self.past_opening if past else self.opening)[-1]
         before = self._letters(lead)
         whole = self._letters(lead + self._space + self.disarm(text) + before_end)
         if whole[: len(before)] == before:

@@ -576,7 +576,7 @@ def test_choices_by_mean_logprob_per_token():
     choices = ["the farm", "the council of the hospital", "No"]
     row = {"id": "q", "prompt": "Who?", "choices": choices}
     chat = speaker.chat
-    prefix = chat.prompt(evaluation.HELPER) + chat.plain("Who?") + chat.opening
+    prefix = chat.prompt(evaluation.HELPER) + chat.encode([("Who?" + chat.opening, True)])
     continuations = [chat.plain(choice) for choice in choices]
     means = evaluation.mean_logprobs(speaker, prefix, continuations)
     for ids, got in zip(continuations, means):

@@ -909,8 +909,8 @@ def test_smollm2_plays_scores_and_saves_exactly(tmp_path):
     assert chat.stable
     assert decode([chat.end]) == "<|im_end|>"
     assert chat.end in chat.ends
-    assert decode(chat.opening) == "<|im_end|>\n<|im_start|>assistant\n"
-    assert decode(chat.after) == "\n<|im_start|>user\n"
+    assert chat.opening == "<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.after == "\n<|im_start|>user\n"
     head = "<|im_start|>system\nBe fair.<|im_end|>\n<|im_start|>user\n"
     assert decode(chat.prompt("Be fair.")) == head
     cfg = selfplay.PlaySettings(
