@@ -71,6 +71,7 @@ SYSTEM = (
     "out.{marker}"
 )
 MARKER_RULE = " When you accept the plan on the table, end your turn with the word AGREED."
+ACCEPTS = re.compile(r"\bAGREED?\b")  # in both last turns
 # The dilemma opens the first user message, and a question ends each one: a small model hardly
 # reads its system prompt, and what it says drifts.
 TASK = (
@@ -322,10 +323,12 @@ def talk(match):
             text = match.partner(dialogue)
             turn = Turn(1, text, False, ids=match.views[0].chat.plain(text))
         turns.append(turn)
-        if settings.agreement == "marker" and both_accept(turns):
+        if len(turns) == 1:
+            continue
+        if settings.agreement == "marker" and all(ACCEPTS.search(turn.text) for turn in turns[-2:]):
             dialogue.agreed = True
             break
-        if settings.agreement == "judge" and len(turns) > 1:
+        if settings.agreement == "judge":
             check = match.judge.agreed(dilemma, personas, turns[:])
     if check:  # on the last turn
         verdict = yield check
@@ -333,12 +336,6 @@ def talk(match):
     if dialogue.agreed:
         dialogue.stop = "agreed"
     return verdict
-
-
-def both_accept(turns):
-    """Whether the marker stands in both last turns."""
-    last = turns[-2:]
-    return len(last) == 2 and all(re.search(r"\bAGREED?\b", turn.text) for turn in last)
 
 
 # ---- many dialogues in one batch ----------------------------------------------------------------
@@ -410,7 +407,7 @@ def watched_scenario(settings):
 
 
 class Screen:
-    """Prints a negotiation turn by turn, in colour, and asks the person who takes a side."""
+    """Prints a negotiation turn by turn, and asks the person who takes a side."""
 
     def __init__(self, scenario):
         self.names = [printable(persona["name"]) for persona in scenario.personas]
@@ -422,12 +419,11 @@ class Screen:
         """Print what was said, once it is."""
         if say.spoken:
             title = "joint solution" if say.final else self.names[say.speaker]
-            colour = f"\033[1;{36 - 3 * say.speaker}m"
-            print(f"{colour}{title}:\033[0m {printable(say.turn.text)}", flush=True)
+            print(f"{title}: {printable(say.turn.text)}", flush=True)
 
     def ask_human(self, dialogue):
         """A line from the keyboard; at its end the person agrees."""
-        print(f"\033[1;33m{self.names[1]} (you):\033[0m ", end="", flush=True)
+        print(f"{self.names[1]} (you): ", end="", flush=True)
         return (sys.stdin and sys.stdin.readline() or "AGREED").strip()  # None: it is closed
 
 
