@@ -14,12 +14,12 @@ A CPU gains more from leaving idle rows out (sampler.read). Left out: graphs of 
 """
 
 import functools
+import sys
 import weakref
 
 import torch
 
 from attention import Placement, RaggedCache, project
-from chat import remark
 from drawing import draw
 from model import LoRALinear
 
@@ -32,10 +32,10 @@ def decoder_of(model):
     if not (ALWAYS or next(model.parameters()).is_cuda):
         return None
     if model not in DECODERS:
-        DECODERS[model] = Decoder(model)
-        if any(changes_with_length(module) for module in model.modules()):
-            remark("decoding without CUDA graphs: the rotary embedding changes with the length")
-            DECODERS[model] = None
+        stretches = [m for m in model.modules() if changes_with_length(m)]
+        if stretches:
+            do_without("CUDA graphs", "the rotary embedding changes with the length")
+        DECODERS[model] = None if stretches else Decoder(model)
     return DECODERS[model]
 
 
@@ -48,6 +48,11 @@ def changes_with_length(module):
 def bucket(tokens):
     """The capacity of a cache for so many tokens: few sizes, so that recordings last."""
     return -(-tokens // 256) * 256
+
+
+def do_without(what, error):
+    """Say in one line what is not used, and why."""
+    print(f"decoding without {what}: {' '.join(str(error).split())[:160]}", file=sys.stderr)
 
 
 class Decoder:
@@ -126,6 +131,20 @@ class Decoder:
         drawn = draw(logits, *numbers, any_greedy, any_nucleus)
         self.outputs.copy_(torch.stack([column.double() for column in drawn], dim=1))
 
+    def compile(self):
+        """From now on Inductor fuses the small kernels of `compute`, unless it cannot."""
+        plain, compiled = self.compute, torch.compile(self.compute, fullgraph=True, dynamic=False)
+
+        def compute(*arguments):
+            try:
+                compiled(*arguments)
+            except RuntimeError as error:  # mostly: no C compiler
+                do_without("torch.compile", error)
+                self.compute = plain
+                plain(*arguments)
+
+        self.compute = compute
+
     def record(self, work):
         """A CUDA graph of work(), or None, for good, where it cannot be recorded."""
         here, aside = torch.cuda.current_stream(), self.aside
@@ -143,6 +162,6 @@ class Decoder:
         except RuntimeError as error:
             torch.cuda.set_stream(here)
             self.use_graphs = False
-            remark(f"decoding without CUDA graphs: {' '.join(str(error).split())[:160]}")
+            do_without("CUDA graphs", error)
             return None
         return graph

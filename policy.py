@@ -178,10 +178,12 @@ def build(settings, world, weights=None):
 
 
 def set_decoder(player, settings):
-    """How the player decodes on a card: recorded steps or not."""
+    """How the player decodes on a card: recorded steps or not, compiled or not."""
     decoder = decoder_of(player)
     if decoder and not settings.cuda_graphs:
         decoder.use_graphs = False
+    if decoder and settings.compile:
+        decoder.compile()
 
 
 @contextlib.contextmanager

@@ -114,6 +114,8 @@ class Run:
             progress.log_package(settings.log)
         if settings.fsdp and world.size == 1:
             print("warning: --fsdp: one process has nothing to share; ignored", file=sys.stderr)
+        if settings.compile and world.device.type == "cpu" and world.rank == 0:
+            print("warning: --compile: a CPU decodes without; ignored", file=sys.stderr)
         self.log, self.scenarios = None, []
         self.contents = check_contents(settings)
         if settings.resume and world.rank == 0:

@@ -115,6 +115,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     cuda_graphs: bool = option(True, "on a card, decode by replaying recorded steps")
+    compile: bool = option(False, "and compile them first (needs a C compiler, takes a minute)")
     fsdp: bool = option(False, "shard weights, gradients and optimizer over the ranks (FSDP2)")
     plan: bool = option(False, "print the memory that a card needs, and end")
     nproc: int = option(1, "cards that --plan reckons with", low=1)
@@ -134,7 +135,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
 # file holds may not change (`check_contents`).
 FREE_ON_RESUME = {
     *("resume", "force", "out", "steps", "save_every", "keep", "log"),
-    *("micro_tokens", "gradient_checkpointing", "cuda_graphs"),
+    *("micro_tokens", "gradient_checkpointing", "cuda_graphs", "compile"),
     *("rubric", "scenarios", "demonstrations"),
     *("judge_url", "judge_concurrency", "judge_timeout", "judge_deadline", "judge_wait"),
     *("judge_attempts", "judge_budget"),

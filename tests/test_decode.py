@@ -4,6 +4,7 @@ No GPU is needed: the step runs in eager mode, and its recording through a stand
 """
 
 import contextlib
+import functools
 
 import helpers
 import pytest
@@ -244,10 +245,11 @@ def test_recordings_of_a_cache_that_is_gone_are_dropped(monkeypatch):
 
 def test_a_step_that_cannot_be_recorded_runs_eager_and_says_so_once(monkeypatch, capsys):
     cuda, model, cfg = StandIn(monkeypatch, broken=True), helpers.tiny(), settings()
-    chat.remark.cache_clear()
     assert_same(played(monkeypatch, model, True, cfg), played(monkeypatch, model, False, cfg))
-    why = "operation not permitted when stream is capturing and more"
-    assert capsys.readouterr().err == f"note: decoding without CUDA graphs: {why}\n"
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "decoding without CUDA graphs: operation not permitted when stream is capturing and more"
+    ]
     assert cuda.stream != "main" and cuda.replays == 0  # the old stream is the current one again
 
 
@@ -266,7 +268,6 @@ def test_a_rotary_embedding_that_changes_with_the_length_is_left_alone(monkeypat
     monkeypatch.setattr(decode, "ALWAYS", True)
     model = helpers.tiny()
     model.model.rotary_emb.rope_type = "dynamic"
-    chat.remark.cache_clear()
     assert decode.decoder_of(model) is None and decode.decoder_of(model) is None
     assert capsys.readouterr().err.count("rotary") == 1
 
@@ -314,3 +315,37 @@ def test_a_decoder_goes_with_its_model(monkeypatch):
     held = decode.decoder_of(model)
     assert not any(value is model for value in vars(held).values())
     assert isinstance(held.cache_for(2), attention.RaggedCache)
+
+
+def test_a_compiled_step_is_one_graph_and_draws_the_same(monkeypatch):
+    """Without Inductor, which takes a minute: what is traced is what would be compiled."""
+    backends = []
+
+    def backend(graph, inputs):
+        backends.append(graph)
+        return graph.forward
+
+    compiler = functools.partial(torch.compile, backend=backend)
+    model, cfg = helpers.tiny(), settings(top_p=0.8)
+    today = played(monkeypatch, model, False, cfg)
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(decode, "ALWAYS", True)
+    decode.decoder_of(model).compile()
+    assert_same(played(monkeypatch, model, True, cfg), today)
+    assert len(backends) == 3  # a nucleus at two capacities, none at one: no kind twice
+
+
+def test_a_step_that_cannot_be_compiled_runs_as_it_is_and_says_so_once(monkeypatch, capsys):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("no C compiler here\nand so on")
+
+    compiler = functools.partial(torch.compile, backend=no_compiler)
+    model, cfg = helpers.tiny(), settings()
+    today = played(monkeypatch, model, False, cfg)
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(decode, "ALWAYS", True)
+    decode.decoder_of(model).compile()
+    assert_same(played(monkeypatch, model, True, cfg), today)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("decoding without torch.compile: ")
+    assert "no C compiler here" in said[0]

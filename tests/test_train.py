@@ -388,11 +388,14 @@ def test_a_trainers_state_that_is_foreign_is_named(case, finished, tmp_path, cap
     assert runs.rows(out) == runs.rows(finished[0])  # nothing is lost
 
 
-def test_a_flag_that_does_nothing_here_is_told(tiny, tmp_path, capfd):
-    flags = runs.flags(tiny, "nowhere", tmp_path / "run", fsdp=True)
+def test_flags_that_do_nothing_here_are_told(tiny, tmp_path, capfd):
+    flags = runs.flags(tiny, "nowhere", tmp_path / "run", fsdp=True, compile=True)
     told = []
     complaint(flags, capfd, told)
-    assert told == ["warning: --fsdp: one process has nothing to share; ignored"]
+    assert told == [
+        "warning: --fsdp: one process has nothing to share; ignored",
+        "warning: --compile: a CPU decodes without; ignored",
+    ]
 
 
 def test_the_folder_of_somebody_else_is_one_line(tmp_path, monkeypatch):
