@@ -389,7 +389,7 @@ def test_results_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out .*/x.json: cannot be written"):
         evaluation.main(["conflict", "--out", str(tmp_path / "file" / "x.json")])
-    with pytest.raises(UserError, match="--out .*: cannot be written .it is a folder"):
+    with pytest.raises(UserError, match="--out .*: cannot be written .Is a directory"):
         evaluation.main(["general", "--out", str(tmp_path)])
     with pytest.raises(UserError, match="--out .*: cannot be written .File name too long"):
         evaluation.main(["conflict", "--out", "x" * 300])
