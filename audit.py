@@ -34,8 +34,7 @@ def score_fault(row):
     score = row.get("score")
     if score is None or (type(score) in (int, float) and 0 <= score <= 5):
         return ""
-    said = json.dumps(score)[:40]
-    return f'"score" is no number from 0 to 5: {said}; write one, or null where there is none'
+    return f'"score" is no number from 0 to 5: {json.dumps(score)[:40]}; correct it'
 
 
 def labelled(settings):

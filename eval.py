@@ -13,7 +13,7 @@
     settings -> two Sides -> items (played, judged, written at once) -> ResultRows with intervals
 
 A and B get the same scenarios with the same seeds. A run that was killed goes on where it was:
-start it again. Left out: downloads (IFEval, AIME, GPQA: the README has the command), Elo.
+start it again. Left out: downloads (IFEval, AIME, GPQA), Elo.
 """
 
 import dataclasses
@@ -22,11 +22,9 @@ import itertools
 import json
 import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import audit
 import dataset
@@ -37,33 +35,20 @@ import sampler
 import selfplay
 from attention import Tree
 from cli import UserError, run_cli
-from client import BudgetSpent
 from dataset import DATA
 from measure import diversity, figure, minus, text_measures
-from sides import (
-    Items,
-    Side,
-    picked,
-    read_sides,
-    refuse_lost,
-    rows_of,
-    scenarios_of,
-    verdicts,
-)
+from sides import Items, Side, picked, read_sides, refuse_lost, rows_of, scenarios_of, verdicts
 
 # ---- negotiations and answers --------------------------------------------------------------------
 
 TOKENS = {"streams", "final_ids", "final_sample", "advantage", "step", "group"}  # of a record
 
 
-def played(voices, pairs, settings, judge, seed, partner=None, quiet=False):
+def played(voices, pairs, settings, judge, seed, partner=None):
     """Play (scenario, seed number) pairs in one batch: records as in dialogues.jsonl, judged."""
     dialogues = [selfplay.Dialogue(scenario, 0, i, k) for i, (scenario, k) in enumerate(pairs)]
     judge.start_batch()
-    with tqdm(total=len(dialogues), desc="dialogues", leave=False, disable=quiet) as bar:
-        selfplay.play(
-            voices, dialogues, settings, judge, seed, partner, on_done=lambda _: bar.update()
-        )
+    selfplay.play(voices, dialogues, settings, judge, seed, partner)
     for dialogue in dialogues:
         dialogue.take_verdict()
     return [dialogue.record() for dialogue in dialogues]
@@ -101,8 +86,7 @@ def heldout(voice, scenarios, settings, judge, samples=2, seed=0, share=slice(No
     """
     pairs = list(itertools.product(scenarios, range(samples)))[share]
     settings = dataclasses.replace(settings, on_impasse="complete")
-    quiet = bool(share.start)  # one progress bar for all ranks
-    return played((voice, voice), pairs, settings, judge, seed, quiet=quiet)
+    return played((voice, voice), pairs, settings, judge, seed)
 
 
 def heldout_row(records):
@@ -319,24 +303,9 @@ def answered(side, judge, pairs):
     return records
 
 
-def load_partners():
-    """{name: what a scripted partner says, turn by turn, then from the beginning again}."""
-    path = DATA / "partners.json"
-    with dataset.reading_json(f"{path}:", "put it back"):
-        partners = json.loads(path.read_text(encoding="utf-8"))
-        for name, lines in partners.items():
-            if not (lines and type(lines) is list and all(map(dataset.is_text, lines))):
-                raise ValueError(f'"{name}" is no list of texts')
-    return partners
-
-
-def scripted(lines):
-    """The partner who says these lines in turn; None without any."""
-
-    def partner(dialogue):
-        return lines[len(dialogue.turns) // 2 % len(lines)]
-
-    return partner if lines else None
+def scripted(lines, dialogue):
+    """What a scripted partner says: its lines in turn, then from the beginning again."""
+    return lines[len(dialogue.turns) // 2 % len(lines)]
 
 
 def cross(sides, items, judge):
@@ -345,7 +314,7 @@ def cross(sides, items, judge):
     scenarios = scenarios_of(settings)
     columns = {}
     pairings = [(first, second, "") for first, second in itertools.product(sides, sides)]
-    partners = load_partners()
+    partners = json.loads((DATA / "partners.json").read_text(encoding="utf-8"))
     pairings += [("A", "A", script) for script in partners]
     for first, second, script in pairings:
         title = f"{first} with {script or second}"
@@ -353,7 +322,7 @@ def cross(sides, items, judge):
         todo = {}
         for name, k in itertools.product(scenarios, range(settings.seeds)):
             todo[sides[first].id, sides[second].id, "cross", script, name, k] = (scenarios[name], k)
-        partner = scripted(partners.get(script))
+        partner = functools.partial(scripted, partners[script]) if script else None
         work = functools.partial(negotiations, pair, settings, judge, partner)
         columns[title] = measured(items.finish(title, todo, work))
     return table(columns, [(name, "A with A") for name in columns if name != "A with A"])
@@ -390,13 +359,10 @@ def general_items(side, judge, pairs):
 
 
 def choices_fault(row):
-    """Are the choices two texts or more, and the answer the number of one, from 0?"""
+    """Are the choices texts, and is the answer the number of one, from 0?"""
     choices = row["choices"]
-    if len(choices) < 2 or not all(map(dataset.is_text, choices)):
-        return '"choices" is not two texts or more; correct it'
-    if not 0 <= row["answer"] < len(choices):
-        return f'"answer" is {row["answer"]}; write the number of a choice, 0 for the first'
-    return ""
+    right = all(map(dataset.is_text, choices)) and 0 <= row["answer"] < len(choices)
+    return "" if right else '"choices" must be texts, "answer" the number of one, 0 for the first'
 
 
 def general(sides, items, judge):
@@ -438,9 +404,7 @@ def main(argv=None):
             "what each does: python eval.py --help, its flags: python eval.py conflict --help"
         )
     settings, out = read_sides(command, flags)
-    sheet = settings["A"].read if command == "blind" else ""
-    if sheet:
-        out = Path(settings["A"].out or f"{sheet}.json")
+    sheet = settings["A"].read
     if command == "blind" and not sheet:
         report.refuse_unwritable(out)  # nor where a sheet is: somebody may have rated it
         return audit.write_sheet(out, evaluate(command, settings, out))
@@ -459,19 +423,15 @@ def evaluate(command, settings, out):
     if command != "audit":  # which loads no model
         for side in settings.values():
             lm.find(side.model)  # before a judge starts and a file is made
-    found = {"command": command, "judge": "no judge", "judge_counts": {}}
+    found = {"command": command, "judge": "no judge"}
     found["settings"] = {name: dataclasses.asdict(side) for name, side in settings.items()}
     items = Items(out.with_suffix(".items.jsonl"), settings["A"].batch)
     sides = {name: Side(side) for name, side in settings.items()}
     if command == "general":
         return {**found, "rows": general(sides, items, None)}
-    try:
-        with reward.open_judge(settings["A"]) as judge:
-            found["judge"] = items.judge = f"{judge.model}, read by {judge.mode}"
-            found["rows"] = COMMANDS[command](sides, items, judge)
-            found["judge_counts"] = judge.take_stats()  # of this start alone
-    except BudgetSpent as spent:
-        raise UserError(f"{spent}; start again with more: what is finished is kept") from spent
+    with reward.open_judge(settings["A"]) as judge:
+        found["judge"] = items.judge = f"{judge.model}, read by {judge.mode}"
+        found["rows"] = COMMANDS[command](sides, items, judge)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The numbers of texts, and how sure a number is. No module of ours is needed here.
+"""The numbers of texts, and how sure a number is.
 
     texts of a dialogue -> overlap, repetition, grounding ... -> text_measures, diversity, collapse
     (scenario, number) of each item -> figure: a ResultRow, its 95% interval over scenarios
@@ -10,13 +10,13 @@ import collections
 import dataclasses
 import itertools
 import re
-from pathlib import Path
 
 import numpy as np
 
+from dataset import DATA
+
 # ---- numbers of texts ----------------------------------------------------------------------------
 
-DATA = Path(__file__).resolve().parent / "data"
 COMMON = set((DATA / "common_words.txt").read_text(encoding="utf-8").split())
 
 

@@ -37,8 +37,6 @@ from dataset import DATA, reading_json, shape_fault
 def writing(path):
     """Inside this block an OSError means that `path`, named with --out, cannot be written."""
     try:
-        if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
         yield
     except OSError as error:
         hint = "make room, or name a file in a folder of yours"
@@ -51,7 +49,7 @@ def refuse_unwritable(path, begins=b""):
         folder = next(folder for folder in path.absolute().parents if folder.exists())
         if not os.access(f"{folder}/.", os.W_OK):
             raise OSError(13, f"{folder} is no folder to write to")
-        there = path.read_bytes() if path.is_file() else b""
+        there = path.read_bytes() if path.exists() else b""
     if there and not (begins and there.startswith(begins)):
         raise UserError(f"--out {path}: is there already, to be kept; name another file")
 
@@ -78,19 +76,7 @@ class ReportedRun:
 
 
 STEP = {"step": int, "missing_rewards": int, "judge_failures": int, "seconds_step": float}
-HELD = {"step": int, "heldout": dict}
-RECORD = {"step": int, "scenario_id": str, "dilemma": str, "personas": list, "turns": list}
-RECORD |= {"streams": list, "judge": dict, "stop": str, "final_truncated": bool}
 TURN = ("speaker", "text", "truncated")
-RESULTS = {"settings": dict, "judge": str, "rows": list}
-
-
-def checked(value, shape, path):
-    """A value from the file `path`, an object of this shape. Raises UserError for another one."""
-    fault = shape_fault(value, shape)
-    if fault:
-        raise UserError(f"{path}: {fault}")
-    return value
 
 
 def read_results(folder):
@@ -98,8 +84,9 @@ def read_results(folder):
     found = {}
     for path in sorted(Path(folder, "eval").glob("*.json")):
         with reading_json(f"{path}:", "move it away"):
-            result = checked(json.loads(path.read_text(encoding="utf-8")), RESULTS, path)
-            found[path.stem] = {**result, "rows": [cells(row) for row in result["rows"]]}
+            result = json.loads(path.read_text(encoding="utf-8"))
+            about = {"settings": dict(result["settings"]), "judge": result["judge"]}
+            found[path.stem] = {**about, "rows": [cells(row) for row in result["rows"]]}
     return found
 
 
@@ -109,28 +96,25 @@ def read_run(folder):
         raise UserError(f"{folder}: there is no metrics.jsonl in it; name the folder of a run")
     run = ReportedRun(Path(folder).resolve().name, config_of(folder), [], [], {})
     if run.config.get("demonstrations"):
-        raise UserError(
-            f"{folder}: no dialogue was played in it; what a warm start learnt stands in its "
-            "metrics.jsonl"
-        )
-    path = Path(folder, "metrics.jsonl")
-    for row in whole_lines(path):
-        if "heldout" in row:
-            held = {**checked(row, HELD, path)["heldout"], "step": row["step"]}
-            run.held.append(charted(held, path))
-        else:
-            run.steps.append(charted(checked(row, STEP, path), path))
+        raise UserError(f"{folder}: a warm start plays no dialogue; read its metrics.jsonl")
+    with reading_json(f"{folder}/metrics.jsonl: a line", "take it out"):
+        for row in whole_lines(Path(folder, "metrics.jsonl")):
+            if "heldout" in row:
+                run.held.append({**row["heldout"], "step": row["step"]})
+            elif fault := shape_fault(row, STEP):
+                raise ValueError(fault)
+            else:
+                run.steps.append(row)
     for file, source in (("heldout.jsonl", "held out"), ("dialogues.jsonl", "training")):
-        path = Path(folder, file)
-        for record in whole_lines(path):
-            scenario = checked(record, RECORD, path)["scenario_id"]
-            keep(run.kept.setdefault(scenario, {}), source, record)
+        with reading_json(f"{folder}/{file}: a line", "take it out"):
+            for record in whole_lines(Path(folder, file)):
+                keep(run.kept.setdefault(record["scenario_id"], {}), source, record)
     return run
 
 
 def keep(slot, source, record):
     """File a record of a scenario, and forget the steps between its first and its last one."""
-    slot.setdefault((record["step"], source), []).append(record)
+    slot.setdefault((int(record["step"]), source), []).append(record)
     for middle in sorted(key for key in slot if key[1] == source)[1:-1]:
         del slot[middle]
 
@@ -157,18 +141,6 @@ CURVES = {  # picture: {line: key in metrics.jsonl}
         "repetition": "repetition",
     },
 }
-
-
-CHARTED = {"reward_mean", "reward_std", "reward", "reward_low", "reward_high"}
-CHARTED |= {key for keys in CURVES.values() for key in keys.values()}
-
-
-def charted(row, path):
-    """A row of numbers from the file `path`. Raises UserError where a chart could not show it."""
-    for key in sorted(CHARTED & row.keys()):
-        if type(row[key]) not in (int, float, type(None)):
-            raise UserError(f'{path}: step {row["step"]}: "{key}" is no number; correct it')
-    return row
 
 
 @dataclasses.dataclass
@@ -309,7 +281,7 @@ def transcripts(run, limit, decode):
                 for rank, record in ends:
                     label = f"step {step}, {source}, {rank} of {len(ranked)}"
                     dialogues.append(readable(record, label, trained, decode))
-        case = {key: record[key] for key in ("dilemma", "personas")}
+            case = {key: record[key] for key in ("dilemma", "personas")}
         found.append({"id": name, "dialogues": dialogues, **case})
     return found
 
@@ -348,25 +320,26 @@ class ReportSettings:
 
 def main(argv):
     """`python eval.py report RUN`. Returns the exit code."""
-    if argv[:1] in (["-h"], ["--help"]):
-        command_line(ReportSettings, argv, "eval.py report RUN")
-    if not argv or argv[0].startswith("-"):
+    named = bool(argv) and not argv[0].startswith("-")
+    settings = command_line(ReportSettings, argv[named:], "eval.py report RUN")
+    if not named:
         raise UserError(
-            "report: name the folder of a run first, such as: python eval.py report runs/debug-0"
+            "report: name the folder of a run first: python eval.py report runs/debug-0"
         )
     folder = argv[0]
-    settings = command_line(ReportSettings, argv[1:], "eval.py report RUN")
     out = Path(settings.out or Path(folder) / "report.html")
     run = read_run(folder)
     source = (DATA / "report.html.j2").read_text(encoding="utf-8")
     refuse_unwritable(out, source.splitlines()[0].encode())
     script = re.search(r"<script>(.*?)</script>", source, re.DOTALL)[1]
     page = jinja2.Environment(autoescape=True).from_string(source)
+    with reading_json(f"{folder}/metrics.jsonl: a line", "take it out"):
+        pictures = curves(run)
     text = page.render(
         run=run,
         config=json.dumps(run.config, indent=1),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        curves=curves(run),
+        curves=pictures,
         results=read_results(folder),
         transcripts=transcripts(run, settings.scenarios, decoder(folder)),
     )

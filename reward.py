@@ -2,14 +2,10 @@
 
     dialogue -> a Case and a question -> HTTP, any OpenAI-compatible server -> a reading -> Verdict
 
-    expect   /chat/completions with log-probs
-    json     /chat/completions
-    rm       /pooling or /classify
-
-`auto` takes the first of the three that the server really gives, once, before the run. What does
-not arrive in time is missing, with a reason; no score is ever made up. What is asked and how it is
-read stands in rubric.py, the wire in client.py. Without --judge-url the judge is judge_server.py.
-Left out: streaming, tools, a second opinion.
+`auto` takes the first of expect, json (both /chat/completions) and rm (/pooling or /classify) that
+the server really gives, once, before the run. What does not arrive in time is missing, with a
+reason; no score is ever made up. What is asked and how it is read stands in rubric.py, the wire in
+client.py. Without --judge-url the judge is judge_server.py. Left out: streaming, tools.
 """
 
 import contextlib
@@ -23,24 +19,10 @@ import sys
 import time
 from pathlib import Path
 
+import rubric
 from cli import UserError, option
 from client import LONGEST_WAIT, Client, Missing
-from rubric import (
-    QUESTIONS,
-    Case,
-    Verdict,
-    case_of,
-    clean,
-    fill,
-    for_chat,
-    for_reward_model,
-    load_rubric,
-    read_chat,
-    read_expect,
-    read_models,
-    read_reward,
-    spoken,
-)
+from rubric import Case, Verdict
 
 # ---- the judge -----------------------------------------------------------------------------------
 
@@ -53,19 +35,11 @@ class JudgeSettings:
 
     judge_url: str = option("", "OpenAI-compatible server, up to /v1 (empty: the embedded judge)")
     judge_model: str = option("", "model to ask for (empty: the first that the server lists)")
-    judge_mode: str = option(
-        "auto", "how it is read (auto: the first that works)", choices=("auto", *MODES)
-    )
-    judge_sees: str = option(
-        "final", "the joint solution, or the dialogue too", choices=("final", "dialogue")
-    )
+    judge_mode: str = option("auto", "auto: the first that works", choices=("auto", *MODES))
+    judge_sees: str = option("final", "dialogue: the turns too", choices=("final", "dialogue"))
     judge_noise: float = option(0.02, "rewards of a group this close count as equal", low=0)
-    judge_concurrency: int = option(
-        8, "judge calls in flight over all ranks, at least 1 each", low=1
-    )
-    judge_timeout: float = option(
-        60.0, "seconds that one attempt may take", above=0, high=LONGEST_WAIT
-    )
+    judge_concurrency: int = option(8, "calls in flight over all ranks, at least 1 each", low=1)
+    judge_timeout: float = option(60.0, "seconds of one attempt", above=0, high=LONGEST_WAIT)
     judge_deadline: float = option(600.0, "seconds for all judging of one step", above=0)
     judge_wait: float = option(60.0, "seconds to wait for a server that is still loading", low=0)
     judge_attempts: int = option(4, "attempts per question", low=1)
@@ -131,7 +105,7 @@ class Judge:
 
     def __init__(self, settings, url, key="JUDGE_API_KEY"):
         self.settings = settings
-        self.rubric = load_rubric(settings.rubric)
+        self.rubric = rubric.load_rubric(settings.rubric)
         self.way = Way(settings.judge_model, settings.judge_mode)
         self.answers = {}  # digest of a question -> Future
         self.client = Client(
@@ -160,23 +134,23 @@ class Judge:
     def score(self, dilemma, personas, turns, final):
         """A Future of a Verdict whose value is a joint solution's CA score, a float (0 to 5, or
         of a reward model any number); None where it is missing, here and below."""
-        texts = {"solution": clean(final)}
+        texts = {"solution": rubric.clean(final)}
         if self.settings.judge_sees == "dialogue":
-            texts = {"dialogue": spoken(personas, turns), **texts}
+            texts = {"dialogue": rubric.spoken(personas, turns), **texts}
         return self._ask("score", dilemma, personas, texts)
 
     def agreed(self, dilemma, personas, turns):
         """A Future of a Verdict whose value is whether the core direction is settled: a bool."""
-        return self._ask("agreed", dilemma, personas, {"dialogue": spoken(personas, turns)})
+        return self._ask("agreed", dilemma, personas, {"dialogue": rubric.spoken(personas, turns)})
 
     def endorse(self, dilemma, persona, final):
         """A Future of a Verdict whose value is how satisfied one persona is, a float likewise."""
-        texts = {"solution": clean(final)}
-        return self._ask("endorse", dilemma, [persona], texts, name=clean(persona["name"]))
+        texts = {"solution": rubric.clean(final)}
+        return self._ask("endorse", dilemma, [persona], texts, name=rubric.clean(persona["name"]))
 
     def compare(self, dilemma, personas, first, second, question):
         """A Future of a Verdict: the better one by `question`, "A" (the first), "B" or "tie"."""
-        texts = {"solution A": clean(first), "solution B": clean(second)}
+        texts = {"solution A": rubric.clean(first), "solution B": rubric.clean(second)}
         return self._ask("compare", dilemma, personas, texts, question=question)
 
     def can(self, kind):
@@ -195,11 +169,12 @@ class Judge:
 
     def _ask(self, kind, dilemma, personas, texts, **slots):
         texts = {name: text or "(nothing)" for name, text in texts.items()}
-        case = Case(case_of(dilemma, personas), texts, slots)
+        case = Case(rubric.case_of(dilemma, personas), texts, slots)
         question = json.dumps([kind, case.before, texts, slots])
         digest = hashlib.sha256(question.encode()).digest()
         known = self.answers.get(digest)
-        if known and not is_missing(known):
+        failed = known and known.done() and (known.exception() or known.result().value is None)
+        if known and not failed:
             self.client.count("cache_hits")
             return known
         asked = self.client.submit(self._answer, kind, case)
@@ -219,17 +194,17 @@ class Judge:
         """One question, asked and read in the way that was found. Raises Missing."""
         if self.mode == "rm":
             return self._read_reward(kind, case, deadline)
-        question = QUESTIONS[kind]
+        question = rubric.QUESTIONS[kind]
         payload = {"model": self.model}
         if self.mode == "expect":
-            read = functools.partial(read_expect, kind)
-            payload["messages"] = for_chat(self.rubric, kind, case, question.in_a_word)
+            read = functools.partial(rubric.read_expect, kind)
+            payload["messages"] = rubric.for_chat(self.rubric, kind, case, question.in_a_word)
             payload[self.way.limit] = 1
             payload["logprobs"] = True
             payload["top_logprobs"] = 10
         else:
-            read = functools.partial(read_chat, kind)
-            payload["messages"] = for_chat(self.rubric, kind, case, question.in_json)
+            read = functools.partial(rubric.read_chat, kind)
+            payload["messages"] = rubric.for_chat(self.rubric, kind, case, question.in_json)
             payload[self.way.limit] = self.settings.judge_tokens
         if self.way.cold:
             payload["temperature"] = 0
@@ -246,7 +221,7 @@ class Judge:
             return Verdict("A" if first > second else "B", raw=raw)
         if not self.can(kind):
             raise Missing("not a reward model's question", kind)
-        before, judged = for_reward_model(kind, case)
+        before, judged = rubric.for_reward_model(kind, case)
         # our own server has a head for each question
         payload = {"model": self.model if kind == "score" else f"{self.model}:{kind}"}
         if self.way.one_text:
@@ -254,7 +229,7 @@ class Judge:
         else:
             payload["messages"] = [{"role": "user", "content": text} for text in before]
             payload["messages"].append({"role": "assistant", "content": judged})
-        value = self.client.ask(self.way.endpoint, payload, read_reward, deadline, root=True)
+        value = self.client.ask(self.way.endpoint, payload, rubric.read_reward, deadline, root=True)
         return Verdict(value > 0.5 if kind == "agreed" else round(value, 3), raw=f"{value:.4f}")
 
     # -- before the run
@@ -284,8 +259,9 @@ class Judge:
 
     def _find_way(self):
         """Set `way` to the first that gives an answer; {mode: Missing} when none does."""
+        asked = self.client.submit(self.client.ask, "/models", None, rubric.read_models)
         try:
-            listed = self.client.submit(self.client.ask, "/models", None, read_models).result()
+            listed = asked.result()
         except Missing:
             listed = []  # a server without that page is trusted
         model = self.settings.judge_model or next(iter(listed), "")
@@ -320,30 +296,21 @@ class Judge:
         there = [miss for miss in telling if miss.reason not in NO_SUCH_PLACE]
         miss = (there or telling)[0]
         said = " ".join(miss.raw.split())[:300]
-        asked = f"{self.model or 'it'} gives no usable answer to --judge-mode {', '.join(misses)}"
+        problem = f"{self.model or 'it'} gives no usable answer to --judge-mode {', '.join(misses)}"
         if miss.reason in NOT_THERE:
-            asked = "nobody answers there"
-        url = self.client.url
-        return f"--judge-url {url}: {asked} ({miss.reason}: {said}); {self._advice(miss)}"
-
-    def _advice(self, miss):
-        """What a person should do about an answer that is missing."""
+            problem = "nobody answers there"
+        advice = ADVICE.get(miss.reason, OTHERWISE)
+        spent = re.search("quota|billing|insufficient|credit", miss.raw, re.IGNORECASE)
+        if spent and miss.reason.startswith("http "):
+            advice = ADVICE["http 402"]
         url = self.client.url
         base = url.removesuffix("/chat/completions")
         if base == url and not url.endswith("/v1"):
             base += "/v1"
         if miss.reason == "http 404" and base != url:
-            return f"try --judge-url {base}"
-        advice = ADVICE.get(miss.reason, OTHERWISE)
-        spent = re.search("quota|billing|insufficient|credit", miss.raw, re.IGNORECASE)
-        if spent and miss.reason.startswith("http "):
-            advice = ADVICE["http 402"]
-        return fill(advice, {"key": self.client.key})
-
-
-def is_missing(asked):
-    """Whether a question, a Future of a Verdict, has come back without an answer."""
-    return asked.done() and (asked.exception() is not None or asked.result().value is None)
+            advice = f"try --judge-url {base}"
+        advice = rubric.fill(advice, {"key": self.client.key})
+        return f"--judge-url {url}: {problem} ({miss.reason}: {said}); {advice}"
 
 
 # ---- from a command to a judge -------------------------------------------------------------------

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cli import UserError
 from client import Missing, dig
-from dataset import reading_json
+from dataset import reading_json, shape_fault
 
 # ---- what is asked: data, easy to edit; --rubric FILE replaces RUBRIC (JSON, the same keys) ------
 
@@ -103,17 +103,9 @@ def load_rubric(path):
         return RUBRIC
     with reading_json(f"--rubric {path}:", "pass a file with one JSON object"):
         rubric = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(rubric, dict) or set(rubric) != set(RUBRIC):
-        raise UserError(f"--rubric {path}: must have the keys {', '.join(RUBRIC)}")
-    for key, ours in RUBRIC.items():
-        texts = [rubric[key]]
-        if isinstance(ours, dict):
-            texts = list(rubric[key].values()) if isinstance(rubric[key], dict) else []
-        if not texts or not all(isinstance(text, str) for text in texts):
-            kind = "a text" if isinstance(ours, str) else "an object of texts"
-            raise UserError(f"--rubric {path}: {key} must be {kind}")
-    if set(rubric["anchors"]) != set(RUBRIC["anchors"]):
-        raise UserError(f"--rubric {path}: anchors must have the keys 0 to 5")
+    fault = shape_fault(rubric, {key: type(ours) for key, ours in RUBRIC.items()})
+    if fault:
+        raise UserError(f"--rubric {path}: {fault}")
     return rubric
 
 
@@ -318,10 +310,8 @@ def read_reward(reply):
     number = None
     if isinstance(entry, dict):
         number = entry.get("data", entry.get("probs", entry.get("embedding")))
-    while isinstance(number, list) and number and isinstance(number[-1], list):
+    while isinstance(number, list) and number and (len(number) == 1 or type(number[-1]) is list):
         number = number[-1]
-    if isinstance(number, list) and len(number) == 1:
-        number = number[0]
     if type(number) not in (int, float) or not abs(number) < 1e30:
         raise Missing("no single reward", json.dumps(reply)[:300])
     return float(number)

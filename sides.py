@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -35,9 +34,6 @@ class EvalSettings(selfplay.PlaySettings, reward.JudgeSettings):
 
     model: str = option(lm.WARM_MODEL, "A: a model, or a run folder (its best checkpoint)")
     baseline: str = option("", "B, on the same scenarios with the same seeds (empty: A alone)")
-    baseline_temperature: float = option(
-        0.0, "temperature of all that B says: the control for mere sharpening (0: as it is)", low=0
-    )
     best_of: int = option(1, "conflict, open, blind: B's best of so many, by this judge", low=1)
     data: str = option("", "a JSON Lines file in place of the shipped set of this command")
     limit: int = option(0, "items of the set, evenly spaced (0: all)", low=0)
@@ -48,11 +44,11 @@ class EvalSettings(selfplay.PlaySettings, reward.JudgeSettings):
     dtype: str = option("auto", "of the computation", choices=("auto", "fp32", "bf16"))
     judge2_url: str = option("", "audit: a second judge to compare with")
     judge2_model: str = option("", "audit: the second judge's model")
-    read: str = option("", "blind: the sheet with its ratings filled in; nothing is played")
+    read: str = option("", "a sheet of blind with its ratings filled in; nothing is played")
     out: str = option("", "results, FILE.json (empty: in eval/ of the run folder, or of runs/)")
 
 
-BASELINE = {"baseline", "baseline_temperature", "best_of"}  # settings that change nothing of A
+BASELINE = {"baseline", "best_of"}  # settings that change nothing of A
 FREE = {  # settings that change no single item
     *("limit", "seeds", "batch", "read", "out", "judge2_url", "judge2_model"),
     *("judge_concurrency", "judge_timeout", "judge_deadline", "judge_wait", "judge_attempts"),
@@ -95,9 +91,6 @@ def read_sides(command, argv):
         sides[side] = dataclasses.replace(settings, model=folder, best_of=1, **judge, **play)
     if settings.baseline:
         sides["B"] = dataclasses.replace(sides["B"], best_of=settings.best_of)
-    heat = settings.baseline_temperature
-    if settings.baseline and heat:
-        sides["B"] = dataclasses.replace(sides["B"], temperature=heat, final_temperature=heat)
     return sides, results_path(command, settings, found, given)
 
 
@@ -128,12 +121,12 @@ def scenarios_of(settings):
 
 
 def results_path(command, settings, found, given):
-    """--out, or a file named after what is compared, and by which flags: other flags, other file.
+    """--out, or a file named after what is read or compared: other flags, other file.
 
     found: {side: what `locate` says}. given: {setting: value} of the flags.
     """
-    if settings.out:
-        return Path(settings.out)
+    if settings.out or settings.read:
+        return Path(settings.out or f"{settings.read}.json")
     name = command
     for folder, run in found.values():
         name += (f"-{run.name}" if run else "") + f"-{Path(folder).name}"
@@ -216,8 +209,6 @@ class Items:
                         for key, value in zip(keys, values, strict=True):
                             self.done[key] = value
                             file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
-                        file.flush()
-                        os.fsync(file.fileno())
         return [self.done[key] for key in todo]
 
 

@@ -1,11 +1,9 @@
 """Evaluation end to end: tiny models, a judge whose rule everybody can read, and a kill."""
 
 import dataclasses
-import errno
 import functools
 import json
 import math
-import os
 import shutil
 import types
 from pathlib import Path
@@ -232,7 +230,7 @@ def test_a_dead_judge_stops_the_run_and_records_nothing(run, tmp_path):
 
 
 def test_a_spent_budget_is_one_line(run):
-    says = "--judge-budget 9: all calls are used; start again with more"
+    says = "--judge-budget 9: all calls are used"
     with JudgeServer(offers=("json",)) as server, pytest.raises(UserError, match=says):
         run("conflict", server, "--limit", "5", "--judge-budget", "9")
 
@@ -318,13 +316,13 @@ def test_a_run_whose_settings_are_wrong_is_not_compared(tmp_path, models, config
 
 def test_flags_overrule_the_run_and_name_the_results(tmp_path, models):
     step = make_run(tmp_path / "single-0", models[0], ALONE)
-    flags = "--max-turns 2 --baseline-temperature 0.5 --best-of 4"
+    flags = "--max-turns 2 --best-of 4"
     argv = ["--model", models[1], "--baseline", str(step), *flags.split()]
     found, out = sides.read_sides("open", argv)
-    name = "open-tiny-1-single-0-step_000004-max_turns_2-baseline_temperature_0.5-best_of_4.json"
+    name = "open-tiny-1-single-0-step_000004-max_turns_2-best_of_4.json"
     assert str(out) == f"runs/eval/{name}"
     a, b = found["A"], found["B"]
-    assert (b.max_turns, b.temperature, b.final_temperature, b.best_of) == (2, 0.5, 0.5, 4)
+    assert (b.max_turns, b.temperature, b.best_of) == (2, 0.8, 4)
     assert (a.max_turns, a.temperature, a.best_of) == (2, 0.8, 1)  # as its baseline was trained
 
     def name(*flags):
@@ -391,7 +389,7 @@ def test_results_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out .*/x.json: cannot be written"):
         evaluation.main(["conflict", "--out", str(tmp_path / "file" / "x.json")])
-    with pytest.raises(UserError, match="--out .*: cannot be written .it is a folder"):
+    with pytest.raises(UserError, match="--out .*: cannot be written .Is a directory"):
         evaluation.main(["general", "--out", str(tmp_path)])
     with pytest.raises(UserError, match="--out .*: cannot be written .File name too long"):
         evaluation.main(["conflict", "--out", "x" * 300])
@@ -420,12 +418,12 @@ CHOICE = {"id": "a", "prompt": "Say.", "choices": ["yes", "no"], "answer": 1}
     "change, says",
     [
         ({"choices": "both"}, 'bad.jsonl:2: "choices" is text instead of a list'),
-        ({"choices": []}, "bad.jsonl:2: .choices. is not two texts or more"),
-        ({"choices": [1, 2]}, "is not two texts"),
-        ({"choices": ["yes", ""]}, "is not two texts"),
-        ({"choices": ["yes", "\ud800"]}, "is not two texts"),
-        ({"answer": 2}, '"answer" is 2; write the number of a choice'),
-        ({"answer": -1}, '"answer" is -1'),
+        ({"choices": []}, 'bad.jsonl:2: "choices" must be texts, "answer" the number of one'),
+        ({"choices": [1, 2]}, "must be texts"),
+        ({"choices": ["yes", ""]}, "must be texts"),
+        ({"choices": ["yes", "\ud800"]}, "must be texts"),
+        ({"answer": 2}, '"answer" the number of one'),
+        ({"answer": -1}, '"answer" the number of one'),
         ({"id": "a"}, 'id "a" occurs twice'),
     ],
 )
@@ -499,13 +497,10 @@ def test_a_judge_who_knows_scores_only_is_not_asked_who_agrees(run, tmp_path, mo
     assert rows["ca_score", "A"]["n"] == 1
 
 
-def test_items_on_a_full_disk_or_of_somebody_else(tmp_path, monkeypatch):
-    def full(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+def test_items_on_a_full_disk_or_of_somebody_else(tmp_path):
     items = sides.Items(tmp_path / "x.items.jsonl", 1)
-    with pytest.raises(UserError, match="x.items.jsonl: cannot be written .No space left"):
+    items.path = Path("/dev/full")
+    with pytest.raises(UserError, match="/dev/full: cannot be written .No space left"):
         items.finish("", {("a",): 1}, lambda arguments: arguments)
     for line in ("5", '{"id": "0"}'):
         (tmp_path / "x.items.jsonl").write_text(line + "\n")
@@ -597,23 +592,15 @@ def test_cross_swaps_partners(run, tmp_path):
     gap = rows["ca_score", "A with hostile"]["value"] - rows["ca_score", "A with A"]["value"]
     row = rows["ca_score", "A with hostile - A with A"]
     assert row["value"] == pytest.approx(gap, abs=1e-5)
-    lines = sum(evaluation.load_partners().values(), [])
+    partners = json.loads((dataset.DATA / "partners.json").read_text())
+    lines = sum(partners.values(), [])
     for item in checkpoint.whole_lines(tmp_path / "cross.items.jsonl"):
         script = item["key"][3]
         said = [turn["text"] for turn in item["value"]["turns"] if turn["speaker"] == 1]
         if script:
-            assert said == evaluation.load_partners()[script][:1]
+            assert said == partners[script][:1]
         else:
             assert said[0] not in lines
-
-
-@pytest.mark.parametrize("text", [None, "{", "[5]", '{"stubborn": []}', '{"stubborn": "No."}'])
-def test_partners_that_cannot_be_read(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "DATA", tmp_path)
-    if text:
-        (tmp_path / "partners.json").write_text(text)
-    with pytest.raises(UserError, match="partners.json: cannot be read .*; put it back"):
-        evaluation.load_partners()
 
 
 def test_blind(models, tmp_path):

@@ -189,14 +189,15 @@ def test_a_run_that_has_just_begun(run):
 @pytest.mark.parametrize(
     "file, content, says",
     [
-        ("metrics.jsonl", '{"step": 1}', 'metrics.jsonl: no "missing_rewards"; needed are'),
-        ("metrics.jsonl", '{"step": 1, "heldout": 5}', '"heldout" is a number instead of'),
-        ("dialogues.jsonl", '{"step": 1}', 'dialogues.jsonl: no "scenario_id"'),
+        ("metrics.jsonl", '{"step": 1}', 'metrics.jsonl: .*no "missing_rewards"; needed are'),
+        ("metrics.jsonl", '{"step": 1, "heldout": 5}', "metrics.jsonl: a line cannot be read"),
+        ("dialogues.jsonl", '{"step": 1}', "dialogues.jsonl: .*KeyError: 'scenario_id'"),
+        ("dialogues.jsonl", '{"step": "x", "scenario_id": "s"}', "dialogues.jsonl: .*ValueError"),
         ("config.json", "[1]", "config.json is not that of a run"),
         ("eval/a.json", "{", "a.json: cannot be read"),
         ("eval/a.json", b"\xff", "a.json: cannot be read"),
         ("eval/a.json", "[" * 100_000, "a.json: cannot be read"),
-        ("eval/a.json", '{"x": 1}', 'a.json: no "settings"'),
+        ("eval/a.json", '{"x": 1}', "a.json: .*KeyError: 'settings'"),
     ],
 )
 def test_a_broken_file_of_a_run_is_named(run, file, content, says):
@@ -225,6 +226,7 @@ SAMPLE = ("streams", 0, "samples", 0)
     "place, value, says",
     [
         (("reward",), None, "KeyError: 'reward'"),
+        (("dilemma",), None, "KeyError: 'dilemma'"),
         (("judge", "raw"), None, "KeyError: 'raw'"),
         (("judge", "failures"), [5], "TypeError: "),
         (("turns", 0), 5, "TypeError: "),
@@ -248,11 +250,18 @@ def test_damage_inside_a_dialogue_is_named(run, place, value, says):
 
 
 @pytest.mark.parametrize(
-    "change", [{"reward_mean": "x"}, {"final_words": {}}, {"heldout": {"reward": "x"}}]
+    "change",
+    [
+        {"reward_mean": "x"},
+        {"reward_std": "x"},
+        {"final_words": {}},
+        {"heldout": {"reward": "x"}},
+        {"heldout": {}, "step": "x"},
+    ],
 )
 def test_damage_inside_a_steps_metrics_is_named(run, change):
     write_lines(run / "metrics.jsonl", [{"step": 1, **STEP, **change}])
-    with pytest.raises(UserError, match="metrics.jsonl: step 1: .* is no number; correct it"):
+    with pytest.raises(UserError, match="metrics.jsonl: a line cannot be read .*; take it out"):
         make(run)
 
 
