@@ -25,6 +25,7 @@ import zlib
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import audit
 import dataset
@@ -48,7 +49,10 @@ def played(voices, pairs, settings, judge, seed, partner=None):
     """Play (scenario, seed number) pairs in one batch: records as in dialogues.jsonl, judged."""
     dialogues = [selfplay.Dialogue(scenario, 0, i, k) for i, (scenario, k) in enumerate(pairs)]
     judge.start_batch()
-    selfplay.play(voices, dialogues, settings, judge, seed, partner)
+    with tqdm(total=len(dialogues), desc="dialogues", leave=False) as bar:
+        selfplay.play(
+            voices, dialogues, settings, judge, seed, partner, on_done=lambda _: bar.update()
+        )
     for dialogue in dialogues:
         dialogue.take_verdict()
     return [dialogue.record() for dialogue in dialogues]
@@ -314,7 +318,8 @@ def cross(sides, items, judge):
     scenarios = scenarios_of(settings)
     columns = {}
     pairings = [(first, second, "") for first, second in itertools.product(sides, sides)]
-    partners = json.loads((DATA / "partners.json").read_text(encoding="utf-8"))
+    with dataset.reading_json(f"{DATA / 'partners.json'}:", "put it back"):
+        partners = json.loads((DATA / "partners.json").read_text(encoding="utf-8"))
     pairings += [("A", "A", script) for script in partners]
     for first, second, script in pairings:
         title = f"{first} with {script or second}"
@@ -404,7 +409,7 @@ def main(argv=None):
             "what each does: python eval.py --help, its flags: python eval.py conflict --help"
         )
     settings, out = read_sides(command, flags)
-    sheet = settings["A"].read
+    sheet = settings["A"].read if command == "blind" else ""
     if command == "blind" and not sheet:
         report.refuse_unwritable(out)  # nor where a sheet is: somebody may have rated it
         return audit.write_sheet(out, evaluate(command, settings, out))

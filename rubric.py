@@ -104,6 +104,8 @@ def load_rubric(path):
     with reading_json(f"--rubric {path}:", "pass a file with one JSON object"):
         rubric = json.loads(Path(path).read_text(encoding="utf-8"))
     fault = shape_fault(rubric, {key: type(ours) for key, ours in RUBRIC.items()})
+    if not fault and set(rubric["anchors"]) != set(RUBRIC["anchors"]):
+        fault = "anchors must have the keys 0 to 5"
     if fault:
         raise UserError(f"--rubric {path}: {fault}")
     return rubric

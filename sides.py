@@ -125,8 +125,9 @@ def results_path(command, settings, found, given):
 
     found: {side: what `locate` says}. given: {setting: value} of the flags.
     """
-    if settings.out or settings.read:
-        return Path(settings.out or f"{settings.read}.json")
+    sheet = settings.read if command == "blind" else ""
+    if settings.out or sheet:
+        return Path(settings.out or f"{sheet}.json")
     name = command
     for folder, run in found.values():
         name += (f"-{run.name}" if run else "") + f"-{Path(folder).name}"

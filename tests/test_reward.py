@@ -742,6 +742,7 @@ def test_a_rubric_file_replaces_the_rubric(tmp_path):
 @pytest.mark.parametrize(
     "key, value, said",
     [
+        ("anchors", {"0": "a"}, "anchors must have the keys 0 to 5"),
         ("anchors", [], '"anchors" is a list instead of an object'),
         ("parties", 3, '"parties" is a number instead of text'),
         ("definition", None, '"definition" is null instead of text'),
