@@ -147,7 +147,7 @@ def save_checkpoint(out, step, settings, policy, world):
         spell_both_ways(scratch)
         torch.save(state, scratch / "trainer.pt")
         if rank:
-            lm.save_adapter(masters, rank, 2 * rank, scratch / "adapter.safetensors")
+            lm.save_adapter(masters, scratch / "adapter.safetensors")
         for file in scratch.iterdir():
             sync(file)
         write_atomically(scratch / "COMPLETE", f"step {step}\n")

@@ -20,6 +20,8 @@ from cli import UserError
 WINDOW = 6  # every sliding window is this short during the check, and the rows are longer
 WINDOW_NAMES = ("sliding_window", "attention_chunk_size")
 SHARED = 9  # tokens with which both rows begin
+# The hooks that we use change between versions of transformers.
+ADVICE = "run python -m pip install -r requirements.txt, or use another model"
 # Nats that log-probs may differ by, and shares of a gradient's norm that its parts may. An exact
 # model stays under a tenth of each.
 LOGPROB_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
@@ -81,7 +83,7 @@ def refusing(model):
     except Exception as error:  # somebody else's model code may raise whatever it likes
         problem = f"--model: {model.config.model_type} cannot be read as we read models"
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:140]
-        raise UserError(f"{problem} ({reason}); use another model") from error
+        raise UserError(f"{problem} ({reason}); {ADVICE}") from error
 
 
 def expect(model):
@@ -147,4 +149,4 @@ def compare(model, doing, pairs, tolerance):
     gap = torch.stack(gaps).max().item()
     if not gap <= tolerance[model.dtype]:  # NaN as well
         problem = f"--model: {model.config.model_type} differs by {gap:.2g} between {doing}"
-        raise UserError(f"{problem} and its own forward pass; use another model")
+        raise UserError(f"{problem} and its own forward pass; {ADVICE}")

@@ -15,6 +15,7 @@ The packed trees that a Learner reads come from `packing.py`; `train.py` runs it
 """
 
 import collections
+import functools
 import math
 
 import torch
@@ -151,8 +152,8 @@ def policy_loss(
 CHUNK = {"cpu": 256, "cuda": 2048}
 # Reported as means over the tokens of all passes and ranks; the entropy over all trained tokens.
 TOKEN_MEANS = ("logprob_gap", "clip_frac", "approx_kl", "ratio_mean", "kl_ref")
-# tokens: all trained ones, read: those of a pass
-SUMS = ("loss", "units", "tokens", "read", "evidence", "entropy", *TOKEN_MEANS)
+# tokens: all trained ones, read: those of a pass that may have a gradient
+SUMS = ("loss", "units", "tokens", "read", "entropy", *TOKEN_MEANS)
 
 
 class Learner:
@@ -172,21 +173,26 @@ class Learner:
     def backward(self, tree, samples):
         """Forward and backward of one micro-batch: adds the gradient of eq. 5's numerator."""
         tree, samples = with_rewards(tree, samples)
-        cfg = self.settings
-        if not samples or (cfg.beta == 0 and is_uniform(samples[0].group)):
-            self.count(samples)
+        if not samples:
             return self.idle()
-        # transformers checkpoints activations in training mode only; all dropouts are 0.
-        self.model.train(cfg.gradient_checkpointing)
-        logp = self.logprobs(self.model, tree, samples)  # (B, T)
-        self.model.eval()
-        mask, old_logp = self.mask_and_old_logp(samples)  # (B, T) each
-        nobody_sampled = samples[0].dialogue.stop == "written"  # a sampler's NaN skips the step
-        if nobody_sampled:  # at ratio 1 the gradient is that of plain likelihood
-            old_logp = torch.where(old_logp.isnan(), logp.detach(), old_logp)
-        ref_logp = self.reference_logprobs(tree, samples) if cfg.beta > 0 else None  # (B, T)
+        cfg, device = self.settings, self.optimizer.device
+        mask = padded([[1.0] * len(sample.wanted) for sample in samples], device)  # (B, T)
+        old_logp = padded([sample.sampler_logp for sample in samples], device)  # (B, T)
         advantages = [sample.dialogue.advantage for sample in samples]
-        advantages = upload(torch.tensor(advantages, dtype=logp.dtype), logp.device)  # (B,)
+        advantages = upload(torch.tensor(advantages, dtype=mask.dtype), device)  # (B,)
+        tokens = read = sum(len(sample.wanted) for sample in samples)
+        if cfg.beta == 0 and is_uniform(samples[0].group):  # a gradient of 0, but part of D
+            self.idle()
+            logp = old_logp.clone().requires_grad_()
+            read = 0
+        else:
+            # transformers checkpoints activations in training mode only; all dropouts are 0.
+            self.model.train(cfg.gradient_checkpointing)
+            logp = self.logprobs(self.model, tree, samples)  # (B, T)
+            self.model.eval()
+        if samples[0].dialogue.stop == "written":  # nobody sampled it: plain likelihood, at ratio 1
+            old_logp = logp.detach()
+        ref_logp = self.reference_logprobs(tree, samples) if cfg.beta > 0 else None  # (B, T)
 
         low, high = cfg.clip_low, cfg.clip_high
         losses, stats = token_losses(
@@ -194,26 +200,13 @@ class Learner:
         )
         loss_sum, units = sum_losses(losses, mask, cfg.aggregate, self.row_length)
         loss_sum.backward()
-
-        tokens = sum(len(sample.wanted) for sample in samples)
         stats["logprob_gap"] = masked_mean((logp.detach() - old_logp).abs(), mask)
+        sums = {name: mean.double() * read for name, mean in stats.items()}
         # The mean -log-prob that the sampler recorded estimates it; of written text it is the loss.
-        stats["entropy"] = masked_mean(-old_logp, mask)
-        self.add(**{name: mean.double() * tokens for name, mean in stats.items()})
-        evidence = advantages.abs().sum()
-        self.add(loss=loss_sum.detach(), units=units, tokens=tokens, read=tokens, evidence=evidence)
-
-    def count(self, samples):
-        """Add samples to the sums that need no pass: their gradient is 0, but they are part of D.
-
-        So it is in a group of equal rewards, as long as no KL pulls.
-        """
-        if samples:
-            mask, old_logp = self.mask_and_old_logp(samples)
-            _, units = sum_losses(mask, mask, self.settings.aggregate, self.row_length)
-            tokens = sum(len(sample.wanted) for sample in samples)
-            entropy = masked_mean(-old_logp, mask).double() * tokens
-            self.add(units=units, tokens=tokens, entropy=entropy)
+        sums["entropy"] = masked_mean(-old_logp, mask).double() * tokens
+        sums["loss"] = loss_sum.detach().double()
+        for name, value in {**sums, "units": units, "tokens": tokens, "read": read}.items():
+            self.sums[name] += value  # a number or a scalar tensor: nobody waits for a card
 
     @property
     def row_length(self):
@@ -221,17 +214,6 @@ class Learner:
         cfg = self.settings
         turns = cfg.turn_tokens * cfg.max_turns if cfg.train_tokens != "final" else 0
         return turns + (cfg.final_tokens if cfg.train_tokens != "dialogue" else 0)
-
-    def mask_and_old_logp(self, samples):
-        """(B, T) each, padded with 0: 1 at trained tokens; the sampler's log-probs of them."""
-        device = self.optimizer.device
-        mask = padded([[1.0] * len(sample.wanted) for sample in samples], device)
-        return mask, padded([sample.sampler_logp for sample in samples], device)
-
-    def add(self, **values):
-        """Add to the sums of a step. They may be scalar tensors: nobody waits for a card."""
-        for name, value in values.items():
-            self.sums[name] += value.double() if torch.is_tensor(value) else value
 
     def idle(self):
         """A pass with a gradient of 0: under FSDP all ranks must make equally many."""
@@ -247,12 +229,9 @@ class Learner:
         wanted = [sample.wanted for sample in samples]
         cuts = [sample.cuts for sample in samples]
         chunk = CHUNK[next(model.parameters()).device.type]
-        arguments = tree, wanted, temperature, cuts, chunk
-        if hasattr(model, "token_logprobs"):  # policy.shard's, which gathers the weights
-            logp = model.token_logprobs(*arguments)
-        else:
-            logp = token_logprobs(model, *arguments)
-        return pad_sequence(logp, batch_first=True)
+        score = functools.partial(token_logprobs, model)
+        score = getattr(model, "token_logprobs", score)  # policy.shard's, which gathers the weights
+        return pad_sequence(score(tree, wanted, temperature, cuts, chunk), batch_first=True)
 
     def reference_logprobs(self, tree, samples):
         """The reference's log-probs of the same tokens, (B, T); kept for further updates."""
@@ -278,7 +257,7 @@ class Learner:
         """Divide the gradient by D, clip it, step. Returns means over all ranks, and two flags.
 
         skipped: a loss or gradient was not finite on some rank, so all ranks skip the step.
-        no_evidence: all advantages were 0 and no KL pulls, so there is nothing to learn from.
+        no_evidence: no reward, or all groups uniform and no KL pulls: nothing to learn from.
         With either, weights, moments and warm-up stay as they are.
         """
         sums = torch.tensor([float(self.sums[name]) for name in SUMS], dtype=torch.float64)
@@ -288,11 +267,10 @@ class Learner:
             dist.all_reduce(sums)
         sums = dict(zip(SUMS, sums.tolist()))
         denominator = max(sums["units"], 1.0)  # D of eq. 5, over micro-batches and ranks
-        finite = math.isfinite(sums["loss"])
-        evidence = sums["evidence"] > 0 or self.settings.beta > 0 or not finite
+        evidence = sums["read"] > 0
         grad_norm = 0.0
         if evidence:
-            grad_norm = self.optimizer.step(1.0 / denominator, finite=finite)
+            grad_norm = self.optimizer.step(1.0 / denominator, math.isfinite(sums["loss"]))
         else:
             self.optimizer.adamw.zero_grad()
         return {
@@ -392,8 +370,7 @@ class Optimizer:
     def publish(self):
         """Copy the masters into the parameters that the model computes with."""
         for name, p in self.params.items():
-            if self.masters[name] is not p:
-                p.copy_(self.masters[name])
+            p.copy_(self.masters[name])
 
 
 def gradient_adder(master):

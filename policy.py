@@ -67,12 +67,9 @@ class World:
     def in_turn(self, work):
         """The same, each machine's first rank before its others: what it fetched, they find."""
 
-        def nothing():
-            return None
-
         is_first = self.local_rank == 0
-        first = self.together(work if is_first else nothing)
-        others = self.together(nothing if is_first else work)
+        first = self.together(work if is_first else lambda: None)
+        others = self.together(work if not is_first else lambda: None)
         return first if is_first else others
 
 
@@ -115,12 +112,11 @@ class Policy:
     tokenizer: object
     optimizer: grpo.Optimizer
     reference: torch.nn.Module  # frozen, for --beta; None without
-    sharded: bool
 
     @torch.no_grad()
     def update_player(self):
         """Give the player the newest weights; of shards each is gathered once, outside of play."""
-        if not self.sharded:
+        if self.player is self.model:
             return
         copies = dict(self.player.named_parameters())
         for name, parameter in self.model.named_parameters():
@@ -168,13 +164,9 @@ def build(settings, world, weights=None):
     decay_steps = settings.steps * settings.updates_per_rollout if settings.lr_decay else 0
     compute_dtype = torch.float32 if sharded else dtype  # FSDP casts by itself
     optimizer = grpo.Optimizer(
-        model,
-        settings.lr,
-        settings.warmup_steps,
-        dtype=compute_dtype,
-        decay_steps=decay_steps,
+        model, settings.lr, settings.warmup_steps, dtype=compute_dtype, decay_steps=decay_steps
     )
-    return Policy(model, player, tokenizer, optimizer, reference, sharded)
+    return Policy(model, player, tokenizer, optimizer, reference)
 
 
 def set_decoder(player, settings):

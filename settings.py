@@ -87,7 +87,7 @@ class Settings(selfplay.PlaySettings, reward.JudgeSettings):
     lr: float = option(5e-4, "learning rate of AdamW (for all weights some 2e-5)", low=0)
     warmup_steps: int = option(1, "updates over which the learning rate rises to --lr", low=0)
     lr_decay: bool = option(False, "let the learning rate fall to zero by the last step")
-    lora_rank: int = option(16, "train adapters of this rank (0: the whole model)", low=0)
+    lora_rank: int = option(16, "train adapters of this rank (0: all weights)", low=0, high=1024)
 
     train_tokens: str = option(
         "dialogue", "which sampled tokens are trained", choices=("dialogue", "final", "both")

@@ -575,10 +575,13 @@ def test_a_step_that_is_not_finite_changes_nothing(broken):
     assert unchanged(learner.model, copies(twin.model))
 
 
-@pytest.mark.parametrize("rewards", [[3.0] * 4, [None] * 4, [3.0, None, None, None]])
-def test_a_step_without_evidence_changes_nothing(rewards):
+@pytest.mark.parametrize(
+    "rewards, beta",
+    [([3.0] * 4, 0), ([None] * 4, 0), ([None] * 4, 0.1), ([3.0, None, None, None], 0)],
+)
+def test_a_step_without_evidence_changes_nothing(rewards, beta):
     """PITFALLS 36: not even by AdamW's momentum, nor does the warm-up go on."""
-    cfg = settings()
+    cfg = settings(beta=beta)
     groups = played(cfg, groups=1)
     learner = new_learner(cfg, warmup_steps=9, clip=0.0)
     optimizer = learner.optimizer

@@ -235,7 +235,7 @@ BAD = {
     "a step that no machine holds": (dict(scenarios_per_step=10**10), r"must be at most 10000"),
     "a rank that no layer can use": (
         dict(lora_rank=10**12),
-        r"--lora-rank 1000000000000: above the width of every layer; use a smaller one",
+        r"--lora-rank 1000000000000: must be at most 1024",
     ),
     "a folder that no tokenizer can name": (
         dict(out="run-\udcff"),

@@ -429,44 +429,15 @@ def test_the_default_model_is_the_base_with_the_adapter_in_it(shipped, finished,
     )
 
 
-def test_an_adapter_that_is_not_the_shipped_one_is_one_line(shipped, monkeypatch):
+def test_an_adapter_that_is_not_the_shipped_one_is_one_line(shipped):
     good = shipped.read_bytes()
     shipped.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # one bit
-    with pytest.raises(
-        cli.UserError,
-        match=r"^--model negotiator-135m: .*warm_start.safetensors has an unexpected sha256; "
-        r"put it back, or .*$",
-    ):
-        lm.load(lm.WARM_MODEL)
-    shipped.unlink()
-    with pytest.raises(
-        cli.UserError,
-        match=r"^--model negotiator-135m: .*warm_start.safetensors cannot be read "
-        r"\(No such file or directory\); .*$",
-    ):
-        lm.load(lm.WARM_MODEL)
+    line = r"^--model negotiator-135m: .*warm_start.safetensors is not the one .*; put it back, or "
+    for spoil in (lambda: None, shipped.unlink):
+        spoil()
+        with pytest.raises(cli.UserError, match=line):
+            lm.load(lm.WARM_MODEL)
     assert not lm.cache_folder().exists() or list(lm.cache_folder().iterdir()) == []
-
-
-def test_an_adapter_for_another_model_is_one_line(shipped, tmp_path):
-    for kind in ("gpt2", "qwen3"):
-        model = helpers.tiny(kind)
-        before = {n: p.clone() for n, p in model.named_parameters()}
-        with pytest.raises(
-            cli.UserError,
-            match=r"^adapter .*warm_start.safetensors: made for another model "
-            r"\(.*_proj does not fit\); .*$",
-        ):
-            lm.merge_adapter(model, shipped)
-        assert all(torch.equal(before[n], p) for n, p in model.named_parameters())  # not half of it
-    (tmp_path / "torn").write_bytes(shipped.read_bytes()[:1000])
-    for path in (tmp_path / "torn", tmp_path / "none"):
-        with pytest.raises(
-            cli.UserError,
-            match=r"^adapter .*: cannot be read .*; "
-            r"make it anew with train.py --recipe warm-start$",
-        ):
-            lm.merge_adapter(helpers.tiny(), path)
 
 
 def test_the_shipped_adapter_is_the_one_that_was_tested():
