@@ -322,7 +322,6 @@ AGAIN = {
 FINAL = {
     "not json": "not json",
     "wrong type": "wrong shape",
-    "huge": "too large",
     "redirect": "redirect",
     "prose": "no json",
     "refusal": "no json",
