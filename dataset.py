@@ -10,7 +10,6 @@ line is good enough, and how more are written; data_gen.py knows that.
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import random
 import re
@@ -59,28 +58,26 @@ def reading_json(what, hint):
 def load_jsonl(path, fault_of=lambda row: "") -> list:
     """The values of a JSON Lines file; `fault_of(row)` says what is wrong with one ("": nothing).
 
-    Raises UserError: "FILE:LINE: what is wrong; what to do".
+    Raises UserError: "FILE:LINE: what is wrong; what to do", for an id that occurs twice, too.
     """
     hint = "pass a JSON Lines file, one JSON object per line"
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text; {hint}") from error
+    with reading_json(f"{path}:", hint):
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     rows = []
-    lines = text.split("\n")  # not splitlines: a JSON text may hold U+2028
-    for number, line in enumerate(lines, 1):
+    ids = set()
+    for number, line in enumerate(lines, 1):  # not splitlines: a JSON text may hold U+2028
         if not line.strip():
             continue
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)
-            raise UserError(f"{path}:{number}: not JSON ({reason}); {hint}") from error
-        fault = fault_of(rows[-1])
+        with reading_json(f"{path}:{number}:", hint):
+            row = json.loads(line)
+        fault = fault_of(row)
+        if not fault and type(row) is dict and type(row.get("id")) is str:
+            if row["id"] in ids:
+                fault = f'id "{row["id"]}" occurs twice; give every line an id of its own'
+            ids.add(row["id"])
         if fault:
             raise UserError(f"{path}:{number}: {fault}")
+        rows.append(row)
     if not rows:
         raise UserError(f"{path}: empty; {hint}")
     return rows
@@ -155,36 +152,20 @@ def spread(items: list, n: int) -> list:
     return [items[i] for i in sorted(chosen)]
 
 
-def load_scenarios(path=None, seed=0, personas=None) -> list[Scenario]:
+def load_scenarios(path=None, seed=0) -> list[Scenario]:
     """The scenarios of a JSON Lines file (None: the shipped dilemmas), in the file's order.
 
-    Lines {id, tier, dilemma, personas} are used as they are. Lines without personas get a pair of
-    the file `personas` (None: the shipped one), dealt by seed. Raises UserError as `load_jsonl`.
+    Lines {id, tier, dilemma, personas} are used as they are; to those without personas pairs of
+    personas.jsonl are dealt by seed. Raises UserError as `load_jsonl`.
     """
-    shape = {"id": str, "tier": str, "dilemma": str}
-    ids = set()
 
     def fault_of(row):
-        """What is wrong with a line, given those before it: the first decides about personas."""
-        if not ids and type(row) is dict and "personas" in row:
-            shape["personas"] = list  # the first line decides for all
-        fault = shape_fault(row, shape)
-        if fault:
-            return fault
-        for key in row.keys() - shape.keys() - {"personas"}:
-            meant = difflib.get_close_matches(key, [*shape, "personas"], cutoff=0.8)
-            if meant:
-                return f'"{key}" is unknown; is "{meant[0]}" meant?'
-        if row["id"] in ids:
-            return f'id "{row["id"]}" occurs twice; give every line an id of its own'
-        if "personas" in row and "personas" not in shape:
-            return "personas, but the lines above have none; give them to all lines or to none"
-        ids.add(row["id"])
-        return ""
+        """What is wrong with a line; "" if nothing is."""
+        own = {"personas": list} if type(row) is dict and "personas" in row else {}
+        return shape_fault(row, {"id": str, "tier": str, "dilemma": str} | own)
 
     rows = load_jsonl(path or DATA / "dilemmas.jsonl", fault_of)
-    if "personas" not in shape:
-        deal_personas(rows, personas or DATA / "personas.jsonl", seed)
+    deal_personas([row for row in rows if "personas" not in row], seed)
     scenarios = []
     for row in rows:
         pair = tuple({"name": p["name"], "creed": p["creed"]} for p in row["personas"])
@@ -192,10 +173,11 @@ def load_scenarios(path=None, seed=0, personas=None) -> list[Scenario]:
     return scenarios
 
 
-def deal_personas(rows, path, seed):
-    """Give each row a pair of a file, in seeded rounds; who speaks first changes by round."""
+def deal_personas(rows, seed):
+    """Give each row a shipped pair, in seeded rounds; who speaks first changes by round."""
     shape = {"personas": list}
-    pairs = [row["personas"] for row in load_jsonl(path, lambda row: shape_fault(row, shape))]
+    shipped = load_jsonl(DATA / "personas.jsonl", lambda row: shape_fault(row, shape))
+    pairs = [row["personas"] for row in shipped]
     rng = random.Random(seed)
     swapped = [rng.random() < 0.5 for _ in pairs]
     order = []

@@ -11,7 +11,6 @@ other endpoint.
 """
 
 import dataclasses
-import errno
 import http.server
 import json
 import os
@@ -26,9 +25,6 @@ from client import Missing, dig
 from judge_heads import Base, apply, fit, heads_digest, load_heads
 from reward import EMBEDDED
 
-LONGEST_REQUEST = 1 << 20  # bytes
-WAITING = 64  # requests that may wait
-
 
 class Refusal(Exception):
     """A request that is answered with an error: status, message."""
@@ -37,24 +33,16 @@ class Refusal(Exception):
 class Engine:
     """The base, its heads, and the one worker that reads for all connections."""
 
-    def __init__(self, threads=0):
+    def __init__(self):
         self.name = f"{EMBEDDED}-{heads_digest()}"
         reads, self.heads = load_heads()
         self.base = Base(reads)
-        threads = threads or max(1, torch.get_num_threads() // 2)
+        threads = max(1, torch.get_num_threads() // 2)  # playing needs the others
         self.worker = ThreadPoolExecutor(1, "judge", torch.set_num_threads, [threads])
-        self.waiting = threading.BoundedSemaphore(WAITING)
 
     def ask(self, head, before, text):
-        """The number that a head gives, waiting for its turn. Raises Refusal."""
-        if not self.waiting.acquire(blocking=False):
-            raise Refusal(429, "too many requests are waiting; come back in a second")
-        try:
-            return self.worker.submit(self.read, head, before, text).result()
-        except (RuntimeError, MemoryError) as error:  # this one fails, the server lives
-            raise Refusal(500, str(error)[:200]) from error
-        finally:
-            self.waiting.release()
+        """The number that a head gives, waiting for its turn."""
+        return self.worker.submit(self.read, head, before, text).result()
 
     def read(self, head, before, text):
         """On the worker: the head's number, a score from 0 to 5, an agreement as it is."""
@@ -82,24 +70,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         """The number that was asked for, or the reason why there is none."""
-        size = self.headers.get("Content-Length", "")
-        if not size.isdigit() or int(size) > LONGEST_REQUEST:
-            self.close_connection = True
-            return self.send(413, f"a Content-Length of at most {LONGEST_REQUEST} is needed")
         engine = self.server.engine
         try:
-            value = engine.ask(*self.question(self.rfile.read(int(size))))
+            value = engine.ask(*self.question())
         except Refusal as refusal:
             return self.send(*refusal.args)
+        except (RuntimeError, MemoryError) as error:  # this one fails, the server lives
+            return self.send(500, str(error)[:200])
         found = [{"index": 0, "object": "pooling", "data": [value]}]
         self.send(200, {"object": "list", "model": engine.name, "data": found})
 
-    def question(self, data):
+    def question(self):
         """(head, texts before the judged one, judged text) of a request. Raises Refusal."""
         engine = self.server.engine
-        if self.path.rstrip("/") != "/pooling":
-            raise Refusal(404, "unknown path; this server has /pooling")
         try:
+            data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.path.rstrip("/") != "/pooling":
+                raise Refusal(404, "unknown path; this server has /pooling")
             body = json.loads(data)
             messages = dig(body, "messages", kind=list)
             *before, judged = [dig(message, "content", kind=str) for message in messages]
@@ -116,14 +103,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send(self, status, content):
         """Reply with JSON, an error in the OpenAI shape."""
         if status != 200:
-            kind = "server_error" if status >= 500 else "invalid_request_error"
-            content = {"error": {"message": content, "type": kind, "param": None, "code": status}}
+            content = {"error": {"message": content, "code": status}}
         data = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
-        if status == 429:
-            self.send_header("Retry-After", "1")
         self.end_headers()
         self.wfile.write(data)
 
@@ -144,9 +128,7 @@ class Server(http.server.ThreadingHTTPServer):
 class ServeSettings:
     """Serve the embedded judge."""
 
-    port: int = option(8000, "port (0: a free one)", low=0, high=65535)
-    host: str = option("127.0.0.1", "address; anything but loopback lets others in")
-    threads: int = option(0, "CPU threads (0: half of what torch takes)", low=0, high=1024)
+    port: int = option(8000, "port of 127.0.0.1 (0: a free one)", low=0, high=65535)
     until_eof: bool = option(False, "end when standard input ends: with the parent, that is")
 
 
@@ -164,19 +146,15 @@ def main():
     if settings.until_eof:
         threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        server = Server((settings.host, settings.port), Handler)
-    except (OSError, TypeError) as error:  # TypeError: a name that IDNA cannot encode
-        taken = getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
-        flag = f"--port {settings.port}" if taken else f"--host {settings.host}"
-        problem = f"{flag}: cannot listen there ({getattr(error, 'strerror', error)})"
-        advice = "choose another" if taken else "give an IPv4 address of this machine, or its name"
-        raise UserError(f"{problem}; {advice}") from error
+        server = Server(("127.0.0.1", settings.port), Handler)
+    except OSError as error:
+        raise UserError(f"--port {settings.port}: {error.strerror}; choose another") from error
     try:
-        server.engine = Engine(settings.threads)
+        server.engine = Engine()
     except torch.OutOfMemoryError as error:
         advice = "start CUDA_VISIBLE_DEVICES= python judge_server.py, and name it by --judge-url"
         raise UserError(f"embedded judge: the last card is full; {advice}") from error
-    url = f"http://{settings.host}:{server.server_address[1]}/v1"
+    url = f"http://127.0.0.1:{server.server_port}/v1"
     print(f"serving {server.engine.name} at {url}", flush=True)
     server.serve_forever()
 

@@ -82,20 +82,15 @@ def test_a_file_with_personas_is_used_as_it_is(tmp_path):
     ]
 
 
-def test_dilemmas_of_ones_own_meet_shipped_or_given_pairs(tmp_path):
-    """25 shipped pairs, each once in either order; then one pair, in turn in either order."""
-    path = write(tmp_path / "own.jsonl", *map(row, range(50)))
-    assert len({s.personas[0]["name"] for s in load_scenarios(path)}) == 50
-    pairs = write(tmp_path / "pairs.jsonl", {"personas": PERSONAS})
-    first = [s.personas[0]["name"] for s in load_scenarios(path, personas=pairs)]
-    assert sorted(first) == ["Ann"] * 25 + ["Bob"] * 25
+def test_dilemmas_without_personas_meet_shipped_pairs(tmp_path):
+    """25 shipped pairs, each once in either order; a line with personas keeps its own."""
+    path = write(tmp_path / "own.jsonl", *map(row, range(50)), row(50, personas=PERSONAS))
+    *dealt, own = load_scenarios(path)
+    assert len({scenario.personas[0]["name"] for scenario in dealt}) == 50
+    assert own.personas == tuple(PERSONAS)
 
 
 BAD_LINES = [
-    (
-        '{"id": "x", "tier"',
-        "not JSON (Expecting ':' delimiter); pass a JSON Lines file, one JSON object per line",
-    ),
     (7, "a number instead of an object; write {...} with id, tier, dilemma"),
     ({"id": "x", "tier": "everyday"}, 'no "dilemma"; needed are id, tier, dilemma'),
     (row(2, dilemma=None), '"dilemma" is null instead of text; correct it'),
@@ -109,11 +104,6 @@ BAD_LINES = [
         '"dilemma" is empty, or holds half a character; correct it or take the line out',
     ),
     (row(1), 'id "d1" occurs twice; give every line an id of its own'),
-    (row(2, persona=PERSONAS), '"persona" is unknown; is "personas" meant?'),
-    (
-        row(2, personas=PERSONAS),
-        "personas, but the lines above have none; give them to all lines or to none",
-    ),
 ]
 
 
@@ -123,9 +113,10 @@ def test_a_bad_line_is_named(tmp_path, bad, says):
     assert refusal(load_scenarios, path) == f"{path}:2: {says}"
 
 
-def test_a_line_that_no_parser_can_nest_is_named(tmp_path):
-    path = write(tmp_path / "deep.jsonl", row(1), "[" * 99999)
-    assert refusal(load_scenarios, path).startswith(f"{path}:2: not JSON (")
+@pytest.mark.parametrize("line", ['{"id": "x", "tier"', "[" * 99999])
+def test_a_line_that_is_no_json_is_named(tmp_path, line):
+    path = write(tmp_path / "bad.jsonl", row(1), line)
+    assert refusal(load_scenarios, path).startswith(f"{path}:2: cannot be read (")
 
 
 TWO = "instead of two; give two objects with a name and a creed"
@@ -157,14 +148,15 @@ def test_files_of_another_kind(tmp_path):
     (tmp_path / "array").write_bytes(b'[\n{"a": 1}\n]')
     (tmp_path / "folder").mkdir()
     for name, says in {
-        "empty": f": empty; {hint}",
-        "blank": f": empty; {hint}",
-        "binary": f": not UTF-8 text; {hint}",
-        "array": f":1: not JSON (Expecting value); {hint}",
-        "folder": f": cannot be read (Is a directory); {hint}",
-        "nothing": f": cannot be read (No such file or directory); {hint}",
+        "empty": "empty",
+        "blank": "empty",
+        "binary": r"cannot be read \(UnicodeDecodeError: .*\)",
+        "array": r"1: cannot be read \(JSONDecodeError: .*\)",
+        "folder": r"cannot be read \(IsADirectoryError: .*\)",
+        "nothing": r"cannot be read \(FileNotFoundError: .*\)",
     }.items():
-        assert refusal(load_jsonl, tmp_path / name) == f"{tmp_path / name}{says}"
+        told = refusal(load_jsonl, tmp_path / name).removeprefix(f"{tmp_path / name}:")
+        assert re.fullmatch(f" ?{says}; {hint}", told)
 
 
 def test_other_ways_to_write_lines(tmp_path):
@@ -193,13 +185,11 @@ def test_jaccard_by_hand():
 
 def test_memory_refuses_what_is_near():
     memory = Memory()
-    memory.add("one:1", {"id": "1", "dilemma": "a b c d e f"})
-    memory.add("two:1", {"id": "2", "question": "v w x y z", "personas": PERSONAS})
+    memory.add({"id": "1", "dilemma": "a b c d e f"})
     near = {"id": "3", "dilemma": "a b c d e g"}  # one 5-gram of three
-    assert memory.fault(near) == "near-duplicate (one:1); write it anew"
+    says = "dilemma like one that is there (a b c d e f...); write it anew"
+    assert memory.fault(near) == says
     assert memory.fault({"id": "3", "dilemma": "a b c d e g h"}) == ""  # one of four
-    taken = {"id": "2", "personas": [{"name": "ANN, the cook", "creed": "You sleep."}]}
-    assert memory.fault(taken) == "name or id already taken (2, ann); choose another"
 
 
 def test_the_nearest_text_is_that_of_comparing_all_pairs():
@@ -207,14 +197,15 @@ def test_the_nearest_text_is_that_of_comparing_all_pairs():
     rows = load_jsonl(DATA / "dilemmas.jsonl")
     known, others = rows[:-20], rows[-20:]
     memory = Memory()
-    memory.add_file("known", known)
-    places = {f"known:{n}": data_gen.grams(r["dilemma"]) for n, r in enumerate(known, 1)}
+    for row in known:
+        memory.add(row)
+    texts = {row["dilemma"]: data_gen.grams(row["dilemma"]) for row in known}
 
     def brute(text):
         own = data_gen.grams(text)
-        pairs = [(data_gen.jaccard(own, other), place) for place, other in places.items()]
-        likeness, place = max(pairs)
-        return (likeness, place if likeness else "")
+        pairs = [(data_gen.jaccard(own, other), place) for place, other in texts.items()]
+        likeness, nearest = max(pairs)
+        return (likeness, nearest if likeness else "")
 
     found = set()
     for one, other in zip(known, others):
@@ -271,9 +262,9 @@ LINE_FAULTS = [
     (
         "dilemmas.jsonl",
         {"dilemma": "word " * 90 + "why?"},
-        "dilemma too long (91 words); write 40 to 90",
+        "dilemma of 91 words; write 40 to 90",
     ),
-    ("dilemmas.jsonl", {"dilemma": "Why?"}, "dilemma too short (1 words); write 40 to 90"),
+    ("dilemmas.jsonl", {"dilemma": "Why?"}, "dilemma of 1 words; write 40 to 90"),
     (
         "eval_conflict.jsonl",
         {"dilemma": "word " * 50 + "."},
@@ -285,35 +276,24 @@ LINE_FAULTS = [
         "creed not in the second person; address the persona as you",
     ),
     ("personas.jsonl", {"personas": TWINS}, "creeds alike; they must say different things"),
-    ("eval_open.jsonl", {"question": "Why?"}, "question too short (1 words); write 6 to 40"),
+    ("eval_open.jsonl", {"question": "Why?"}, "question of 1 words; write 6 to 40"),
     ("eval_general.jsonl", {"answer": "Mars"}, '"answer" is text instead of a number; correct it'),
     (
         "demonstrations.jsonl",
         {"turns": ["We share it all.", "Agreed."]},
-        "turn too short (4 words); write 15 to 35",
+        "turn of 4 words; write 15 to 35",
     ),
     (
         "demonstrations.jsonl",
         {"turns": WRITTEN[0]["turns"][:1] * 2},
         "turns alike; they must say different things",
     ),
-    ("demonstrations.jsonl", {"turns": WRITTEN[0]["turns"][:1] * 5}, "5 turns; write 2 to 4"),
     (
         "demonstrations.jsonl",
         {"turns": ["word " * 20, 7]},
         '"turns" holds 7; write each turn as a text',
     ),
-    ("demonstrations.jsonl", {"final": "Share it."}, "final too short (2 words); write 30 to 60"),
-    (
-        "judge_labels.jsonl",
-        {"score": 2.3},
-        "a rating that is no half point from 0 to 5; correct it",
-    ),
-    (
-        "judge_labels.jsonl",
-        {"endorse": [1.5, "2"]},
-        "a rating that is no half point from 0 to 5; correct it",
-    ),
+    ("demonstrations.jsonl", {"final": "Share it."}, "final of 2 words; write 30 to 60"),
     (
         "agreement_labels.jsonl",
         {"agreed": 1},
@@ -325,60 +305,47 @@ LINE_FAULTS = [
 @pytest.mark.parametrize("file, change, says", LINE_FAULTS)
 def test_check_sees_a_bad_line(file, change, says):
     row = load_jsonl(DATA / file)[0] | change
-    assert data_gen.line_fault(row, data_gen.FILES[file][1]) == says
+    assert data_gen.line_fault(row, data_gen.FILES[file]) == says
 
 
-def test_check_names_files_and_lines_that_are_wrong(wrong):
-    (wrong.folder / "eval_open.jsonl").unlink()
-    (wrong.folder / "public_domain.txt").write_text("short")
-    write(wrong.folder / "personas.jsonl", *PAIRS[:-1])
+def test_check_names_the_lines_that_are_wrong(wrong):
     short = {"dilemma": "Why?"}
     assert wrong({"dilemmas.jsonl": {10: short, 12: short}}) == [
-        "dilemmas.jsonl:10: dilemma too short (1 words); write 40 to 90",
-        "dilemmas.jsonl:12: dilemma too short (1 words); write 40 to 90",
-        "personas.jsonl: 24 lines instead of 25; correct either",
-        f"{wrong.folder}/eval_open.jsonl: cannot be read (No such file or directory); "
-        "pass a JSON Lines file, one JSON object per line",
-        "public_domain.txt: missing, or shorter than 1000 words; put it back",
+        "dilemmas.jsonl:10: dilemma of 1 words; write 40 to 90",
+        "dilemmas.jsonl:12: dilemma of 1 words; write 40 to 90",
     ]
+    (wrong.folder / "eval_open.jsonl").unlink()
+    assert refusal(wrong, {}).startswith(f"{wrong.folder}/eval_open.jsonl: cannot be read (")
 
 
 def test_check_sees_likeness_within_and_across_files(wrong):
     words = TRAIN[5]["dilemma"].split()
     near = " ".join([*words[:3], "altered", *words[4:]])
-    name, creed = PAIRS[0]["personas"][0]["name"].upper(), PAIRS[0]["personas"][1]["creed"]
-    sealed, next_sealed = SEALED[8]["personas"], SEALED[9]["personas"]
+    creed, sealed = PAIRS[0]["personas"][1]["creed"], SEALED[9]["personas"]
+    final = WRITTEN[2]["final"]
     faults = wrong(
         {
-            "dilemmas.jsonl": {3: {"id": "prof-001"}},
             "eval_conflict.jsonl": {
                 8: {"dilemma": near},
-                9: {"personas": [sealed[0] | {"name": name}, sealed[1]]},
-                10: {"personas": [next_sealed[0], next_sealed[1] | {"creed": creed}]},
+                10: {"personas": [sealed[0], sealed[1] | {"creed": creed}]},
             },
-            "demonstrations.jsonl": {2: {"final": WRITTEN[2]["final"]}},
+            "demonstrations.jsonl": {2: {"final": final}},
         }
     )
-    taken = name.split(",")[0].lower()
-    assert faults[0] == ("dilemmas.jsonl:3: name or id already taken (prof-001); choose another")
-    assert faults[1:4] == [
-        "eval_conflict.jsonl:8: near-duplicate (dilemmas.jsonl:6); write it anew",
-        f"eval_conflict.jsonl:9: name or id already taken ({taken}); choose another",
-        "eval_conflict.jsonl:10: near-duplicate (personas.jsonl:1); write it anew",
+    like = "like one that is there"
+    assert faults == [
+        f"eval_conflict.jsonl:8: dilemma {like} ({TRAIN[5]['dilemma'][:60]}...); write it anew",
+        f"eval_conflict.jsonl:10: creed {like} ({creed[:60]}...); write it anew",
+        f"demonstrations.jsonl:3: final {like} ({final[:60]}...); write it anew",
     ]
-    assert (
-        "demonstrations.jsonl:3: near-duplicate (demonstrations.jsonl:2); write it anew" in faults
-    )
 
 
 def test_check_sees_what_leaks_from_the_sealed_sets(wrong):
     labels = load_jsonl(DATA / "judge_labels.jsonl")
     same = [n for n, r in enumerate(labels, 1) if r["scenario_id"] == labels[2]["scenario_id"]]
-    lost = [n for n, r in enumerate(WRITTEN, 1) if r["scenario_id"] == WRITTEN[9]["scenario_id"]]
-    moved = {n: {"scenario_id": WRITTEN[0]["scenario_id"]} for n in lost}
     faults = wrong(
         {
-            "demonstrations.jsonl": {4: {"personas": SEALED[0]["personas"]}, **moved},
+            "demonstrations.jsonl": {4: {"personas": SEALED[0]["personas"]}},
             "judge_labels.jsonl": {
                 2: {"scenario_id": SEALED[0]["id"]},
                 same[-1]: {"split": "neither"},
@@ -386,7 +353,6 @@ def test_check_sees_what_leaks_from_the_sealed_sets(wrong):
         }
     )
     assert faults == [
-        f"demonstrations.jsonl: none for {WRITTEN[9]['scenario_id']}; write them",
         "demonstrations.jsonl:4: personas that are no pair of personas.jsonl; "
         "take one of its pairs",
         f"judge_labels.jsonl:2: {SEALED[0]['id']} is no training dilemma; sealed ones must stay "
@@ -394,18 +360,6 @@ def test_check_sees_what_leaks_from_the_sealed_sets(wrong):
         f"judge_labels.jsonl:{same[-1]}: {labels[2]['scenario_id']} is in both parts; keep a "
         "dilemma in one",
     ]
-
-
-def test_check_sees_a_lack_of_variety(wrong):
-    short = [n for n, r in enumerate(WRITTEN, 1) if len(r["final"].split()) <= 55]
-    finals = {n: {"final": f"It is agreed that {WRITTEN[n - 1]['final']}"} for n in short}
-    faults = wrong({"dilemmas.jsonl": {1: {"topic": "medicin"}}, "demonstrations.jsonl": finals})
-    assert faults[:2] == [
-        "dilemmas.jsonl and eval_conflict.jsonl: not the same topics; align them",
-        "dilemmas.jsonl: topics with 1 to 11 lines; make them all alike",
-    ]
-    assert re.fullmatch(r"demonstrations.jsonl: \d+ different openings of 640 .*", faults[2])
-    assert len(faults) == 3
 
 
 # ---- the generator ------------------------------------------------------------------------------
@@ -510,7 +464,7 @@ ONE = ("--concurrency", 1)  # requests in the order of the wishes
 def test_dilemmas_are_diverse_by_construction(serve, run, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", "sesame")
     llm, out = serve(), tmp_path / "my.jsonl"
-    assert run(*args(out, llm, "--n", 60)) == (0, f"{out}: 60 lines, 60 of them new")
+    assert run(*args(out, llm, "--n", 60)) == (None, f"{out}: 60 lines, 60 of them new")
     rows = load_jsonl(out, lambda r: data_gen.line_fault(r, data_gen.DILEMMA))
     assert len({r["id"] for r in rows}) == 60
     assert all(list(r) == ["id", "tier", "topic", "dilemma"] for r in rows)
@@ -521,9 +475,7 @@ def test_dilemmas_are_diverse_by_construction(serve, run, tmp_path, monkeypatch)
     wishes = [wish.search(prompt).groups() for prompt in llm.prompts]
     assert len(set(wishes)) == 60 and {w[:2] for w in wishes} == shipped
     assert set(llm.keys) == {"Bearer sesame"} and "sesame" not in out.read_text()
-    assert {(p["model"], p["temperature"], p["max_tokens"]) for p in llm.payloads} == {
-        ("m", 1.0, 400)
-    }
+    assert {(p["model"], p["max_tokens"]) for p in llm.payloads} == {("m", 400)}
     assert len(load_scenarios(out)) == 60
 
 
@@ -541,14 +493,10 @@ def test_the_same_command_goes_on(serve, run, tmp_path):
     llm, out = serve(), tmp_path / "my.jsonl"
     run(*args(out, llm, "--n", 20))
     before = out.read_bytes()
-    assert run(*args(out, llm, "--n", 20)) == (0, f"{out}: 20 lines, 0 of them new")
+    assert run(*args(out, llm, "--n", 20)) == (None, f"{out}: 20 lines, 0 of them new")
     assert len(llm.prompts) == 20 and out.read_bytes() == before
-    assert run(*args(out, llm, "--n", 23)) == (0, f"{out}: 23 lines, 3 of them new")
+    assert run(*args(out, llm, "--n", 23)) == (None, f"{out}: 23 lines, 3 of them new")
     assert len(llm.prompts) == 23 and out.read_bytes().startswith(before)
-    assert refusal(run, *args(out, llm, "--n", 1801)) == (
-        "--n 1801: there are 1800 different wishes; "
-        "ask for fewer, or add lines to data/settings.txt"
-    )
 
 
 def say(text):
@@ -574,24 +522,26 @@ def test_bad_replies_are_refused_counted_and_never_written(serve, run, tmp_path)
     out = tmp_path / "my.jsonl"
     llm = serve(lambda n, prompt: bad[n] if n < len(bad) else good(n, prompt))
     code, said = run(*args(out, llm, "--n", 13, *ONE))
-    assert code == 0 and len(llm.prompts) == 13 and len(load_jsonl(out)) == 2
+    assert not code and len(llm.prompts) == 13 and len(load_jsonl(out)) == 2
     *faults, last = said.splitlines()
+    like = "like one that is there"
     assert last == f"{out}: 2 lines, 2 of them new"
     assert sorted(re.sub("^gen-.* not written: ", "", fault) for fault in faults) == sorted(
         [
             *["not one JSON object; reply with it and nothing else"] * 4,
             '"dilemma" is a number instead of text; correct it',
             'no "dilemma"; needed are id, tier, topic, dilemma',
-            "dilemma too short (9 words); write 40 to 90",
-            "dilemma too long (105 words); write 40 to 90",
+            "dilemma of 9 words; write 40 to 90",
+            "dilemma of 105 words; write 40 to 90",
             "dilemma without a question at the end; end with the decision to be taken",
-            "near-duplicate (eval_conflict.jsonl:1); write it anew",
-            f"near-duplicate ({out}:1); write it anew",
+            f"dilemma {like} ({SEALED[0]['dilemma'][:60]}...); write it anew",
+            f"dilemma {like} ({load_jsonl(out)[0]['dilemma'][:60]}...); write it anew",
         ]
     )
-    assert run(*args(out, llm, "--n", 13)) == (0, f"{out}: 13 lines, 11 of them new")
+    assert run(*args(out, llm, "--n", 13)) == (None, f"{out}: 13 lines, 11 of them new")
     nothing = serve(lambda n, prompt: "no")
-    assert run(*args(tmp_path / "new", nothing, "--n", 1))[0] == 1
+    says = refusal(run, *args(tmp_path / "new", nothing, "--n", 500))
+    assert says.startswith(f"--url {nothing.url}: 20 replies in a row are of no use")
 
 
 def test_replies_in_a_fence_or_after_thoughts_are_read(serve, run, tmp_path):
@@ -609,6 +559,7 @@ def test_replies_in_a_fence_or_after_thoughts_are_read(serve, run, tmp_path):
 
 def test_a_slow_and_failing_server(serve, run, tmp_path, monkeypatch):
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(data_gen, "TIMEOUT", 0.5)
 
     def script(n, prompt):
         if n == 0:
@@ -616,7 +567,7 @@ def test_a_slow_and_failing_server(serve, run, tmp_path, monkeypatch):
         return {1: (500, "oops"), 3: (404, "gone")}.get(n) or good(n, prompt)
 
     llm, out = serve(script), tmp_path / "my.jsonl"
-    code, said = run(*args(out, llm, "--n", 3, *ONE, "--timeout", 0.5))
+    code, said = run(*args(out, llm, "--n", 3, *ONE))
     fault, last = said.splitlines()
     assert "not written: http 404 " in fault
     assert last == f"{out}: 2 lines, 2 of them new"
@@ -625,27 +576,21 @@ def test_a_slow_and_failing_server(serve, run, tmp_path, monkeypatch):
     assert said.endswith(f"{tmp_path / 'c'}: 10 lines, 10 of them new")
 
 
-def test_all_attempts_of_a_request_end_together(serve, run, tmp_path):
-    busy = serve(lambda n, prompt: (503, "busy"))
-    started = time.monotonic()
-    assert run(*args(tmp_path / "d", busy, "--n", 1, "--timeout", 0.3))[0] == 1
-    assert 1 <= len(busy.prompts) <= 3 and time.monotonic() - started < 3
-
-
 def test_a_dead_server_and_a_refused_key_end_the_run(serve, run, tmp_path, monkeypatch):
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
     llm, out = serve(lambda n, prompt: (401, "no such key")), tmp_path / "a"
     says = refusal(run, *args(out, llm, "--n", 500, "--concurrency", 2))
-    assert says.startswith(f"--url {llm.url}: 5 requests in a row failed (http 401 ")
-    assert "no such key" in says and says.endswith("; see to it and start again")
-    assert 5 <= len(llm.prompts) <= 6 and not out.exists()  # it comes with its first line
+    assert says.startswith(f"--url {llm.url}: 20 replies in a row are of no use")
+    assert "http 401 " in says and "no such key" in says
+    assert says.endswith("; see to it and start again")
+    assert 20 <= len(llm.prompts) <= 100
     llm.close()
-    assert "requests in a row failed (connection " in refusal(run, *args(out, llm, "--n", 500))
+    assert "the last: connection " in refusal(run, *args(out, llm, "--n", 500))
 
 
 def test_personas(serve, run, tmp_path):
     bad = [json.loads(good(n, '"personas"'))["personas"] for n in range(4)]
-    bad[0][0]["name"] = SEALED[3]["personas"][0]["name"]
+    bad[0][0]["creed"] = SEALED[3]["personas"][0]["creed"]
     bad[1][1]["creed"] = bad[1][0]["creed"]
     bad[2][0]["creed"] = "You like tea."
     bad[3][0]["creed"] = bad[3][0]["creed"].replace("You hold", "They hold")
@@ -654,16 +599,15 @@ def test_personas(serve, run, tmp_path):
     line = args(out, llm, "--n", 25, *ONE, command="personas")
     code, said = run(*line)
     for fault in (
-        "name or id already taken",
+        "creed like one that is there",
         "creeds alike",
-        "creed too short",
+        "creed of 3 words",
         "creed not in the second person",
     ):
         assert said.count(f"not written: {fault}") == 1
-    assert run(*line) == (0, f"{out}: 25 lines, 4 of them new")
+    assert run(*line) == (None, f"{out}: 25 lines, 4 of them new")
     rows = load_jsonl(out, lambda r: data_gen.line_fault(r, data_gen.PAIR))
     assert {r["axis"] for r in rows} == {r["axis"] for r in PAIRS}
-    assert {s.personas[0]["name"][:3] for s in load_scenarios(personas=out)} == {"Uno", "Duo"}
 
 
 def test_kill_minus_nine_in_mid_run_then_finish(serve, run, tmp_path):
@@ -682,12 +626,10 @@ def test_kill_minus_nine_in_mid_run_then_finish(serve, run, tmp_path):
     left = out.read_bytes()
     done, asked = left.count(b"\n"), len(llm.prompts)
     assert 5 <= done < 40 and left.endswith(b"\n")
-    with out.open("ab") as file:  # and the worst moment of all: half a line, within a character
-        file.write('{"id": "gen-medicine-001", "tier": "profess\u00e9'.encode()[:-1])
-    assert run(*line) == (0, f"{out}: 40 lines, {40 - done} of them new")
+    assert run(*line) == (None, f"{out}: 40 lines, {40 - done} of them new")
     assert len(llm.prompts) - asked == 40 - done and out.read_bytes().startswith(left)
     rows = load_jsonl(out, lambda r: data_gen.line_fault(r, data_gen.DILEMMA))
-    wishes = data_gen.draw_wishes(TRAIN, 40, 0)
+    wishes = data_gen.draw_wishes(TRAIN, 40)
     assert sorted(r["id"] for r in rows) == sorted(start["id"] for start, _ in wishes)
 
 
@@ -704,17 +646,16 @@ def test_a_full_disk_is_an_error_and_costs_no_line(serve, run, tmp_path):
     hint = "mend that and start again, it goes on where it was"
     assert says == f"--out {out}: File too large; {hint}"
     assert out.read_bytes().startswith(before)
-    assert run(*args(out, llm, "--n", 4)) == (0, f"{out}: 4 lines, 3 of them new")
+    assert refusal(run, *args(out, llm, "--n", 4)).startswith(f"{out}:2: cannot be read (")
+    out.write_bytes(before)  # without the half line that it named
+    assert run(*args(out, llm, "--n", 4)) == (None, f"{out}: 4 lines, 3 of them new")
 
 
 OTHER_FILES = {
-    b"remember the milk\n": ":1: not JSON (Expecting value); pass a JSON Lines file, one JSON "
-    "object per line",
+    b"remember the milk\n": ":1: cannot be read (",
     json.dumps(PAIRS[0]).encode() + b"\n": ':1: no "tier"; needed are id, tier, topic, dilemma',
-    b"\x80\x81\n": ": not UTF-8 text; pass a JSON Lines file, one JSON object per line",
-    json.dumps(SEALED[0]).encode() + b"\n": ": lines with other keys than ours; name another one",
-    json.dumps(TRAIN[0]).encode(): ": its last line has no end; mend it or take it out",
-    b"{": ": its last line has no end; mend it or take it out",
+    b"\x80\x81\n": ": cannot be read (",
+    b"{": ":1: cannot be read (",
 }
 
 
@@ -722,7 +663,7 @@ OTHER_FILES = {
 def test_an_out_of_another_kind_is_refused_and_left_alone(serve, run, tmp_path, data, says):
     out, llm = tmp_path / "out", serve()
     out.write_bytes(data)
-    assert refusal(run, *args(out, llm)).removeprefix("--out ") == f"{out}{says}"
+    assert refusal(run, *args(out, llm)).startswith(f"{out}{says}")
     assert out.read_bytes() == data and not llm.prompts
 
 
@@ -736,25 +677,19 @@ def test_a_shipped_file_that_is_not_there_is_named(serve, run, tmp_path, monkeyp
 
 
 def test_an_out_that_cannot_be_written(serve, run, tmp_path):
-    llm, nowhere = serve(), tmp_path / "no" / "out"
-    for path in (tmp_path, "/dev/full"):
-        says = f"--out {path}: not a plain file; name another one"
-        assert refusal(run, *args(path, llm)) == says
-    says = f"--out {nowhere}: No such file or directory; "
-    assert refusal(run, *args(nowhere, llm)).startswith(says)
+    llm = serve()
+    for path, says in ((tmp_path, "Is a directory"), (tmp_path / "no" / "out", "No such file")):
+        assert refusal(run, *args(path, llm)).startswith(f"{path}: {says}")
     assert not llm.prompts
+    assert refusal(run, *args("/dev/full", llm)).startswith("--out /dev/full: No space left")
 
 
 def test_the_command_line_says_what_to_do(run):
-    more = "python data_gen.py dilemmas --help says more"
-    commands = "say python data_gen.py check, dilemmas or personas, and --help behind it"
-    url = ("--url", "http://h/v1")
-    assert refusal(run) == f"no command: {commands}"
-    assert refusal(run, "check", "--all") == "check --all: check takes no flags"
-    assert refusal(run, "make") == f"make: {commands}"
-    assert refusal(run, "dilemmas") == f"--out: missing; {more}"
-    assert refusal(run, "dilemmas", "--out", "x") == f"--url: missing; {more}"
-    assert refusal(run, "dilemmas", "--out", "x", *url) == f"--model: missing; {more}"
+    commands = "say data_gen.py check, dilemmas or personas, and --help behind it"
+    assert refusal(run) == refusal(run, "make") == commands
+    for given in (), ("--out", "x"), ("--out", "x", "--url", "http://h/v1"):
+        says = "data_gen.py dilemmas needs --out, --url and --model"
+        assert refusal(run, "dilemmas", *given) == says
     assert refusal(run, "dilemmas", "--n", "0") == "--n 0: must be at least 1"
     bad_url = ("--out", "x", "--model", "m", "--url", "ftp://x")
-    assert refusal(run, "dilemmas", *bad_url).startswith("--url: must look like http")
+    assert refusal(run, "dilemmas", *bad_url).startswith("the server's address must look like http")

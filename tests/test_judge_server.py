@@ -46,7 +46,7 @@ class Served:
 
     def __init__(self):
         self.http = judge_server.Server(("127.0.0.1", 0), judge_server.Handler)
-        self.engine = self.http.engine = judge_server.Engine(1)
+        self.engine = self.http.engine = judge_server.Engine()
         self.root = f"http://127.0.0.1:{self.http.server_address[1]}"
         threading.Thread(target=self.http.serve_forever, args=[0.02], daemon=True).start()
 
@@ -124,28 +124,23 @@ def test_concurrent_requests_get_the_answers_that_they_get_alone(served):
 def test_damaged_heads_are_told_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(judge_heads, "HEADS", tmp_path / "heads.safetensors")
     with pytest.raises(cli.UserError, match="cannot be read .*; put it back, or name a"):
-        judge_server.Engine(1)
+        judge_server.Engine()
     with pytest.raises(cli.UserError, match="cannot be read .*, or run .*judge_server.py fit"):
         judge_heads.load_heads()
     head = {"score": torch.ones(65)}
     for damaged in (b"half", save(head), save(head, {"reads": "no JSON"})):
         judge_heads.HEADS.write_bytes(damaged)
         with pytest.raises(cli.UserError, match="cannot be read .*, or run .*judge_server.py fit"):
-            judge_server.Engine(1)
+            judge_server.Engine()
 
 
-def test_the_flag_that_is_wrong_is_blamed(monkeypatch):
+def test_a_port_that_is_taken_is_told(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = str(taken.getsockname()[1])
-        for flag, value in (
-            *(("--port", port), ("--port", "70000"), ("--threads", "9" * 12)),
-            *(("--host", "::1"), ("--host", "a..b"), ("--host", "b\u00fc..x")),
-        ):
-            others = [] if flag == "--port" else ["--port", "0"]
-            monkeypatch.setattr(sys, "argv", ["judge_server.py", flag, value, *others])
-            with pytest.raises(cli.UserError, match=f"^{flag} {value}: "):
+        for port in (taken.getsockname()[1], 70000):
+            monkeypatch.setattr(sys, "argv", ["judge_server.py", "--port", str(port)])
+            with pytest.raises(cli.UserError, match=f"^--port {port}: "):
                 judge_server.main()
 
 
@@ -207,12 +202,7 @@ BAD = [
 def test_bad_requests_get_an_answer_in_the_openai_shape_and_the_server_lives(served):
     for body in BAD:
         reply = served.post(**body)
-        assert reply.status_code == 400 and set(reply.json()["error"]) == {
-            "message",
-            "type",
-            "param",
-            "code",
-        }, body
+        assert reply.status_code == 400 and reply.json()["error"]["code"] == 400, body
     for data in (
         b"{",
         b"\xff",
@@ -226,34 +216,19 @@ def test_bad_requests_get_an_answer_in_the_openai_shape_and_the_server_lives(ser
         served.score(CASE, "x", "gpt-9").status_code == 404 == served.post("/nothing").status_code
     )
     assert requests.get(served.root + "/nothing", timeout=20).status_code == 404
-    too_long = b"x" * (judge_server.LONGEST_REQUEST + 1)
-    assert requests.post(served.root + "/pooling", data=too_long, timeout=20).status_code == 413
+    with requests.Session() as kept:  # what is refused is read all the same: the next one is served
+        replies = [kept.post(f"{served.root}/{path}", json=BAD[1]) for path in ("no", "pooling")]
+        assert [reply.status_code for reply in replies] == [404, 400]
+        assert "error" in replies[1].json()
+    for size in (b"", b"Content-Length: x\r\n", b"Content-Length: -1\r\n"):
+        with socket.create_connection(served.http.server_address) as one:
+            one.sendall(b"POST /pooling HTTP/1.1\r\n" + size + b"\r\n")
+            one.shutdown(socket.SHUT_WR)
+            assert one.recv(12) == b"HTTP/1.1 400"
     listed = requests.get(served.root + "/v1/models", timeout=20).json()["data"]
     assert [m["id"] for m in listed] == [served.engine.name, served.engine.name + ":agreed"]
     assert served.engine.name == "negotiation-judge-" + judge_heads.heads_digest()
     assert served.score(CASE, "We share.").status_code == 200
-
-
-def test_a_full_queue_answers_429_with_retry_after(served, monkeypatch):
-    served.engine.waiting = threading.BoundedSemaphore(3)
-    started, gate = threading.Event(), threading.Event()
-    features = served.engine.base.features
-
-    def slow(*question):
-        started.set()
-        gate.wait(20)
-        return features(*question)
-
-    monkeypatch.setattr(served.engine.base, "features", slow)
-    with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        first = pool.submit(served.score, CASE, "One")
-        assert started.wait(20)
-        futures = [pool.submit(served.score, CASE, f"Text {i}") for i in range(5)]
-        refused = [f for f in futures if f in concurrent.futures.wait(futures, timeout=2).done]
-        assert [f.result().status_code for f in refused] == [429] * 3
-        assert {f.result().headers["Retry-After"] for f in refused} == {"1"}
-        gate.set()
-        assert [f.result().status_code for f in [first, *futures]].count(200) == 3
 
 
 def test_a_failure_in_the_model_is_a_500_and_the_next_request_is_served(served):
@@ -286,7 +261,7 @@ def test_clients_that_hang_up_leave_no_traceback_and_a_fault_of_ours_does(
     while threading.active_count() > before and time.monotonic() < ends:
         time.sleep(0.01)
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr(judge_server.Handler, "question", lambda handler, data: 1 / 0)
+    monkeypatch.setattr(judge_server.Handler, "question", lambda handler: 1 / 0)
     with pytest.raises(requests.ConnectionError):
         served.score(CASE, "x")
     assert "ZeroDivisionError" in capfd.readouterr().err

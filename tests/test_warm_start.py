@@ -332,7 +332,7 @@ GOOD = {
     "final": "We share the well.",
 }
 BAD = {
-    "no JSON": ('{"scenario_id": ', r"mine.jsonl:2: not JSON"),
+    "no JSON": ('{"scenario_id": ', r"mine.jsonl:2: cannot be read"),
     "an unknown scenario": (
         GOOD | {"scenario_id": "nowhere"},
         r'mine.jsonl:2: scenario_id "nowhere" is not in .*scenarios.jsonl',
