@@ -23,10 +23,12 @@ import time
 import urllib.parse
 
 import requests
+import urllib3
 
 from cli import UserError
 
 FIRST_PAUSE = 0.5  # seconds before the second attempt, about; doubled each time
+LONGEST_REPLY = 4 << 20  # bytes
 LONGEST_WAIT = 1e6  # seconds of one attempt, far below what timers and sockets can count
 COUNTERS = {"calls": 0, "retries": 0, "retry_seconds": 0.0, "cache_hits": 0}
 COUNTERS |= {"prompt_tokens": 0, "completion_tokens": 0}
@@ -86,36 +88,50 @@ def retry_after(header):
     return max(0.0, email.utils.mktime_tz(date) - time.time())
 
 
+class Kept:
+    """A connection that keeps its socket: http.client lets go of it on "Connection: close"."""
+
+    kept = None
+
+    def connect(self):
+        """Connect, as ever."""
+        super().connect()
+        self.kept = self.sock
+
+
+class KeptHttp(Kept, urllib3.connection.HTTPConnection):
+    """http://"""
+
+
+class KeptHttps(Kept, urllib3.connection.HTTPSConnection):
+    """https://"""
+
+
 class Wire(requests.adapters.HTTPAdapter):
     """The connection of one worker, which `cut` ends from another thread.
 
     A socket's own time-out never trips while bytes trickle in, be it one a second.
     """
 
-    socket = None  # the worker's latest
+    connection = None
 
     def get_connection_with_tls_context(self, *args, **more):
-        """The pool for a request, told to make connections that leave their socket here."""
+        """The pool for a request, told to make connections that are remembered."""
         pool = super().get_connection_with_tls_context(*args, **more)
-        pool.ConnectionCls = functools.partial(self.watched, type(pool).ConnectionCls)
+        kind = KeptHttps if pool.scheme == "https" else KeptHttp
+        pool.ConnectionCls = functools.partial(self.remember, kind)
         return pool
 
-    def watched(self, kind, **details):
-        """A new connection; http.client itself lets go of the socket on "Connection: close"."""
-        connection = kind(**details)
-        connect = connection.connect
-
-        def connect_and_keep():
-            connect()
-            self.socket = connection.sock
-
-        connection.connect = connect_and_keep
-        return connection
+    def remember(self, kind, **details):
+        """A new connection; a worker has one in use at a time."""
+        self.connection = kind(**details)
+        return self.connection
 
     def cut(self):
         """End what is in flight."""
         with contextlib.suppress(OSError, AttributeError):  # it ended by itself, or never began
-            self.socket.shutdown(socket.SHUT_RDWR)
+            open_socket = self.connection.sock or self.connection.kept
+            open_socket.shutdown(socket.SHUT_RDWR)
 
 
 @dataclasses.dataclass(eq=False)
@@ -209,10 +225,8 @@ class Client:
         self._spend(free=body is None)  # a list of models costs nothing
         timer = threading.Timer(limit, self._worker.wire.cut)
         timer.start()
-        method = "GET" if body is None else "POST"
-        how = {"allow_redirects": False, "timeout": (min(10.0, limit), limit)}
         try:
-            reply = self._worker.session.request(method, url, data=body, **how)
+            reply, text = self._receive(url, body, limit)
         except OSError as error:
             late = time.monotonic() - started >= limit
             raise self._failure(error, late) from None
@@ -220,7 +234,7 @@ class Client:
             timer.cancel()
         if time.monotonic() - started >= limit:  # a cut can look like the end of the reply
             raise Missing("timeout", again=True)
-        return self._decode(reply)
+        return self._decode(reply, text)
 
     def _spend(self, free):
         """Count an attempt, and take it from the budget."""
@@ -230,6 +244,17 @@ class Client:
                     raise BudgetSpent(f"--judge-budget {self.budget}: all calls are used")
                 self._spent += 1
             self._counts["calls"] += 1
+
+    def _receive(self, url, body, limit):
+        text = b""
+        method = "GET" if body is None else "POST"
+        how = {"stream": True, "allow_redirects": False, "timeout": (min(10.0, limit), limit)}
+        with self._worker.session.request(method, url, data=body, **how) as reply:
+            for chunk in reply.iter_content(1 << 16):
+                text += chunk
+                if len(text) > LONGEST_REPLY:
+                    raise Missing("too large")
+        return reply, text
 
     def _failure(self, error, late):
         """What a request that broke off counts as; a certificate does not mend by asking again.
@@ -246,9 +271,9 @@ class Client:
             return Missing("proxy", said)
         return Missing("connection", said, again=True)
 
-    def _decode(self, reply):
+    def _decode(self, reply, text):
         status = reply.status_code
-        said = self._hide(reply.content.decode("utf-8", "replace"))
+        said = self._hide(text.decode("utf-8", "replace"))
         if 300 <= status < 400:
             raise Missing("redirect", self._hide(reply.headers.get("Location", "")))
         if status != 200:
@@ -256,7 +281,7 @@ class Client:
             pause = retry_after(reply.headers.get("Retry-After"))
             raise Missing(f"http {status}", said, again, pause)
         try:
-            decoded = json.loads(reply.content)
+            decoded = json.loads(text)
         except (ValueError, RecursionError):
             raise Missing("not json", said) from None
         for name in ("prompt_tokens", "completion_tokens"):

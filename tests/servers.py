@@ -27,7 +27,7 @@ REPLIES = {  # what a judge may say in place of a score
     "two scores": '{"score": 1} {"score": 5}',
 }
 HANGING = ("hang", "hang in the middle", "trickle", "trickle until close", "trickle headers")
-BROKEN = ("reset", "cut short", "not json", "wrong type", "redirect", "truncated")
+BROKEN = ("reset", "cut short", "not json", "wrong type", "huge", "redirect", "truncated")
 LATER = ("429 seconds", "429 date", "503 long")  # with a Retry-After
 STATUS = ("400", "401", "408", "429", "500")
 FAULTS = (*HANGING, *BROKEN, *LATER, *STATUS, *REPLIES)
@@ -247,6 +247,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.raw(200, b"<html>Bad gateway</html>")
         elif fault == "wrong type":
             self.reply(200, {"choices": "none"})
+        elif fault == "huge":
+            self.raw(200, b'"' + b"x" * (8 << 20) + b'"')
         else:  # a bare status, and a text that repeats the key, as careless servers do
             said = "refused: " + self.headers.get("Authorization", "")
             self.reply(int(fault), {"error": {"message": said}})

@@ -322,6 +322,7 @@ AGAIN = {
 FINAL = {
     "not json": "not json",
     "wrong type": "wrong shape",
+    "huge": "too large",
     "redirect": "redirect",
     "prose": "no json",
     "refusal": "no json",

@@ -1043,6 +1043,7 @@ AT_ONCE = {
     "redirect": "redirect",
     "not json": "not json",
     "wrong type": "wrong shape",
+    "huge": "too large",
     "truncated": "truncated",
     "400": "http 400",
 }
