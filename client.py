@@ -74,7 +74,7 @@ def host_of(url):
     usable = parts.scheme in ("http", "https") and parts.hostname
     if not usable or parts.username or parts.query:
         like = "must look like http://127.0.0.1:8000/v1, without a user, password or query"
-        raise UserError(f"the server's address {like}")
+        raise UserError(f"the server's address (--judge-url, --url) {like}")
     return parts.hostname
 
 

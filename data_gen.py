@@ -153,6 +153,24 @@ def sealed_faults(sets):
                 yield f"{place}: {name} is in both parts; keep a dilemma in one"
 
 
+def variety_faults(sets):
+    """Are tiers and topics spread evenly, the same in training and sealed? Do finals vary?"""
+    for key in ("tier", "topic"):
+        training = collections.Counter(row[key] for row in sets["dilemmas.jsonl"])
+        sealed = collections.Counter(row[key] for row in sets["eval_conflict.jsonl"])
+        if set(training) != set(sealed):
+            yield f"dilemmas.jsonl and eval_conflict.jsonl: not the same {key}s; align them"
+        for file, counts in (("dilemmas.jsonl", training), ("eval_conflict.jsonl", sealed)):
+            fewest, most = min(counts.values()), max(counts.values())
+            if most - fewest > 2:
+                yield f"{file}: {key}s with {fewest} to {most} lines; make them all alike"
+    rows = sets["demonstrations.jsonl"]
+    openings = {" ".join(row["final"].lower().split()[:3]) for row in rows}
+    if len(openings) < 0.8 * len(rows):
+        found = f"{len(openings)} different openings of {len(rows)} joint solutions"
+        yield f"demonstrations.jsonl: {found}; vary them"
+
+
 def check(folder=DATA):
     """Verify the shipped files; 0 when all is well, else 1 and what is wrong."""
     sets = {file: load_jsonl(folder / file) for file in FILES}
@@ -166,7 +184,7 @@ def check(folder=DATA):
                 faults.append(f"{file}:{number}: {fault}")
             else:
                 memory.add(row)
-    faults = faults or list(sealed_faults(sets))  # of sound lines
+    faults = faults or [*sealed_faults(sets), *variety_faults(sets)]  # of sound lines
     print("\n".join(["wrong:", *faults] if faults else ["all sound"]))
     return 1 if faults else 0
 

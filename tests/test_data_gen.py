@@ -362,6 +362,18 @@ def test_check_sees_what_leaks_from_the_sealed_sets(wrong):
     ]
 
 
+def test_check_sees_a_lack_of_variety(wrong):
+    short = [n for n, r in enumerate(WRITTEN, 1) if len(r["final"].split()) <= 55]
+    finals = {n: {"final": f"It is agreed that {WRITTEN[n - 1]['final']}"} for n in short}
+    faults = wrong({"dilemmas.jsonl": {1: {"topic": "medicin"}}, "demonstrations.jsonl": finals})
+    assert faults[:2] == [
+        "dilemmas.jsonl and eval_conflict.jsonl: not the same topics; align them",
+        "dilemmas.jsonl: topics with 1 to 11 lines; make them all alike",
+    ]
+    assert re.fullmatch(r"demonstrations.jsonl: \d+ different openings of 640 .*", faults[2])
+    assert len(faults) == 3
+
+
 # ---- the generator ------------------------------------------------------------------------------
 
 
@@ -692,4 +704,4 @@ def test_the_command_line_says_what_to_do(run):
         assert refusal(run, "dilemmas", *given) == says
     assert refusal(run, "dilemmas", "--n", "0") == "--n 0: must be at least 1"
     bad_url = ("--out", "x", "--model", "m", "--url", "ftp://x")
-    assert refusal(run, "dilemmas", *bad_url).startswith("the server's address must look like http")
+    assert refusal(run, "dilemmas", *bad_url).startswith("the server's address (--judge-url, --url) must look")

@@ -503,7 +503,7 @@ def test_a_key_that_no_header_can_carry_is_told_before_the_first_request(monkeyp
     ],
 )
 def test_an_address_that_is_none_is_told(url):
-    with pytest.raises(cli.UserError, match="^the server's address must look like") as error:
+    with pytest.raises(cli.UserError, match="^the server's address .* must look like") as error:
         client.Client(url)
     assert "secret" not in str(error.value)
 
