@@ -2,7 +2,7 @@
 
     config.json  metrics.jsonl  dialogues.jsonl  heldout.jsonl
     checkpoints/step_NNNNNN/    a plain Hugging Face folder; trainer.pt, the optimizer's moments;
-                                adapter.safetensors of --lora-rank; COMPLETE
+                                adapter.safetensors of --lora-rank
 
 There is no random state to keep: what a step draws depends on (seed, step, scenario, member, turn).
 """
@@ -58,8 +58,8 @@ def best_step(run):
 
 def checkpoints_of(run):
     """The complete checkpoints of a run in their order, and not what else stands beside them."""
-    complete = [path.parent for path in (run / "checkpoints").glob("step_*/COMPLETE")]
-    ours = [path for path in complete if re.fullmatch(r"step_\d{6,}", path.name)]
+    found = (run / "checkpoints").glob("step_*")
+    ours = [path for path in found if re.fullmatch(r"step_\d{6,}", path.name)]
     return sorted(ours, key=lambda path: int(path.name[5:]))
 
 
@@ -129,15 +129,15 @@ def without_nan(record):
 def save_checkpoint(out, step, settings, policy, world):
     """Write checkpoints/step_NNNNNN; older ones beyond --keep go. All ranks call, rank 0 writes.
 
-    Written under another name, fsynced, marked COMPLETE and then renamed, so that nothing half
-    written is ever taken for a checkpoint. Returns the folder, or None: on other ranks, and, with a
+    Written under another name, fsynced and then renamed, so that nothing half written is ever taken
+    for a checkpoint. Returns the folder, or None: on other ranks, and, with a
     message, where the disk is full.
     """
     masters, moments, weights = whole_state(policy, world)
     if world.rank != 0:
         return None
     folder = out / "checkpoints" / f"step_{step:06d}"
-    scratch = folder.with_name(f".writing-{folder.name}")
+    scratch = folder.with_name(f".partial-{folder.name}")
     rank, config = settings.lora_rank, policy.model.config
     state = {"step": step, "updates": policy.optimizer.updates, "moments": moments}
     state["adapters"] = masters if rank else {}
@@ -150,7 +150,6 @@ def save_checkpoint(out, step, settings, policy, world):
             lm.save_adapter(masters, scratch / "adapter.safetensors")
         for file in scratch.iterdir():
             sync(file)
-        write_atomically(scratch / "COMPLETE", f"step {step}\n")
         sync(scratch)
         scratch.rename(folder)
         sync(folder.parent)
@@ -185,8 +184,8 @@ def remove_old(out, keep):
     # a link: somebody has moved it away to keep it
     ours = [p for p in checkpoints_of(out) if p.name != best and not p.is_symlink()]
     for folder in ours[:-keep]:
-        (folder / "COMPLETE").unlink(missing_ok=True)  # first: half of it is no checkpoint
-        shutil.rmtree(folder)
+        # renamed first: half of it is no checkpoint
+        shutil.rmtree(folder.rename(folder.with_name(f".partial-{folder.name}")))
 
 
 @torch.no_grad()

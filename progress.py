@@ -1,19 +1,17 @@
 """What the steps of a run were like: numbers for metrics.jsonl, lines and warnings for a person.
 
-    dialogues.jsonl's records  ->  summary: a row  ->  metrics.jsonl, Terminal.show, Log.write
+    dialogues.jsonl's records  ->  summary: a row  ->  metrics.jsonl, show, Log.write
 
 Everything here reads; nothing changes what a step computes. `reason_to_stop` may end a run.
 """
 
 import collections
-import dataclasses
 import html
 import importlib
 import math
 import re
 import statistics
 import textwrap
-import time
 from pathlib import Path
 
 import torch
@@ -73,14 +71,9 @@ def peak_memory_gb(device):
     """The most memory this process has held: on the GPU, or resident on a CPU (NaN: unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status")  # getrusage would count what our parent held, too
-    if status.exists() and "VmHWM:" in (text := status.read_text()):
-        return int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-    try:
-        import resource  # Windows has none
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts in bytes
+    status = Path("/proc/self/status")  # of Linux; getrusage would count what our parent held, too
+    held = re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else "")
+    return int(held[1]) * 1024 / 1e9 if held else math.nan
 
 
 def printable(text):
@@ -88,22 +81,15 @@ def printable(text):
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def whole_words(text, truncated):
-    """A text for a person; one that met its limit of tokens without the word that it ended in."""
-    text = printable(text)
-    return re.sub(r" [\w'’-]{1,30}$", "", text) + " [cut off]" if truncated else text
-
-
 def transcript(dialogue, indent=""):
     """One dialogue as wrapped lines of text: who said what, how it ended, the final, its score."""
     names = [persona["name"] for persona in dialogue.scenario.personas]
     lines = [f"dilemma: {dialogue.scenario.dilemma}"]
     for turn in dialogue.turns:
-        lines.append(f"{names[turn.speaker]}: {whole_words(turn.text, turn.truncated)}")
+        lines.append(f"{names[turn.speaker]}: {turn.text}{' [cut off]' * turn.truncated}")
     score = "no score" if dialogue.reward is None else f"{dialogue.reward:.2f}"
-    final = "(none)"
-    if dialogue.final is not None:
-        final = whole_words(dialogue.final, dialogue.final_truncated)
+    final = "(none)" if dialogue.final is None else dialogue.final
+    final += " [cut off]" * dialogue.final_truncated
     lines.append(f"joint solution ({dialogue.stop}, {score}): {final}")
     wrapper = textwrap.TextWrapper(
         120,
@@ -115,45 +101,31 @@ def transcript(dialogue, indent=""):
     return "\n".join(wrapper.fill(printable(line)) for line in lines)
 
 
-class Terminal:
-    """Tells a person how the run goes, and the run when it has to stop."""
+def show(row, rows, dialogue, settings):
+    """Print a step: two lines, one of its dialogues, warnings. rows: of all steps so far."""
+    left = settings.steps - row["step"]
+    minutes_left = statistics.fmean(row["seconds_step"] for row in rows) / 60 * left
+    print(step_lines(row, settings.steps, minutes_left))
+    print(transcript(dialogue, indent="    "))
+    for warning in warnings(row, settings.scenarios_per_step * settings.group_size, rows[0]):
+        print(f"    {warning}")
+    print(end="", flush=True)
 
-    def __init__(self, settings, done):
-        self.settings, self.done, self.began = settings, done, time.time()
-        self.judgeless, self.not_finite = 0, 0  # such steps in a row
 
-    def show(self, row, rows, dialogue, scenarios):
-        """Print a step: two lines, one of its dialogues, news of the epoch, warnings.
-
-        rows: a function that gives the lines of metrics.jsonl. scenarios: how many are trained on.
-        """
-        step, steps = row["step"], self.settings.steps
-        left = (time.time() - self.began) / (step - self.done) * (steps - step)
-        print(step_lines(row, steps, left / 60))
-        print(transcript(dialogue, indent="    "))
-        if news := epoch_news(rows(), step, self.settings, scenarios):
-            print(news)
-        first = next(line for line in rows() if "heldout" not in line)
-        dialogues = self.settings.scenarios_per_step * self.settings.group_size
-        for warning in warnings(row, dialogues, first):
-            print(f"    {warning}")
-        print(end="", flush=True)
-
-    def reason_to_stop(self, row, records):
-        """Why the run cannot go on after this step; "" where it can."""
-        mostly_missing = row["missing_rewards"] > len(records) / 2
-        self.judgeless = self.judgeless + 1 if mostly_missing else 0
-        self.not_finite = self.not_finite + 1 if row["skipped"] else 0
-        if any("budget spent" in record["judge"]["failures"] for record in records):
-            return "all calls of --judge-budget are used; raise it"
-        if self.judgeless >= 5:
-            return (
-                f"more than half of the rewards were missing in {self.judgeless} steps in a row; "
-                "look after the judge"
-            )
-        if self.not_finite >= 5:
-            return f"{self.not_finite} steps in a row were not finite; lower --lr"
+def reason_to_stop(rows, records):
+    """Why a run cannot go on after the newest of its steps, whose records these are; else ""."""
+    if any("budget spent" in record["judge"]["failures"] for record in records):
+        return "all calls of --judge-budget are used; raise it"
+    last = rows[-5:]
+    if len(last) < 5:
         return ""
+    if all(row["missing_rewards"] > len(records) / 2 for row in last):
+        return (
+            "more than half of the rewards were missing in 5 steps in a row; look after the judge"
+        )
+    if all(row["skipped"] for row in last):
+        return "5 steps in a row were not finite; lower --lr"
+    return ""
 
 
 def step_lines(row, steps, minutes_left):
@@ -205,36 +177,8 @@ def warnings(row, dialogues, first):
     return [worry for worry, there in worries.items() if there]
 
 
-# ---- what training earned ------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Gain:
-    """What an epoch earned beside the first one, on the scenarios that have a reward in both."""
-
-    epoch: int
-    before: float  # mean reward in the first epoch
-    after: float  # and in this one
-    error: float  # standard error of the difference, over scenarios
-    scenarios: int
-    higher: int  # how many of them earned more
-
-    @property
-    def difference(self):
-        """What this epoch earned more."""
-        return self.after - self.before
-
-    def __str__(self):
-        return (
-            f"on the {self.scenarios} scenarios it trained on, the mean reward went from "
-            f"{self.before:.2f} (first epoch) to {self.after:.2f} (epoch {self.epoch}), a "
-            f"difference of {self.difference:+.2f} with a standard error of {self.error:.2f}; "
-            f"{self.higher} of {self.scenarios} earned more"
-        )
-
-
-def gain_of(rows, epoch):
-    """The Gain of an epoch by the lines of metrics.jsonl; None without two scenarios to compare.
+def rewards_of_epochs(rows, epoch):
+    """(rewards of the first epoch, of this one) on the scenarios that have one in both: two lists.
 
     Scenarios differ by more than a few steps teach; a second visit to the same ones does not.
     """
@@ -247,39 +191,33 @@ def gain_of(rows, epoch):
         if len(earned) >= epoch and None not in (earned[0], earned[epoch - 1]):
             first.append(earned[0])
             now.append(earned[epoch - 1])
-    if len(first) < 2:
-        return None
-    gains = [after - before for before, after in zip(first, now)]
-    error = statistics.stdev(gains) / len(gains) ** 0.5
-    higher = sum(gain > 0 for gain in gains)
-    return Gain(epoch, statistics.fmean(first), statistics.fmean(now), error, len(gains), higher)
-
-
-def epoch_news(rows, step, settings, scenarios):
-    """A line on the Gain of the epoch that ends with this step; else ""."""
-    epoch, left = divmod(step * settings.scenarios_per_step, scenarios)
-    if epoch < 2 or left >= settings.scenarios_per_step:
-        return ""
-    gain = gain_of(rows, epoch)
-    return f"    so far: {gain}" if gain else ""
+    return first, now
 
 
 def closing_words(rows, step, settings, scenarios):
     """What a run of `step` steps earned from its first whole epoch to its last, in plain words."""
     epoch = step * settings.scenarios_per_step // scenarios
-    gain = gain_of(rows, epoch) if epoch > 1 else None
-    if gain is None:
+    first, now = rewards_of_epochs(rows, epoch)
+    if epoch < 2 or len(first) < 2:
         return (
             "whether training earned anything cannot be told: too few scenarios were scored in two "
             f"epochs ({scenarios} scenarios are an epoch, {settings.scenarios_per_step} a step)"
         )
-    if abs(gain.difference) <= 2 * gain.error or gain.difference == 0:
+    gains = [after - before for before, after in zip(first, now)]
+    difference = mean(gains)
+    error = statistics.stdev(gains) / len(gains) ** 0.5  # over scenarios
+    if abs(difference) <= 2 * error or difference == 0:
         meaning = "no gain that can be told from chance"
-    elif gain.difference > 0:
+    elif difference > 0:
         meaning = "a gain, more than chance explains"
     else:
         meaning = "a loss, more than chance explains"
-    return f"{meaning}: {gain}"
+    return (
+        f"{meaning}: on the {len(gains)} scenarios it trained on, the mean reward went from "
+        f"{mean(first):.2f} (first epoch) to {mean(now):.2f} (epoch {epoch}), a difference of "
+        f"{difference:+.2f} with a standard error of {error:.2f}; "
+        f"{sum(gain > 0 for gain in gains)} of {len(gains)} earned more"
+    )
 
 
 # ---- other programs that show a run --------------------------------------------------------------

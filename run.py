@@ -8,14 +8,13 @@ it. Left out: a second try of anything. What ends a run ends it with a checkpoin
 on.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from checkpoint import (
 )
 from cli import UserError, env_number
 from client import BudgetSpent
+from dataset import reading_json
 from eval import heldout, heldout_row
 from policy import build
 from settings import check_contents
@@ -86,16 +86,6 @@ class Stop:
         """(exit code, reason); code 0: go on."""
         return (0, "done") if self.since is None else (130, "interrupted")
 
-    def until_signal(self, play, *arguments, **more):
-        """play(...), given up at a signal, and None where one came before."""
-        try:
-            self.playing = True
-            return play(*arguments, **more) if self.since is None else None
-        except Stopped:
-            return None
-        finally:
-            self.playing = False
-
 
 # ---- the run -------------------------------------------------------------------------------------
 
@@ -112,10 +102,6 @@ class Run:
         self.settings, self.world, self.stack = settings, world, stack
         if world.rank == 0 and settings.log != "none":
             progress.log_package(settings.log)
-        if settings.fsdp and world.size == 1:
-            print("warning: --fsdp: one process has nothing to share; ignored", file=sys.stderr)
-        if settings.compile and world.device.type == "cpu" and world.rank == 0:
-            print("warning: --compile: a CPU decodes without; ignored", file=sys.stderr)
         self.log, self.scenarios = None, []
         self.contents = check_contents(settings)
         if settings.resume and world.rank == 0:
@@ -175,7 +161,6 @@ class Run:
             if self.settings.log != "none":
                 self.log = progress.Log(self.settings.log, self.folder, self.done, self.stack)
         self.stop = Stop(self.world)
-        self.terminal = progress.Terminal(self.settings, self.done)
 
     def metrics(self):
         """The lines of metrics.jsonl so far."""
@@ -203,7 +188,7 @@ class Run:
         return sorted(everyone, key=lambda record: (record[key], record["member"]))
 
     def log_step(self, step, dialogues, means, seconds):
-        """Write and show what a step was like. Returns (exit code, reason); code 0: go on.
+        """Write and show what a step was like. Raises Ended where the run cannot go on.
 
         means: of the learner. seconds: {"play" | "judge" | "learn": time}.
         """
@@ -218,11 +203,13 @@ class Run:
         self.append("dialogues.jsonl", records)
         self.append_metrics(row, dialogues[0])
         self.done = step
+        ending = self.stop.ending
         if self.world.rank == 0:
-            self.terminal.show(row, self.metrics, dialogues[0], len(self.scenarios))
-        why = self.terminal.reason_to_stop(row, records)
-        ended = (3, f"stopped: {why}, then --resume") if why else (0, "done")
-        return max(ended, self.stop.ending)
+            rows = [row for row in self.metrics() if "heldout" not in row]
+            progress.show(row, rows, dialogues[0], self.settings)
+            if why := progress.reason_to_stop(rows, records):
+                ending = max(ending, (3, f"stopped: {why}, then --resume"))
+        self.end_if_any(*ending)
 
     def evaluate_if_due(self):
         """Play the held-out scenarios, with the same seeds as ever."""
@@ -264,13 +251,18 @@ class Run:
 
     def unless_stopped(self, play, *arguments, **more):
         """play(...); raises Ended on all ranks where a signal or a spent budget ends it on one."""
-        result = None
+        result, spent = None, (0, "")
         try:
-            result = self.stop.until_signal(play, *arguments, **more)
-            ended = self.stop.ending
-        except BudgetSpent as spent:
-            ended = (3, f"stopped: {spent}; raise it, then --resume")
-        self.end_if_any(*ended)
+            self.stop.playing = True
+            if self.stop.since is None:
+                result = play(*arguments, **more)
+        except Stopped:
+            pass  # given up
+        except BudgetSpent as error:
+            spent = (3, f"stopped: {error}; raise it, then --resume")
+        finally:
+            self.stop.playing = False
+        self.end_if_any(*max(spent, self.stop.ending))
         return result
 
     def carry_out(self, steps):
@@ -308,23 +300,25 @@ def refuse_too_long(scenarios, voice, settings):
 # ---- the folder becomes this run's ---------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def taking(out):
+    """Inside this block an OSError means that the folder of --out cannot be a run's."""
+    try:
+        yield
+    except OSError as error:  # a name too long, a folder of somebody else's, no locks there
+        raise UserError(f"--out {out}: {error.strerror}; choose a folder of yours") from error
+
+
 def claim(out, stack):
     """Hold the run folder until `stack` closes. Raises UserError where another run holds it."""
-    try:
+    with taking(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".lock").touch()
-    except OSError as error:
-        raise UserError(
-            f"--out {out}: cannot be made ({error.strerror}); choose a folder of yours"
-        ) from error
-    try:
-        stack.enter_context(filelock.FileLock(out / ".lock", timeout=0))
-    except filelock.Timeout as error:
-        raise UserError(
-            f"--out {out}: another run is writing there; let it end, or choose another folder"
-        ) from error
-    except OSError as error:  # a file system without locks
-        print(f"warning: --out {out}: cannot be locked ({error.strerror})", file=sys.stderr)
+        try:
+            stack.enter_context(filelock.FileLock(out / ".lock", timeout=0))
+        except filelock.Timeout as error:
+            raise UserError(
+                f"--out {out}: another run is writing there; let it end, or choose another folder"
+            ) from error
 
 
 def open_run(settings):
@@ -338,8 +332,9 @@ def open_run(settings):
     if not settings.resume:
         refuse_taken(out)
         return out, None
+    for unfinished in (out / "checkpoints").glob(".partial-step_*"):
+        shutil.rmtree(unfinished)
     checkpoints = checkpoints_of(out)
-    remove_unfinished(out)
     newest = checkpoints[-1] if checkpoints else None
     done = int(newest.name.removeprefix("step_")) if newest else -1
     for name in ("metrics.jsonl", "dialogues.jsonl", "heldout.jsonl"):
@@ -348,25 +343,14 @@ def open_run(settings):
     return out, newest
 
 
-def remove_unfinished(out):
-    """Remove what a kill left of a checkpoint, and nothing that somebody else has put there."""
-    complete = checkpoints_of(out)
-    for folder in (out / "checkpoints").glob("*step_*"):
-        ours = re.fullmatch(r"(\.writing-)?step_\d{6,}", folder.name)
-        if ours and folder not in complete and not folder.is_symlink():
-            shutil.rmtree(folder)
-
-
 def cut_after(path, step):
     """Cut a JSON Lines file where a line of a later step begins, or half a line."""
     with open(path, "r+b") as file:
         end = 0
-        for number, line in enumerate(iter(file.readline, b""), 1):
-            try:
+        for number, line in enumerate(file, 1):
+            with reading_json(f"{path}:{number}", "take it out"):
                 if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                     break
-            except (ValueError, RecursionError, TypeError, KeyError) as error:
-                raise UserError(f"{path}:{number}: no line of a run; take it out") from error
             end += len(line)
         file.truncate(end)
 
@@ -374,10 +358,8 @@ def cut_after(path, step):
 def refuse_taken(out):
     """Raise UserError where `out` is not a folder, or holds something."""
     litter = {".config.json.tmp", ".lock"}  # of a run that was killed as it began
-    try:
+    with taking(out):
         free = not out.exists() or out.is_dir() and {path.name for path in out.iterdir()} <= litter
-    except OSError as error:  # a name too long, a folder of somebody else's
-        raise UserError(f"--out {out}: {error.strerror}; choose a folder of yours") from error
     if not free:
         raise UserError(
             f"--out {out}: something is already there; choose another folder, "
@@ -396,8 +378,8 @@ def take_folder(out, settings, contents, model, stack):
             each = 12 if parameter.requires_grad else parameter.element_size()
             needed += parameter.numel() * each
         place = next(place for place in (out, *out.parents) if place.exists())
-        total, _, free = shutil.disk_usage(place)
-        if total and free < 1.05 * needed:  # without any it is no disk: `claim` says so
+        free = shutil.disk_usage(place).free
+        if free < 1.05 * needed:
             raise UserError(
                 f"--out {out}: not one checkpoint fits there ({needed / 1e9:.2f} GB are needed, "
                 f"{free / 1e9:.2f} are free); make room, or choose another folder"

@@ -193,8 +193,7 @@ def from_run(given):
             f"--resume {folder}: {', '.join(changed)} would change the mathematics of the run; "
             "leave out, or add --force"
         )
-    names = [f.name for f in dataclasses.fields(Settings) if f.name in saved]
-    return {**{name: saved[name] for name in names}, "out": folder}
+    return {**{name: began[name] for name in defaults}, "out": folder}
 
 
 def saved_config(folder):

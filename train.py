@@ -7,20 +7,12 @@
     torchrun --nproc_per_node=8 train.py --recipe paper --model Qwen/Qwen3-14B --fsdp \
         --judge-url http://judge:8000/v1 --judge-model NAME --judge-concurrency 64       # 8 GPUs
 
-What differs from the paper (arXiv 2603.10476); `--recipe paper` takes back 3 to 5:
-
-1. The adapters' model is not quantised (--lora-rank 0 trains all weights); the paper: 4-bit QLoRA.
-2. The default model is tiny, so it has imitated written negotiations first (`warm_start_loop`).
-3. Agents see the whole dialogue and have 3 turns; the paper: the last two turns, and 7.
-4. Without an agreement they write a solution all the same; the paper: none, and reward 0.
-5. Groups of 6, lr 5e-4, dialogues at T 0.9, top-p 0.8; the paper: 8, 5e-6, T 0.7, top-p 0.95.
-6. A small embedded judge reads; the paper: a large model (here: --judge-url).
-7. Rewards no further apart than the judge wobbles are equal; no difference, no step.
-
+What differs from the paper (arXiv 2603.10476) stands in README.md, in its last table.
 Left out: a saved state of random generators. What is drawn depends on (seed, step, scenario,
 member, turn) alone, never on the rank, the clock or the order in which the judge answers.
 """
 
+import collections
 import contextlib
 import itertools
 import math
@@ -38,7 +30,6 @@ import plan
 import selfplay
 from attention import context_limit
 from chat import ChatFormat
-from checkpoint import best_step
 from cli import UserError, run_cli
 from client import BudgetSpent
 from packing import pack
@@ -67,8 +58,7 @@ def self_play_loop(run):
         run.policy.update_player()
         learnt = time.perf_counter()
         seconds = {"play": played - start, "judge": waited, "learn": learnt - played - waited}
-        ending = run.log_step(step, dialogues, means, seconds)
-        run.end_if_any(*ending)  # a signal, a silent judge, steps that are not finite
+        run.log_step(step, dialogues, means, seconds)
         run.evaluate_if_due()
         due = settings.save_every and step % settings.save_every == 0
         if due or run.is_best():
@@ -106,18 +96,18 @@ def deal(scenarios, settings, step, world):
 
     Scenarios come in the order of a permutation per epoch, a function of seed and step alone.
     """
-    drawn, size = [], settings.group_size
-    for group_index in range(settings.scenarios_per_step):
-        epoch, at = divmod((step - 1) * settings.scenarios_per_step + group_index, len(scenarios))
+    groups, size = [], settings.group_size
+    played = collections.Counter()
+    for index in range(settings.scenarios_per_step):
+        epoch, at = divmod((step - 1) * settings.scenarios_per_step + index, len(scenarios))
         order = np.random.default_rng([settings.seed, epoch]).permutation(len(scenarios))
-        drawn.append(order[at])
-    groups = []
-    for index in range(world.rank, len(drawn), world.size):
-        scenario = scenarios[drawn[index]]
+        scenario = scenarios[order[at]]
         # one that comes twice in a step goes on counting: other members draw other tokens
-        first = drawn[:index].count(drawn[index]) * size
-        members = range(first, first + size)
-        groups.append([selfplay.Dialogue(scenario, step, index, member) for member in members])
+        first = played[scenario.id]
+        played[scenario.id] += size
+        if index % world.size == world.rank:
+            members = range(first, first + size)
+            groups.append([selfplay.Dialogue(scenario, step, index, member) for member in members])
     return groups
 
 
@@ -160,8 +150,10 @@ def learn(groups, learner, settings, world):
                 start = time.perf_counter()
                 settle(group, settings)
                 waited += time.perf_counter() - start
-            backward(learner, trees)
-        backward(learner, [], idle)
+            for tree, samples in trees:
+                learner.backward(tree, samples)
+        for _ in range(idle):
+            learner.idle()
         updates.append(learner.step())
     lm.release_memory()
     skipped = any(means["skipped"] for means in updates)
@@ -172,8 +164,10 @@ def learn(groups, learner, settings, world):
 def settle(group, settings):
     """Wait for the judge's verdicts on a group and turn its rewards into advantages.
 
-    A missing reward is None, and so is its advantage.
+    A missing reward is None, and so is its advantage. Demonstrations have theirs already.
     """
+    if group[0].stop == "written":
+        return
     for dialogue in group:
         try:
             dialogue.take_verdict()
@@ -189,14 +183,6 @@ def settle(group, settings):
         dialogue.advantage = None if dialogue.reward is None else advantage
 
 
-def backward(learner, trees, idle=0):
-    """Add the gradients of these trees, then make `idle` passes without one."""
-    for tree, samples in trees:
-        learner.backward(tree, samples)
-    for _ in range(idle):
-        learner.idle()
-
-
 # ---- the warm start: learn from negotiations that were written -----------------------------------
 
 
@@ -210,22 +196,22 @@ def warm_start_loop(run):
         f"{settings.model} on {world.size} x {world.device}: {len(train_on)} negotiations to learn "
         f"from, {len(held_out)} held out, {epoch} steps an epoch; results in {run.folder}/"
     )
-    if world.broadcast(best_step(run.folder)) < 0:
-        log_heldout_loss(run, held_out, epoch)
+    if run.done == 0:
+        log_heldout_loss(run, held_out)
     steps = range(run.done + 1, settings.steps + 1)
     for step in tqdm(steps, "steps", settings.steps, initial=run.done, disable=world.rank > 0):
         demonstration_step(run, step, deal_demonstrations(train_on, settings, step, epoch))
         epoch_ends = step % epoch == 0 or step == settings.steps
         if epoch_ends:
-            log_heldout_loss(run, held_out, epoch)
+            log_heldout_loss(run, held_out)
         run.end_if_any(*run.stop.ending)
         if epoch_ends and not run.is_best():
             run.saved = step  # on purpose without a checkpoint
             why = "the held-out loss rises, so the checkpoint before is the one to use"
             raise Ended(0, f"done: {why}")
         due = settings.save_every and step % settings.save_every == 0
-        if (epoch_ends or due) and not run.save():
-            raise Ended(3, "a checkpoint could not be saved; make room, then --resume")
+        if epoch_ends or due:
+            run.save()
 
 
 def demonstration_sets(settings, policy):
@@ -269,11 +255,10 @@ def demonstration_step(run, step, dialogues):
     Their log-probs are NaN and their advantages 1, so the learner takes the gradient of plain
     likelihood: the policy gradient at ratio 1.
     """
-    start, settings, world, trees = time.perf_counter(), run.settings, run.world, []
-    for dialogue in dialogues[world.rank :: world.size]:
-        trees += pack([dialogue], settings.train_tokens, settings.micro_tokens)
-    backward(run.learner, trees, idle=max(world.gather(len(trees))) - len(trees))
-    row = {"step": step, **run.learner.step()}
+    start, world = time.perf_counter(), run.world
+    groups = [[dialogue] for dialogue in dialogues[world.rank :: world.size]]
+    means, _ = learn(groups, run.learner, run.settings, world)
+    row = {"step": step, **means}
     row["loss"] = row["entropy"]  # -log-prob a token
     row["seconds_step"] = time.perf_counter() - start
     row["peak_memory_gb"] = peak_memory_gb(world.device)
@@ -281,13 +266,12 @@ def demonstration_step(run, step, dialogues):
     run.done = step
 
 
-def log_heldout_loss(run, dialogues, epoch):
+def log_heldout_loss(run, dialogues):
     """Measure the loss on held-out demonstrations, log and show it."""
     total, tokens = run.learner.nll(dialogues)
     held = {"loss": total / tokens, "tokens": tokens}
     run.append_metrics({"step": run.done, "heldout": held})
-    epochs = f"{run.done / epoch:.0f} epochs"
-    run.say(f"after step {run.done} ({epochs}): held-out loss {held['loss']:.3f} nats a token")
+    run.say(f"after step {run.done}: held-out loss {held['loss']:.3f} nats a token")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -312,8 +296,6 @@ def explained(world):
     """Turn what ends a run from outside into a UserError."""
     try:
         yield
-    except BudgetSpent as spent:
-        raise UserError(f"{spent}; raise it") from spent
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the card's memory is full; use a smaller --micro-tokens, --gradient-checkpointing "

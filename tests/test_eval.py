@@ -261,7 +261,6 @@ def make_run(folder, model, config):
     """A run folder with one complete checkpoint, which is returned."""
     step = folder / "checkpoints" / "step_000004"
     shutil.copytree(model, step)
-    (step / "COMPLETE").write_text("")
     (folder / "config.json").write_text(json.dumps({"recipe": "debug", **config}))
     return step
 
@@ -360,7 +359,6 @@ def test_a_copy_of_a_checkpoint_is_not_taken_for_one(tmp_path):
     folder = tmp_path / "checkpoints"
     for name in ("step_000002", "step_000010", "step_000010_backup", "step_1000000", "best"):
         (folder / name).mkdir(parents=True)
-        (folder / name / "COMPLETE").write_text("")
     (folder / "step_000003").symlink_to("best")  # moved elsewhere, and still one
     (folder / "latest").symlink_to("step_000002")
     names = [path.name for path in checkpoint.checkpoints_of(tmp_path)]

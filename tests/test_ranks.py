@@ -185,7 +185,7 @@ def test_a_killed_and_resumed_run_is_bitwise_the_whole_one(ranks, more, tiny, ju
     assert len(runs.rows(out)) == 4
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "rew')  # a line cut short
-    (out / "checkpoints/.writing-step_000005").mkdir()
+    (out / "checkpoints/.partial-step_000005").mkdir()
     if ranks == 2 and not more.get("fsdp"):
         shutil.copytree(out, tmp_path / "elsewhere")
     code, said, err = runs.Process(["--resume", str(out)], ranks).wait()
@@ -214,7 +214,7 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
     rng, out, more = random.Random(7), tmp_path / "run", dict(save_every=2, group_size=2)
 
     def writing():
-        return any((out / "checkpoints").glob(".writing*"))
+        return any((out / "checkpoints").glob(".partial*"))
 
     def steps_written():
         path = out / "metrics.jsonl"
@@ -252,7 +252,7 @@ def test_kill_at_twenty_random_moments(tiny, judge, tmp_path):
     left = {".lock", "checkpoints", "config.json", "dialogues.jsonl", "metrics.jsonl"}
     assert {path.name for path in out.iterdir()} == left
     left = list((out / "checkpoints").iterdir())
-    assert len(left) == 2 and all((p / "COMPLETE").exists() for p in left)
+    assert len(left) == 2 and all((p / "trainer.pt").exists() for p in left)
     whole = complete(tiny, judge, tmp_path / "whole", steps=done, **more)
     assert [runs.steady(r) for r in runs.rows(out)] == [runs.steady(r) for r in runs.rows(whole)]
     assert runs.same(runs.weights(out, done), runs.weights(whole, done))
@@ -301,7 +301,7 @@ def test_ctrl_c_under_torchrun(tiny, judge, tmp_path):
     code, said, err = run.wait(60)
     done = len(runs.rows(out))
     assert run.gone()
-    assert (out / "checkpoints" / f"step_{done:06d}" / "COMPLETE").exists(), err[-3000:]
+    assert (out / "checkpoints" / f"step_{done:06d}" / "trainer.pt").exists(), err[-3000:]
 
 
 @pytest.mark.slow
@@ -317,7 +317,7 @@ def test_a_spent_budget_stops_every_rank(tiny, judge, tmp_path):
         assert "3" in codes and codes <= {"3", "-15"}, err[-3000:]
         rows = runs.rows(out)
         assert sum(row["judge_calls"] for row in rows) <= 30
-        assert (out / "checkpoints" / f"step_{len(rows):06d}" / "COMPLETE").exists()
+        assert (out / "checkpoints" / f"step_{len(rows):06d}" / "trainer.pt").exists()
 
 
 # ---- a full disk ---------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ def test_a_run_on_a_full_disk_goes_on_and_its_checkpoint_stays(tiny, judge, tmp_
         assert code == 3 and "no checkpoint at step 3" in err, err
         assert "step_000001" in steps and "step_000003" not in steps
         assert "the last checkpoint could not be saved" in said
-        assert all((out / "checkpoints" / step / "COMPLETE").exists() for step in steps)
+        assert all((out / "checkpoints" / step / "trainer.pt").exists() for step in steps)
         AutoModelForCausalLM.from_pretrained(out / "checkpoints" / steps[-1])
         shutil.rmtree(out)
         out = disk / "crammed"

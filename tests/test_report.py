@@ -92,7 +92,6 @@ def run(tmp_path):
     (folder / "eval" / "conflict.json").write_text(json.dumps(found))
     checkpoint = folder / "checkpoints" / "step_000002"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "COMPLETE").write_text("")
     tokenizer().save_pretrained(checkpoint)
     return folder
 
