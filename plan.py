@@ -43,6 +43,8 @@ def show_plan(settings):
         print(f"  fits in {size} GB: {'yes' if peak < 0.9 * size else 'no'}")
     largest = max(plan, key=plan.get)
     advice = ADVICE.get(largest, "--fsdp on more cards, or --lora-rank 16")
+    host = host_bytes(config, settings) / 1e9
+    print(f"  host memory, of {settings.nproc} rank(s) as they load or save: {host:.1f} GB")
     print(f"largest: {largest}; to need less: {advice}")
     return 0
 
@@ -60,10 +62,7 @@ def memory_plan(config, settings, dtype, prompt):
     """{what: bytes} of one of `settings.nproc` cards; prompt: tokens before each dialogue."""
     text, size = config.get_text_config(), dtype.itemsize
     layers = text.num_hidden_layers
-    with torch.device("meta"):  # without data
-        model = prepare(AutoModelForCausalLM.from_config(config, dtype=dtype))
-    if settings.lora_rank:
-        add_lora(model, settings.lora_rank)
+    model = shell(config, settings, dtype)
     shards = settings.nproc if settings.fsdp else 1
     weights = weight_bytes(model, settings, size, shards)
 
@@ -98,6 +97,28 @@ def memory_plan(config, settings, dtype, prompt):
     # the cache and the recorded steps stay while the model learns (decode.py)
     peak = sum(weights.values()) + sum(learn.values()) + sum(play.values())
     return {**weights, **learn, **play, "peak": peak}
+
+
+def shell(config, settings, dtype):
+    """The model without data."""
+    with torch.device("meta"):
+        model = prepare(AutoModelForCausalLM.from_config(config, dtype=dtype))
+    return add_lora(model, settings.lora_rank) if settings.lora_rank else model
+
+
+def host_bytes(config, settings):
+    """Bytes of a machine's own memory that its ranks take, beside Python and the libraries.
+
+    Loading: each rank reads the model in fp32; with --fsdp rank 0 alone does (see policy.build).
+    Saving: rank 0 gathers the weights in fp32, and two moments of what is trained; adapters are
+    merged into a second copy.
+    """
+    parameters = list(shell(config, settings, torch.float32).parameters())
+    every = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    readers = 1 if settings.fsdp else settings.nproc
+    copies = 2 if settings.lora_rank else 1
+    return max(4 * readers * every, 4 * copies * every + 8 * trained)
 
 
 def weight_bytes(model, settings, size, shards):

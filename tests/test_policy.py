@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 import checkpoint
 import model as lm
+import plan
 import policy
 import reward
 from attention import Tree
@@ -218,3 +219,15 @@ def test_each_rank_asks_the_judge_with_its_share(tmp_path, monkeypatch):
         asking.append(run.open_judge())
     assert [settings.judge_concurrency for settings in asking] == [3, 3, 2, 2]
     assert [settings.judge_budget for settings in asking] == [7, 7, 6, 6]  # of what is left
+
+
+def test_the_plan_knows_how_many_ranks_read_the_model():
+    config, size = helpers.tiny().config, sum(p.numel() for p in helpers.tiny().parameters())
+
+    def host(*flags):
+        return plan.host_bytes(config, read_settings(["--nproc", "8", "--lora-rank", "0", *flags]))
+
+    assert host() == 8 * 4 * size
+    assert host("--fsdp") == 12 * size  # rank 0 with all that a checkpoint holds
+    adapters = sum(p.numel() for p in lm.add_lora(helpers.tiny(), 4).parameters()) - size
+    assert host("--fsdp", "--lora-rank", "4") == 8 * (size + adapters) + 8 * adapters
