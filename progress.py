@@ -194,14 +194,17 @@ def rewards_of_epochs(rows, epoch):
     return first, now
 
 
-def closing_words(rows, step, settings, scenarios):
-    """What a run of `step` steps earned from its first whole epoch to its last, in plain words."""
-    epoch = step * settings.scenarios_per_step // scenarios
+def closing_words(rows, step, per_step, scenarios):
+    """What a run of `step` steps earned from its first whole epoch to its last, in plain words.
+
+    per_step, scenarios: how many a step plays, and how many are an epoch.
+    """
+    epoch = step * per_step // scenarios
     first, now = rewards_of_epochs(rows, epoch)
     if epoch < 2 or len(first) < 2:
         return (
             "whether training earned anything cannot be told: too few scenarios were scored in two "
-            f"epochs ({scenarios} scenarios are an epoch, {settings.scenarios_per_step} a step)"
+            f"epochs ({scenarios} scenarios are an epoch, {per_step} a step)"
         )
     gains = [after - before for before, after in zip(first, now)]
     difference = mean(gains)

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 from checkpoint import config_of, locate, whole_lines, write_atomically
 from cli import UserError, command_line, option
 from dataset import DATA, reading_json, shape_fault
+from progress import closing_words
 
 # ---- the page on disk ----------------------------------------------------------------------------
 
@@ -310,6 +311,15 @@ def decoder(folder):
         print(f"{missing} ({reason})", file=sys.stderr)
 
 
+def earned(run):
+    """What training earned on the scenarios that were played again, in words."""
+    scenarios = set().union(*(row.get("rewards", ()) for row in run.steps))
+    if not scenarios:
+        return ""
+    last, per_step = run.steps[-1]["step"], run.config["scenarios_per_step"]
+    return closing_words(run.steps, last, per_step, len(scenarios))
+
+
 @dataclasses.dataclass(frozen=True)
 class ReportSettings:
     """What the report shows."""
@@ -334,12 +344,13 @@ def main(argv):
     script = re.search(r"<script>(.*?)</script>", source, re.DOTALL)[1]
     page = jinja2.Environment(autoescape=True).from_string(source)
     with reading_json(f"{folder}/metrics.jsonl: a line", "take it out"):
-        pictures = curves(run)
+        pictures, gain = curves(run), earned(run)
     text = page.render(
         run=run,
         config=json.dumps(run.config, indent=1),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         curves=pictures,
+        earned=gain,
         results=read_results(folder),
         transcripts=transcripts(run, settings.scenarios, decoder(folder)),
     )

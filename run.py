@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -102,6 +103,10 @@ class Run:
         self.settings, self.world, self.stack = settings, world, stack
         if world.rank == 0 and settings.log != "none":
             progress.log_package(settings.log)
+        if settings.fsdp and world.size == 1:
+            print("warning: --fsdp: one process has nothing to share; ignored", file=sys.stderr)
+        if settings.compile and world.device.type == "cpu" and world.rank == 0:
+            print("warning: --compile: a CPU decodes without; ignored", file=sys.stderr)
         self.log, self.scenarios = None, []
         self.contents = check_contents(settings)
         if settings.resume and world.rank == 0:
@@ -275,7 +280,7 @@ class Run:
         if self.saved != self.done and not self.save() and not code:
             code, reason = 3, "the last checkpoint could not be saved; make room, then --resume"
         if self.scenarios:
-            played = self.done, self.settings, len(self.scenarios)
+            played = self.done, self.settings.scenarios_per_step, len(self.scenarios)
             self.say(progress.closing_words(self.metrics(), *played))
         self.say(
             f"{reason}: {self.folder}/metrics.jsonl (one line a step), {self.folder}/checkpoints/ "
@@ -305,7 +310,7 @@ def taking(out):
     """Inside this block an OSError means that the folder of --out cannot be a run's."""
     try:
         yield
-    except OSError as error:  # a name too long, a folder of somebody else's, no locks there
+    except OSError as error:  # a name too long, a folder of somebody else's
         raise UserError(f"--out {out}: {error.strerror}; choose a folder of yours") from error
 
 
@@ -319,6 +324,8 @@ def claim(out, stack):
             raise UserError(
                 f"--out {out}: another run is writing there; let it end, or choose another folder"
             ) from error
+        except OSError as error:  # a file system without locks, as on some clusters
+            print(f"warning: --out {out}: not locked ({error.strerror})", file=sys.stderr)
 
 
 def open_run(settings):

@@ -7,7 +7,16 @@
     torchrun --nproc_per_node=8 train.py --recipe paper --model Qwen/Qwen3-14B --fsdp \
         --judge-url http://judge:8000/v1 --judge-model NAME --judge-concurrency 64       # 8 GPUs
 
-What differs from the paper (arXiv 2603.10476) stands in README.md, in its last table.
+What differs from the paper (arXiv 2603.10476); `--recipe paper` takes back 3 to 5:
+
+1. The adapters' model is not quantised (--lora-rank 0 trains all weights); the paper: 4-bit QLoRA.
+2. The default model is tiny, so it has imitated written negotiations first (`warm_start_loop`).
+3. Agents see the whole dialogue and have 3 turns; the paper: the last two turns, and 7.
+4. Without an agreement they write a solution all the same; the paper: none, and reward 0.
+5. Groups of 6, lr 5e-4, dialogues at T 0.9, top-p 0.8; the paper: 8, 5e-6, T 0.7, top-p 0.95.
+6. A small embedded judge reads; the paper: a large model (here: --judge-url).
+7. Rewards no further apart than the judge wobbles are equal; no difference, no step.
+
 Left out: a saved state of random generators. What is drawn depends on (seed, step, scenario,
 member, turn) alone, never on the rank, the clock or the order in which the judge answers.
 """

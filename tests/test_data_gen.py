@@ -704,4 +704,6 @@ def test_the_command_line_says_what_to_do(run):
         assert refusal(run, "dilemmas", *given) == says
     assert refusal(run, "dilemmas", "--n", "0") == "--n 0: must be at least 1"
     bad_url = ("--out", "x", "--model", "m", "--url", "ftp://x")
-    assert refusal(run, "dilemmas", *bad_url).startswith("the server's address (--judge-url, --url) must look")
+    assert refusal(run, "dilemmas", *bad_url).startswith(
+        "the server's address (--judge-url, --url) must look"
+    )

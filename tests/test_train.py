@@ -171,14 +171,16 @@ def test_the_terminal_shows_each_step_and_a_transcript(finished):
 # ---- bad input -----------------------------------------------------------------------------------
 
 
-def complaint(arguments, capfd):
-    """The one line that train.py answers bad input with, run in this process."""
+def complaint(arguments, capfd, warnings=None):
+    """The one line that train.py answers bad input with, run in this process; appends others."""
     with pytest.raises(SystemExit) as ended:
         cli.run_cli(lambda: train.main(arguments))
     err = capfd.readouterr().err
     assert ended.value.code == 2 and "Traceback" not in err
     lines = [line for line in err.splitlines() if "error:" in line]
     assert len(lines) == 1, err
+    if warnings is not None:
+        warnings += [line for line in err.splitlines() if line.startswith("warning:")]
     return lines[0]
 
 
@@ -382,6 +384,27 @@ def test_a_trainers_state_that_is_foreign_is_named(case, finished, tmp_path, cap
     assert line.startswith(f"error: --resume: {newest} cannot be read (") and says in line
     assert line.endswith("; move it away, and --resume takes the one before")
     assert runs.rows(out) == runs.rows(finished[0])  # nothing is lost
+
+
+def test_flags_that_do_nothing_here_are_told(tiny, tmp_path, capfd):
+    flags = runs.flags(tiny, "nowhere", tmp_path / "run", fsdp=True, compile=True)
+    told = []
+    complaint(flags, capfd, told)
+    assert told == [
+        "warning: --fsdp: one process has nothing to share; ignored",
+        "warning: --compile: a CPU decodes without; ignored",
+    ]
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def refuse(lock):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("filelock.FileLock.__enter__", refuse)
+    with contextlib.ExitStack() as stack:
+        claim(tmp_path / "out", stack)
+    said = capsys.readouterr().err
+    assert said == f"warning: --out {tmp_path}/out: not locked (Function not implemented)\n"
 
 
 def test_the_folder_of_somebody_else_is_one_line(tmp_path, monkeypatch):
@@ -637,7 +660,9 @@ def test_a_scenario_that_comes_twice_in_a_step_is_played_by_other_members():
 
 
 def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
-    cfg, row = Settings(scenarios_per_step=2), lambda *pairs: {"rewards": dict(pairs)}
+    def row(*pairs):
+        return {"rewards": dict(pairs)}
+
     rows = [
         row(("a", 1.0), ("b", 2.0)),
         row(("c", 3.0), ("d", None)),
@@ -645,12 +670,12 @@ def test_an_epoch_is_set_beside_the_first_scenario_by_scenario():
         row(("d", 5.0), ("a", 2.0)),
         row(("b", 2.5), ("c", 3.0)),
     ]
-    assert progress.closing_words(rows, 4, cfg, 4).endswith(
+    assert progress.closing_words(rows, 4, 2, 4).endswith(
         "on the 3 scenarios it trained on, the mean reward went from 2.00 (first "
         "epoch) to 2.50 (epoch 2), a difference of +0.50 with a standard error of 0.29; 2 of 3 "
         "earned more"
     )  # differences 1, 0.5, 0; d has no first reward
-    few = progress.closing_words(rows[:3], 4, cfg, 4)
+    few = progress.closing_words(rows[:3], 4, 2, 4)
     assert few.startswith("whether training earned anything cannot be told")
 
 
@@ -672,19 +697,18 @@ def two_epochs(*gains):
     ],
 )
 def test_a_run_closes_with_what_it_earned_in_words(gains, words):
-    settings, rows = Settings(scenarios_per_step=len(gains)), two_epochs(*gains)
-    said = progress.closing_words(rows, 2, settings, len(gains))
+    n, rows = len(gains), two_epochs(*gains)
+    said = progress.closing_words(rows, 2, n, n)
     assert said.startswith(words)
     if len(gains) > 1:
         error = statistics.stdev(gains) / len(gains) ** 0.5
         difference = f"{statistics.fmean(gains):+.2f} with a standard error of {error:.2f}"
         assert difference in said and "1.00 (first epoch)" in said and "(epoch 2)" in said
-    early = progress.closing_words(rows[:1], 1, settings, len(gains))
+    early = progress.closing_words(rows[:1], 1, n, n)
     assert early.startswith("whether training earned anything cannot be told")
     # half an epoch more changes nothing
-    half = dataclasses.replace(settings, scenarios_per_step=1)
     late = [*rows, {"rewards": {"0": 5.0}}]
-    assert progress.closing_words(late, 2 * len(gains) + 1, half, len(gains)).startswith(words)
+    assert progress.closing_words(late, 2 * n + 1, 1, n).startswith(words)
 
 
 def test_a_transcript_is_whole_and_says_what_was_cut_off():
