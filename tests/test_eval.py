@@ -277,7 +277,7 @@ ALONE = {"max_turns": 0, "agreement": "none", "temperature": 0.8, "on_impasse": 
 def test_a_run_plays_as_it_was_trained(tmp_path, models):
     single = tmp_path / "single-0"
     step = make_run(single, models[0], {"model": "x", "seed": 7, **ALONE, **JUDGE})
-    shutil.copytree(models[0], single / "checkpoints" / "step_000009")  # not complete
+    shutil.copytree(models[0], single / "checkpoints" / ".partial-step_000009")
     argv = ["--model", str(single), "--baseline", models[1]]
     found, out = sides.read_sides("conflict", argv)
     assert out == single / "eval" / "conflict-single-0-step_000004-tiny-1.json"

@@ -744,7 +744,7 @@ def test_what_a_person_sees():
     d = selfplay.Dialogue(helpers.scenario(), 1, 0, 0, turns=turns, stop="context")
     assert progress.transcript(d).splitlines() == [
         "dilemma: One reservoir is left. Who gets the water?",
-        "Rosa: Hi [2J [cut off]",
+        "Rosa: Hi [2J you [cut off]",
         "joint solution (context, no score): (none)",
     ]
 
