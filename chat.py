@@ -32,7 +32,8 @@ from cli import UserError
 class Turn:
     """One utterance, and the ids that were sampled for it (end of turn included unless truncated).
 
-    logprobs: at the sampling temperature. cuts, log_masses: of the nucleus, see `drawing.draw`.
+    logprobs: at the sampling temperature over the full vocabulary; less the log mass of the nucleus
+    they are the policy's that sampled. cuts, log_masses: see `drawing.draw`.
     """
 
     speaker: int
@@ -46,7 +47,8 @@ class Turn:
 
 @dataclasses.dataclass
 class Sample:
-    """Ids as one agent sees them; mask 1: to be trained here. The other lists are 0 where it is 0.
+    """Ids as one agent sees them; mask 1: its own words that count here. The other lists are 0
+    where the mask is.
 
     What an agent says has mask 1 in at most one Sample of its stream.
     """

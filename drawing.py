@@ -14,25 +14,25 @@ def draw(logits, temperature, top_p, uniform, any_greedy=None, any_nucleus=None)
     """Draw one token per row by inverse CDF; temperature 0 takes the most likely one.
 
     logits (b, V) fp32; temperature, top_p and uniform (b,). Returns, (b,) each: ids; log-probs at
-    that temperature over the full vocabulary; cuts, the log-prob at which the row's nucleus ends
-    (-inf without one); log masses, the log of the nucleus's probability. any_greedy, any_nucleus:
+    that temperature over the full vocabulary; cut, the log-prob at which the row's nucleus ends
+    (-inf without one); log mass, the log of the nucleus's probability. any_greedy, any_nucleus:
     what some row asks for; where both are told nothing here looks at the data, so that it can be
     recorded as a CUDA graph.
     """
-    greedy, cuts = temperature == 0, top_p < 1
+    greedy, has_nucleus = temperature == 0, top_p < 1
     quick = None
     if any_nucleus is None:
-        any_greedy, any_nucleus, quick = greedy.any(), cuts.any(), 256
+        any_greedy, any_nucleus, quick = greedy.any(), has_nucleus.any(), 256
     logp = log_probs(logits, temperature)  # (b, V)
     weights = logp.exp()
     cut = torch.full_like(uniform, -math.inf)
     log_mass = torch.zeros_like(uniform)
     if any_nucleus:
         # of a row without one the likeliest token will do: it takes no second look
-        found = nucleus(logp, torch.where(cuts, top_p, 0.0), quick)
-        cut = torch.where(cuts, found, cut)
+        found = nucleus(logp, torch.where(has_nucleus, top_p, 0.0), quick)
+        cut = torch.where(has_nucleus, found, cut)
         weights = weights.masked_fill(~(logp >= cut[:, None]), 0.0)
-        log_mass = torch.where(cuts, weights.sum(1).log(), log_mass)
+        log_mass = torch.where(has_nucleus, weights.sum(1).log(), log_mass)
     ids = invert(weights, uniform)
     if any_greedy:
         ids = torch.where(greedy, logits.argmax(1), ids)

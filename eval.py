@@ -143,8 +143,7 @@ def mean_logprobs(voice, prefix, continuations):
 # ---- A against B ---------------------------------------------------------------------------------
 
 QUESTIONS = {
-    "ca": "Which solution serves Collective Agency better, so that everyone can understand, care, "
-    "act and thrive more?",
+    "ca": "Which solution serves the value that is defined above better?",
     "conflict": "Which solution resolves the conflict between the two parties better: fair to "
     "both, concrete, something both can carry out?",
 }

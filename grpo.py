@@ -150,7 +150,8 @@ def policy_loss(
 
 # Tokens whose logits over the whole vocabulary exist at a time.
 CHUNK = {"cpu": 256, "cuda": 2048}
-# Reported as means over the tokens of all passes and ranks; the entropy over all trained tokens.
+# Reported as means over the tokens that were read, on all ranks (with beta 0 not those of uniform
+# groups); the entropy over all trained tokens.
 TOKEN_MEANS = ("logprob_gap", "clip_frac", "approx_kl", "ratio_mean", "kl_ref")
 # tokens: all trained ones, read: those of a pass that may have a gradient
 SUMS = ("loss", "units", "tokens", "read", "entropy", *TOKEN_MEANS)

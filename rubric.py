@@ -68,7 +68,7 @@ class Question:
 
 ONE_OBJECT = "Answer with exactly one JSON object and nothing else: "
 SCORE = Question(
-    text="How well does this solution serve Collective Agency?",
+    text="How well does this solution serve the value that is defined above?",
     words={str(digit): digit / 5 for digit in range(6)},
     in_a_word="Answer with one digit from 0 to 5 and nothing else.\nDigit:",
     key="score",

@@ -10,9 +10,10 @@
 `negotiate` is one dialogue, top to bottom: a generator that yields what it waits for, a Say (until
 it is spoken) or a Future (until the judge answers). `play` serves many in one batch. A Dialogue is
 the record, a Match what it takes to play it, a Table the cache that the matches share.
-Left out: tools, streams that branch, more than two agents: two is assumed here, in chat.View (which
-does not say who spoke), in dataset.py, in what the judge is told (rubric.py, the `agreed` head) and
-in eval.py's pairs and scripted partners; packing, learner and transcripts take any number.
+Left out: tools, streams that branch, more than two agents: two is assumed here (`number % 2`,
+`1 - me`, pairs), in chat.View (which does not say who spoke), in dataset.py, in the pairs of voices
+(train, eval, run, plan), in measure.overlap and in what the judge is told (rubric.py, the `agreed`
+head); packing, learner and transcripts take any number.
 
     python selfplay.py --dilemma "..." --human b      # watch one negotiation, or take a side
 """

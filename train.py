@@ -59,7 +59,7 @@ def self_play_loop(run):
     run.evaluate_if_due()
     for step in range(run.done + 1, settings.steps + 1):
         groups = deal(scenarios, settings, step, world)
-        dialogues = list(itertools.chain(*groups))
+        dialogues = list(itertools.chain(*groups))  # the same ones, in one list
         start = time.perf_counter()
         rollout(run, step, dialogues)
         played = time.perf_counter()
@@ -124,7 +124,10 @@ def deal(scenarios, settings, step, world):
 
 
 def rollout(run, step, dialogues):
-    """Play this rank's dialogues to their ends; the judge reads each that is finished."""
+    """Fill these Dialogues in place: turns, streams, joint solution, and a pending verdict.
+
+    The judge is asked after each turn from the second on, and at the end.
+    """
     run.judge.start_batch()
     title, hidden = f"step {step}: dialogues", run.world.rank > 0
     with tqdm(total=len(dialogues), desc=title, leave=False, disable=hidden) as bar:
@@ -143,12 +146,13 @@ def rollout(run, step, dialogues):
 
 
 def learn(groups, learner, settings, world):
-    """Settle one group after another, and take its gradient while the judge reads the next.
+    """Pack, settle, gradient, optimizer step; --updates-per-rollout times on the same dialogues.
 
-    Returns (means of the last update, seconds spent waiting for the judge).
+    The gradient of a group is taken while the judge reads the next. Returns (means of the last
+    update, seconds spent waiting for the judge).
     """
     lm.release_memory()
-    # Packed before the rewards are known, so that the number of passes is the same on all ranks.
+    # Packed before the rewards are known: a missing one changes no rank's number of passes.
     trees_of = [pack(group, settings.train_tokens, settings.micro_tokens) for group in groups]
     passes = sum(len(trees) for trees in trees_of)
     idle = max(world.gather(passes)) - passes  # every rank makes as many as the busiest
