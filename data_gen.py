@@ -42,7 +42,7 @@ FILES = {  # shipped file: (how many lines, what a line holds)
     "eval_open.jsonl": (100, {"id": str, "topic": str, "question": str}),
     "eval_general.jsonl": (35, {"id": str, "prompt": str, "choices": list, "answer": int}),
     "demonstrations.jsonl": (640, DEMONSTRATION),
-    "judge_labels.jsonl": (1212, LABEL | {"solution": str, "score": float, "endorse": list}),
+    "judge_labels.jsonl": (2480, LABEL | {"solution": str, "score": float, "endorse": list}),
     "agreement_labels.jsonl": (890, LABEL | {"turns": list, "agreed": bool}),
 }
 # whose scenarios and personas are those of training, and the files that hold texts of their own
