@@ -221,7 +221,7 @@ def test_the_shipped_data_is_sound(capsys):
     assert data_gen.check() == 0
     assert capsys.readouterr().out == (
         "dilemmas.jsonl 320\npersonas.jsonl 25\neval_conflict.jsonl 100\neval_open.jsonl 100\n"
-        "eval_general.jsonl 35\ndemonstrations.jsonl 640\njudge_labels.jsonl 1212\n"
+        "eval_general.jsonl 35\ndemonstrations.jsonl 640\njudge_labels.jsonl 2480\n"
         "agreement_labels.jsonl 890\nall sound\n"
     )
 
