@@ -125,12 +125,12 @@ def test_no_text_becomes_part_of_the_page(run):
     assert set(places) == {"data:", "x one"}
 
 
-def test_a_run_without_held_out_evaluations_says_so(run):
-    assert "not measured" not in make(run)
+def test_a_run_without_held_out_evaluations_shows_none(run):
+    assert "held-out reward, first and last" in make(run)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(s for s in lines if "heldout" not in s) + "\n")
     page = make(run)
-    assert "<b>not measured</b><span>held-out reward (train.py --eval-every N" in page
+    assert "held-out reward" not in page
 
 
 def test_the_pages_policy_knows_its_script(run):
@@ -146,7 +146,7 @@ def test_results_and_facts_are_shown(run):
     for text in ("n 0 in 0, 3 wins, 2 missing", "1.000 to 2.000", "2.00 → 2.00", "2.10 → 2.10"):
         assert f">{text}<" in page
     assert "<b>0.2</b><span>minutes</span>" in page
-    assert "judged by\nthe embedded small judge" in page
+    assert "a judge (the embedded small one)" in page
 
 
 def test_the_reader_shows_what_was_trained(run):
@@ -345,25 +345,25 @@ def test_the_page_works_and_no_text_runs(run, tmp_path):
     assert (
         dom.count('class="pane"') == 2
         and dom.count('class="final"') == 2
-        and dom.count("<i title=") == 2 * 2 * 3
+        and dom.count("<i title=") == 2 * 2 * 2 * 3  # in what was said, and in what was read
     )
     assert (
-        dom.count("score 3.50") == 2
+        dom.count("reward 3.50") == 2
         and "step 1, training, best of 2" in dom
         and "step 2, training, best of 2" in dom
-        and "advantage +0.70" in dom
+        and "advantage +0.70 in its group" in dom
     )
     assert dom.count(
-        "background: rgba(60, 120, 220, 0.28)"
-    ) == 12 and "<img src=x" not in dom.replace("&lt;", "")
+        "background: rgba(60, 120, 220, 0.23"
+    ) == 24 and "<img src=x" not in dom.replace("&lt;", "")
     lines = (run / "dialogues.jsonl").read_text().splitlines(keepends=True)
     (run / "dialogues.jsonl").write_text("".join(lines[:2]))  # one step: its worst beside its best
     make(run)
     dom, console = open_page(run / "report.html", tmp_path)
     assert (
         console == []
-        and dom.count("score 3.50") == 1 == dom.count("score missing")
-        and dom.count("background: rgba(60, 120, 220, 0.28)") == 6
+        and dom.count("reward 3.50") == 1 == dom.count("reward missing")
+        and dom.count("background: rgba(60, 120, 220, 0.23") == 12
     )
 
 
