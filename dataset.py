@@ -51,7 +51,7 @@ def reading_json(what, hint):
     try:
         yield
     except (*damaged, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise UserError(f"{what} cannot be read ({reason}); {hint}") from error
 
 
