@@ -152,7 +152,7 @@ def test_files_of_another_kind(tmp_path):
         "blank": "empty",
         "binary": r"cannot be read \(UnicodeDecodeError: .*\)",
         "array": r"1: cannot be read \(JSONDecodeError: .*\)",
-        "folder": r"cannot be read \(IsADirectoryError: .*\)",
+        "folder": r"cannot be read \(Is a directory\)",
         "nothing": r"cannot be read \(No such file or directory\)",
     }.items():
         told = refusal(load_jsonl, tmp_path / name).removeprefix(f"{tmp_path / name}:")
