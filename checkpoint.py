@@ -130,8 +130,8 @@ def save_checkpoint(out, step, settings, policy, world):
     """Write checkpoints/step_NNNNNN; older ones beyond --keep go. All ranks call, rank 0 writes.
 
     Written under another name, fsynced and then renamed, so that nothing half written is ever taken
-    for a checkpoint. Returns the folder, or None: on other ranks, and, with a
-    message, where the disk is full.
+    for a checkpoint. Returns the folder, or None: on other ranks, and, with a message, where the
+    disk is full.
     """
     masters, moments, weights = whole_state(policy, world)
     if world.rank != 0:

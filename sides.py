@@ -34,6 +34,9 @@ class EvalSettings(selfplay.PlaySettings, reward.JudgeSettings):
 
     model: str = option(lm.WARM_MODEL, "A: a model, or a run folder (its best checkpoint)")
     baseline: str = option("", "B, on the same scenarios with the same seeds (empty: A alone)")
+    baseline_temperature: float = option(
+        0.0, "temperature of all that B says: the control for mere sharpening (0: as it is)", low=0
+    )
     best_of: int = option(1, "conflict, open, blind: B's best of so many, by this judge", low=1)
     data: str = option("", "a JSON Lines file in place of the shipped set of this command")
     limit: int = option(0, "items of the set, evenly spaced (0: all)", low=0)
@@ -48,7 +51,7 @@ class EvalSettings(selfplay.PlaySettings, reward.JudgeSettings):
     out: str = option("", "results, FILE.json (empty: in eval/ of the run folder, or of runs/)")
 
 
-BASELINE = {"baseline", "best_of"}  # settings that change nothing of A
+BASELINE = {"baseline", "baseline_temperature", "best_of"}  # settings that change nothing of A
 FREE = {  # settings that change no single item
     *("limit", "seeds", "batch", "read", "out", "judge2_url", "judge2_model"),
     *("judge_concurrency", "judge_timeout", "judge_deadline", "judge_wait", "judge_attempts"),
@@ -91,21 +94,16 @@ def read_sides(command, argv):
         sides[side] = dataclasses.replace(settings, model=folder, best_of=1, **judge, **play)
     if settings.baseline:
         sides["B"] = dataclasses.replace(sides["B"], best_of=settings.best_of)
+    heat = settings.baseline_temperature
+    if settings.baseline and heat:
+        sides["B"] = dataclasses.replace(sides["B"], temperature=heat, final_temperature=heat)
     return sides, results_path(command, settings, found, given)
 
 
 def load_rows(path, shape, fault_of=lambda row: ""):
     """The lines of a JSON Lines file, each of this shape and with an id of its own."""
-    shape, ids = {"id": str, **shape}, set()
-
-    def fault(row):
-        found = dataset.shape_fault(row, shape) or fault_of(row)
-        if not found and row["id"] in ids:
-            found = f'id "{row["id"]}" occurs twice; give every line an id of its own'
-        ids.add(found or row["id"])
-        return found
-
-    return dataset.load_jsonl(path, fault)
+    shape = {"id": str, **shape}
+    return dataset.load_jsonl(path, lambda row: dataset.shape_fault(row, shape) or fault_of(row))
 
 
 def rows_of(settings, file, shape, fault_of=lambda row: ""):

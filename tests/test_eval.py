@@ -315,13 +315,13 @@ def test_a_run_whose_settings_are_wrong_is_not_compared(tmp_path, models, config
 
 def test_flags_overrule_the_run_and_name_the_results(tmp_path, models):
     step = make_run(tmp_path / "single-0", models[0], ALONE)
-    flags = "--max-turns 2 --best-of 4"
+    flags = "--max-turns 2 --baseline-temperature 0.5 --best-of 4"
     argv = ["--model", models[1], "--baseline", str(step), *flags.split()]
     found, out = sides.read_sides("open", argv)
-    name = "open-tiny-1-single-0-step_000004-max_turns_2-best_of_4.json"
+    name = "open-tiny-1-single-0-step_000004-max_turns_2-baseline_temperature_0.5-best_of_4.json"
     assert str(out) == f"runs/eval/{name}"
     a, b = found["A"], found["B"]
-    assert (b.max_turns, b.temperature, b.best_of) == (2, 0.8, 4)
+    assert (b.max_turns, b.temperature, b.final_temperature, b.best_of) == (2, 0.5, 0.5, 4)
     assert (a.max_turns, a.temperature, a.best_of) == (2, 0.8, 1)  # as its baseline was trained
 
     def name(*flags):
