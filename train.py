@@ -223,8 +223,8 @@ def warm_start_loop(run):
             why = "the held-out loss rises, so the checkpoint before is the one to use"
             raise Ended(0, f"done: {why}")
         due = settings.save_every and step % settings.save_every == 0
-        if epoch_ends or due:
-            run.save()
+        if (epoch_ends or due) and not run.save():
+            raise Ended(3, "a checkpoint could not be saved; make room, then --resume")
 
 
 def demonstration_sets(settings, policy):
