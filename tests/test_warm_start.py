@@ -21,6 +21,7 @@ import grpo
 import model as lm
 import packing
 import selfplay
+import train
 from chat import ChatFormat
 from settings import RECIPES, Settings
 
@@ -322,6 +323,17 @@ def test_it_ends_when_the_heldout_loss_rises(tiny, files, tmp_path):
     assert last > min(before) and max(held) < 60
     best = int(checkpoint.locate(str(tmp_path / "run"))[0][-6:])
     assert held[best] == min(before)
+
+
+def test_it_ends_where_an_epoch_cannot_be_saved(tiny, files, tmp_path, monkeypatch, capsys):
+    """Or the checkpoint before the loss rose, the one to use, would not be there."""
+    monkeypatch.setattr("run.save_checkpoint", lambda *arguments: None)  # a full disk
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)  # the test's process keeps its own
+    assert train.main(flags(tiny, files, tmp_path / "run", steps=60)) == 3
+    said = capsys.readouterr().out
+    assert "a checkpoint could not be saved; make room, then --resume" in said
+    losses = [row["step"] for row in runs.rows(tmp_path / "run") if "heldout" in row]
+    assert len(losses) == 2  # before the first epoch, and after it
 
 
 GOOD = {
