@@ -328,7 +328,9 @@ def test_it_ends_when_the_heldout_loss_rises(tiny, files, tmp_path):
 def test_it_ends_where_an_epoch_cannot_be_saved(tiny, files, tmp_path, monkeypatch, capsys):
     """Or the checkpoint before the loss rose, the one to use, would not be there."""
     monkeypatch.setattr("run.save_checkpoint", lambda *arguments: None)  # a full disk
-    monkeypatch.setattr("signal.signal", lambda *arguments: None)  # the test's process keeps its own
+    monkeypatch.setattr(
+        "signal.signal", lambda *arguments: None
+    )  # the test's process keeps its own
     assert train.main(flags(tiny, files, tmp_path / "run", steps=60)) == 3
     said = capsys.readouterr().out
     assert "a checkpoint could not be saved; make room, then --resume" in said
